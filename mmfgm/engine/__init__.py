@@ -1,0 +1,14 @@
+# Copyright (c) mmfgm authors.
+from .checkpoint import CheckpointMixin
+from .hooks import (EXIT_PREEMPTED, CheckpointHook, EvaluationHook, MonitorHook, NetworkEMAHook, NonFiniteError,
+                    PreemptionHook, RNGStateHook, SampleHook)
+from .loops import AlternatingTrainLoop
+from .optim import NetworkOptimWrapper, PerNetworkConstructor
+from .runner import FlowRunner
+from .strategies import DDPStrategy, FSDP2Strategy, SingleDeviceStrategy
+
+__all__ = [
+    'AlternatingTrainLoop', 'CheckpointHook', 'CheckpointMixin', 'DDPStrategy', 'EXIT_PREEMPTED', 'EvaluationHook',
+    'FSDP2Strategy', 'FlowRunner', 'MonitorHook', 'NetworkEMAHook', 'NetworkOptimWrapper', 'NonFiniteError',
+    'PerNetworkConstructor', 'PreemptionHook', 'RNGStateHook', 'SampleHook', 'SingleDeviceStrategy'
+]

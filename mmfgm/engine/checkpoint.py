@@ -1,0 +1,210 @@
+# Copyright (c) mmfgm authors.
+"""Checkpoints that survive a crash: written beside their final name, then renamed.
+
+A run on one device or with DDP writes one file, a sharded run a directory. Either holds only tensors
+and plain containers, so it loads with ``weights_only=True``.
+"""
+import os
+import os.path as osp
+import shutil
+import time
+from typing import Any, Callable, Dict, Optional
+
+import mmengine
+import torch
+import torch.distributed.checkpoint as dcp
+from mmengine.dist import all_gather_object, barrier, is_main_process
+from mmengine.logging import HistoryBuffer
+
+from mmfgm.errors import UsageError
+from mmfgm.models.weights import STATE_DICT, SafePlanner, SafeReader, read_pickle, read_state_dict, sharded_shapes
+from mmfgm.version import __version__
+
+PLAIN = (bool, int, float, str, type(None))
+EXTRAS = 'extras.pth'
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, dict):
+        return all(_is_plain(v) for v in value.values())
+    if isinstance(value, (list, tuple)):
+        return all(_is_plain(v) for v in value)
+    return type(value) in PLAIN   # a numpy scalar is a float by inheritance, but not plain
+
+
+def encode_message_hub(state: Dict[str, Any]) -> Dict[str, Any]:
+    """Turn a MessageHub state into tensors and plain values; runtime info of other types is left out."""
+    scalars = {
+        key: (*(torch.from_numpy(column.astype('float64')) for column in buffer.data), buffer.max_length)
+        for key, buffer in state['log_scalars'].items()
+    }
+    info = {key: value for key, value in state['runtime_info'].items() if _is_plain(value)}
+    return dict(log_scalars=scalars, runtime_info=info, resumed_keys=dict(state['resumed_keys']))
+
+
+def decode_message_hub(state: Dict[str, Any]) -> Dict[str, Any]:
+    """Inverse of :func:`encode_message_hub`."""
+    scalars = {
+        key: HistoryBuffer(values.tolist(), counts.tolist(), max_length)
+        for key, (values, counts, max_length) in state['log_scalars'].items()
+    }
+    return {**state, 'log_scalars': scalars}
+
+
+def write_text_atomically(path: str, text: str) -> None:
+    """Replace a small file in one step: a reader sees the old text or the new, never half of it."""
+    with open(f'{path}.tmp', 'w') as f:
+        f.write(text)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(f'{path}.tmp', path)
+
+
+def check_shapes(expected: Dict[str, torch.Tensor], found: Dict[str, torch.Size]) -> None:
+    """Hold the tensors of a checkpoint against the model's.
+
+    Raises:
+        UsageError: Names the first tensor that is missing, superfluous or of another shape.
+    """
+    for key in [*expected, *found]:
+        shapes = [tuple(side[key].shape if side is expected else side[key]) if key in side else None
+                  for side in (expected, found)]
+        if shapes[0] != shapes[1]:
+            raise UsageError(f'the checkpoint does not fit the model of this config; first difference: tensor {key!r} has '
+                             f'shape {shapes[1]} in the checkpoint, and {shapes[0]} in the model (None: missing)')
+
+
+def _save_file(content: dict, filename: str) -> None:
+    with open(f'{filename}.tmp', 'wb') as f:
+        torch.save(content, f)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(f'{filename}.tmp', filename)
+
+
+def _save_directory(tensors: dict, extras: dict, directory: str) -> None:
+    tmp = f'{directory}.tmp'
+    if is_main_process():
+        shutil.rmtree(tmp, ignore_errors=True)
+    barrier()
+    dcp.save(tensors, checkpoint_id=tmp)
+    if is_main_process():
+        _save_file(extras, osp.join(tmp, EXTRAS))
+        if osp.exists(directory):
+            # moved aside rather than deleted first: there is never a moment without a whole one on disk
+            os.rename(directory, f'{directory}.old.tmp')
+        os.rename(tmp, directory)
+        shutil.rmtree(f'{directory}.old.tmp', ignore_errors=True)
+    barrier()
+
+
+def _require_optimizer(filename: str, there: bool) -> None:
+    if not there:
+        raise UsageError(f'{filename!r} holds no optimizer state (a best_* checkpoint does not), so training cannot go on '
+                         'from it; resume from an iter_* checkpoint')
+
+
+class CheckpointMixin:
+    """Saving, loading and resuming for a strategy; see the module's docstring."""
+
+    sharded_checkpoints = False
+
+    def save_checkpoint(self,
+                        filename: str,
+                        *,
+                        save_optimizer: bool = True,
+                        save_param_scheduler: bool = True,
+                        extra_ckpt: Optional[dict] = None,
+                        callback: Optional[Callable] = None) -> None:
+        """Save the model, optimizers, schedulers and what hooks add through ``callback``; call on all ranks."""
+        extras = dict(extra_ckpt or {})
+        if save_param_scheduler and hasattr(self, 'param_schedulers'):
+            extras['param_schedulers'] = self.scheduler_state_dict()
+        if callback is not None:
+            callback(extras)
+        extras['meta'] = {**{k: v for k, v in extras.get('meta', {}).items() if _is_plain(v)},
+                          'seed': self._randomness['seed'],
+                          'world_size': self.world_size,
+                          'pretrained': self.model.fingerprints,
+                          'time': time.strftime('%Y%m%d_%H%M%S', time.localtime()),
+                          'mmengine': mmengine.__version__,
+                          'mmfgm': __version__}
+        extras['message_hub'] = encode_message_hub(extras['message_hub'])
+        # random states differ from rank to rank; everything else is the same or sharded
+        extras['rng'] = all_gather_object(extras.get('rng'))
+        tensors = dict(state_dict=self.model_state_dict())
+        if save_optimizer and hasattr(self, 'optim_wrapper'):
+            tensors['optimizer'] = self.optim_state_dict()
+        if self.sharded_checkpoints:
+            _save_directory(tensors, extras, filename)
+        else:
+            if is_main_process():
+                _save_file({**extras, **tensors}, filename)
+            barrier()
+
+    def load_checkpoint(self,
+                        filename: str,
+                        *,
+                        map_location: Any = 'cpu',
+                        strict: bool = True,
+                        revise_keys: Any = None,
+                        callback: Optional[Callable] = None,
+                        with_optimizer: bool = False) -> dict:
+        """Load the model from ``filename``; ``with_optimizer`` also reads the optimizers' states.
+
+        Raises:
+            UsageError: If the file is missing or broken, of the other kind (file or directory), or does not fit.
+        """
+        if not osp.exists(filename):
+            raise UsageError(f'checkpoint {filename!r} does not exist')
+        sharded = osp.isdir(filename)
+        if self.sharded_checkpoints != sharded and (with_optimizer or not sharded):
+            kind = 'a sharded directory' if sharded else 'a single file'
+            raise UsageError(f'checkpoint {filename!r} is {kind}, which {type(self).__name__} cannot resume; use the '
+                             'strategy that wrote it')
+        self.logger.info(f'Load checkpoint from {filename}')
+        checkpoint = read_pickle(osp.join(filename, EXTRAS) if sharded else filename)
+        if self.sharded_checkpoints:
+            # filled in place: every process reads only its own shards
+            checkpoint['state_dict'] = self.model_state_dict()
+            found = sharded_shapes(filename)
+            check_shapes(checkpoint['state_dict'], {key[len(STATE_DICT):]: shape for key, shape in found.items()
+                                                    if key.startswith(STATE_DICT)})
+            if with_optimizer:
+                _require_optimizer(filename, any(key.startswith('optimizer.') for key in found))
+                checkpoint['optimizer'] = self.optim_state_dict()
+            dcp.load({key: checkpoint[key] for key in ('state_dict', 'optimizer') if key in checkpoint},
+                     storage_reader=SafeReader(filename), planner=SafePlanner())
+        elif sharded:
+            checkpoint['state_dict'] = read_state_dict(filename)
+        if with_optimizer:
+            _require_optimizer(filename, 'optimizer' in checkpoint)
+        if 'message_hub' in checkpoint:
+            checkpoint['message_hub'] = decode_message_hub(checkpoint['message_hub'])
+        if callback is not None:
+            callback(checkpoint)
+        self.load_model_state_dict(checkpoint.pop('state_dict'))
+        return checkpoint
+
+    def resume(self,
+               filename: str,
+               *,
+               resume_optimizer: bool = True,
+               resume_param_scheduler: bool = True,
+               map_location: Any = 'cpu',
+               callback: Optional[Callable] = None) -> dict:
+        """Load everything that an interrupted run needs to go on as if it had not stopped."""
+        checkpoint = self.load_checkpoint(filename, callback=callback, with_optimizer=resume_optimizer)
+        if resume_optimizer:
+            self.load_optim_state_dict(checkpoint.pop('optimizer'))
+        if resume_param_scheduler and hasattr(self, 'param_schedulers'):
+            self.load_scheduler_state_dict(checkpoint.pop('param_schedulers'))
+        saved, current = checkpoint['meta']['seed'], self._randomness['seed']
+        if saved != current:
+            raise UsageError(f'{filename!r} comes from a run with randomness.seed={saved}, but the config says {current}; '
+                             'resume with the seed it was started with')
+        if checkpoint['meta']['pretrained'] != self.model.fingerprints:
+            raise UsageError(f'{filename!r} comes from a run with another teacher (checksums '
+                             f'{checkpoint["meta"]["pretrained"]}, now {self.model.fingerprints}); name the teacher it was '
+                             'started with, or start afresh in another work dir')
+        return checkpoint

@@ -1,0 +1,100 @@
+# Copyright (c) mmfgm authors.
+import os
+import os.path as osp
+import shutil
+from collections import deque
+from glob import escape as glob_escape
+from glob import glob
+from typing import Dict, List, Union
+
+from mmengine.dist import barrier, is_main_process, master_only
+from mmengine.hooks import CheckpointHook as _CheckpointHook
+
+from mmfgm.engine.checkpoint import write_text_atomically
+from mmfgm.registry import HOOKS
+
+
+@master_only
+def _remove(path: str) -> None:
+    if osp.isdir(path):
+        shutil.rmtree(path)
+    elif osp.exists(path):
+        os.remove(path)
+
+
+@HOOKS.register_module()
+class CheckpointHook(_CheckpointHook):
+    """MMEngine's hook, made safe against a crash at any moment.
+
+    An old checkpoint is deleted only after the new one is complete, and ``last_checkpoint`` always names
+    a complete one. They go to the work dir.
+
+    Args:
+        interval (int): Iterations between checkpoints; -1 for the last only. Defaults to -1.
+        max_keep_ckpts (int): Newest checkpoints to keep; -1 for all. Defaults to 3.
+        save_best (str or list[str], optional): Metrics of the evaluation hook, as ``NAME/METRIC``, whose best
+            checkpoint is kept beside those.
+        rule (str or list[str], optional): ``'less'`` or ``'greater'`` is better.
+    """
+
+    def __init__(self,
+                 interval: int = -1,
+                 max_keep_ckpts: int = 3,
+                 save_best: Union[str, List[str], None] = None,
+                 rule: Union[str, List[str], None] = None):
+        super().__init__(interval, by_epoch=False, max_keep_ckpts=max_keep_ckpts, save_best=save_best, rule=rule)
+
+    def before_train(self, runner) -> None:
+        self.out_dir = runner.work_dir
+        if is_main_process():
+            for left_over in glob(osp.join(glob_escape(self.out_dir), '*.tmp')):
+                _remove(left_over)
+        kept = runner.message_hub.runtime_info.get('keep_ckpt_ids', [])
+        self.keep_ckpt_ids = deque(kept)
+        runner.logger.info(f'Checkpoints will be saved to {self.out_dir}.')
+
+    def save_now(self, runner) -> None:
+        """Save at the end of the current iteration, unless that is done already."""
+        if self.last_ckpt != self._path(runner.iter + 1):
+            self._save_checkpoint(runner)
+
+    def _path(self, step: int) -> str:
+        return osp.join(self.out_dir, self.filename_tmpl.format(step))
+
+    def _save_checkpoint_with_step(self, runner, step: int, meta: dict) -> None:
+        outdated: List[str] = []
+        if self.max_keep_ckpts > 0:
+            self.keep_ckpt_ids.append(step)
+            while len(self.keep_ckpt_ids) > self.max_keep_ckpts:
+                outdated.append(self._path(self.keep_ckpt_ids.popleft()))
+            runner.message_hub.update_info('keep_ckpt_ids', list(self.keep_ckpt_ids))
+        path = self._path(step)
+        runner.message_hub.update_info('last_ckpt', path)
+        runner.save_checkpoint(self.out_dir, osp.basename(path), save_optimizer=self.save_optimizer,
+                               save_param_scheduler=self.save_param_scheduler, meta=meta, by_epoch=False)
+        self.last_ckpt = path
+        if is_main_process():
+            write_text_atomically(osp.join(runner.work_dir, 'last_checkpoint'), path)
+        # no process goes on, perhaps to its end, before the checkpoint is findable
+        barrier()
+        for old in outdated:
+            _remove(old)
+
+    def after_evaluation(self, runner, metrics: Dict[str, float]) -> None:
+        """Keep the best checkpoint so far of each metric in ``save_best`` that was just measured."""
+        for key, rule in zip(self.key_indicators if self.save_best else [], self.rules if self.save_best else []):
+            if key not in metrics:
+                continue
+            best = runner.message_hub.runtime_info.get(f'best_score_{key}', self.init_value_map[rule])
+            if not self.rule_map[rule](metrics[key], best):
+                continue
+            outdated = runner.message_hub.runtime_info.get(f'best_ckpt_{key}')
+            step = runner.iter + 1
+            path = osp.join(self.out_dir, f'best_{key.replace("/", "_")}_{self.filename_tmpl.format(step)}')
+            runner.message_hub.update_info(f'best_score_{key}', metrics[key])
+            runner.message_hub.update_info(f'best_ckpt_{key}', path)
+            runner.save_checkpoint(self.out_dir, osp.basename(path), save_optimizer=False, save_param_scheduler=False,
+                                   meta=dict(epoch=runner.epoch, iter=step), by_epoch=False)
+            runner.logger.info(f'Best {key} so far: {metrics[key]:.4f}, saved to {path}')
+            if outdated and outdated != path:
+                _remove(outdated)

@@ -1,0 +1,42 @@
+# Copyright (c) mmfgm authors.
+import torch
+from mmengine.hooks import Hook
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from mmfgm.registry import HOOKS
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+@HOOKS.register_module()
+class NetworkEMAHook(Hook):
+    """Update the model's averages once per iteration: ``ema <- decay ema + (1 - decay) source``.
+
+    The averages and their decays are the model's (``model.ema``). A source that is sharded has averages
+    that are sharded alike, so nothing is communicated.
+
+    Args:
+        ramp_up (bool): Use ``min(decay, (1 + i) / (10 + i))`` at iteration ``i`` from 0, so that a short
+            run is not dominated by its start. Defaults to True.
+    """
+
+    priority = 'HIGH'
+
+    def __init__(self, ramp_up: bool = True):
+        self.ramp_up = ramp_up
+
+    @torch.no_grad()
+    def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
+        model = runner.model
+        source = getattr(model, model.ema_source)
+        params, buffers = [_local(p) for p in source.parameters()], list(source.buffers())
+        for name, decay in model.ema_decays.items():
+            if self.ramp_up:
+                decay = min(decay, (1 + runner.iter) / (10 + runner.iter))
+            ema = getattr(model, name)
+            torch._foreach_lerp_([_local(p) for p in ema.parameters()], params, 1 - decay)
+            for average, current in zip(ema.buffers(), buffers):
+                average.copy_(current)

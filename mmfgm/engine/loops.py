@@ -1,0 +1,180 @@
+# Copyright (c) mmfgm authors.
+import copy
+import signal
+import time
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Callable, Dict, List, Optional, Tuple
+
+import torch
+from mmengine.runner import IterBasedTrainLoop
+from torch import Tensor
+
+from mmfgm.datasets import collate
+from mmfgm.errors import UsageError
+from mmfgm.registry import LOOPS
+
+
+class _Clock:
+    """Marks in time that do not wait for the GPU: CUDA events there, ``perf_counter`` elsewhere."""
+
+    def __init__(self):
+        self.cuda = torch.cuda.is_available()
+
+    def mark(self) -> Any:
+        if not self.cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def seconds(self, start: Any, end: Any) -> float:
+        """Time between two marks; on a GPU the caller must know that ``end`` has been reached."""
+        return start.elapsed_time(end) / 1000 if self.cuda else end - start
+
+
+def _init_worker(inner: Optional[Callable[[int], None]], worker_id: int) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if inner is not None:
+        inner(worker_id)
+
+
+@dataclass
+class CycleRecord:
+    """What one iteration leaves for the log; values stay on the device, so nothing waits for them.
+
+    Args:
+        iteration (int): 1 for the first iteration of a run.
+        values (dict[str, Tensor]): ``'PHASE/NAME'`` to a scalar; the last update of the phase in this iteration.
+        marks (dict[str, list]): Phase to its (start, end) marks.
+    """
+
+    iteration: int
+    values: Dict[str, Tensor] = field(default_factory=dict)
+    marks: Dict[str, List[Tuple[Any, Any]]] = field(default_factory=dict)
+
+
+@LOOPS.register_module()
+class AlternatingTrainLoop(IterBasedTrainLoop):
+    """Algorithm 1: ``online_updates`` updates of the online network, then one of the generator.
+
+    That cycle, accumulation included, is ONE iteration: intervals of hooks, checkpoints, schedules and
+    evaluations count cycles. The phases themselves are the model's; a model with a single phase, such as
+    :class:`~mmfgm.models.FlowMatching`, is trained by the same loop.
+
+    Args:
+        runner: The MMEngine runner.
+        dataloader (dict): Config of the training data; its sampler must be infinite and able to ``skip``.
+        max_iters (int): Iterations (cycles) of the run.
+        online_updates (int): Updates of the ``online`` phase in a cycle. Defaults to 1.
+        accumulation (int): Micro-batches summed into each update. Defaults to 1.
+        share_samples (bool): Generate once a cycle and reuse the samples in every phase, instead of
+            drawing fresh noise for each update as Algorithm 1 is written. The generator does not change
+            in between, so only the noise is shared, and a generator forward is saved. Defaults to False.
+
+    Raises:
+        UsageError: For counts below 1, or settings that do not go together.
+    """
+
+    def __init__(self,
+                 runner,
+                 dataloader: dict,
+                 max_iters: int,
+                 online_updates: int = 1,
+                 accumulation: int = 1,
+                 share_samples: bool = False):
+        for name, value in dict(max_iters=max_iters, online_updates=online_updates, accumulation=accumulation).items():
+            if not isinstance(value, int) or value < 1:
+                raise UsageError(f'train_cfg.{name} must be a whole number of at least 1, but is {value!r}')
+        if share_samples and accumulation > 1:
+            raise UsageError('train_cfg.share_samples keeps the graph of a whole cycle, so it would hold '
+                             f'accumulation={accumulation} graphs at once; set share_samples=False')
+        if isinstance(dataloader, dict):
+            dataloader = copy.deepcopy(dataloader)
+            # all ranks must shuffle alike, and a resumed run like the one it continues
+            dataloader['sampler'].setdefault('seed', runner.strategy.randomness['seed'])
+            dataloader.setdefault('collate_fn', dict(type=collate))
+        super().__init__(runner, dataloader, max_iters)
+        if not hasattr(self.dataloader.sampler, 'skip'):
+            raise UsageError(f'train_dataloader.sampler must be an InfiniteSampler, which can resume at any sample, but is '
+                             f'{type(self.dataloader.sampler).__name__}')
+        # torchrun sends SIGTERM to loader workers too; the training process ends them when it stops
+        self.dataloader.worker_init_fn = partial(_init_worker, self.dataloader.worker_init_fn)
+        self.online_updates = online_updates
+        self.accumulation = accumulation
+        self.share_samples = share_samples
+        self.clock = _Clock()
+        self.record = CycleRecord(0)
+
+    @property
+    def schedule(self) -> List[str]:
+        """Names of the phases of one cycle, in order."""
+        return [name for name in self.runner.model.phases
+                for _ in range(self.online_updates if name == 'online' else 1)]
+
+    @property
+    def batches_per_iter(self) -> int:
+        """Batches that one iteration takes from the loader of each process."""
+        return 1 if self.share_samples else len(self.schedule) * self.accumulation
+
+    def run(self):
+        """Train to ``max_iters``; returns the model.
+
+        Raises:
+            UsageError: If ``online_updates`` is set for a model without an online phase.
+        """
+        if self.online_updates != 1 and 'online' not in self.runner.model.phases:
+            raise UsageError(f'train_cfg.online_updates={self.online_updates} has no meaning for '
+                             f'{type(self.runner.model).__name__}, whose phases are {list(self.runner.model.phases)}')
+        self.runner.call_hook('before_train')
+        self.runner.call_hook('before_train_epoch')
+        if self._iter > 0:
+            self.dataloader.sampler.skip(self._iter * self.batches_per_iter * self.dataloader.batch_size)
+        # made before the first iteration, because making it draws from the random state that hooks restore
+        self._batches = iter(self.dataloader)
+        self.runner.model.train()
+        while self._iter < self._max_iters and not self.stop_training:
+            self.run_iter()
+        self._epoch += 1
+        self.runner.call_hook('after_train_epoch')
+        self.runner.call_hook('after_train')
+        return self.runner.model
+
+    def run_iter(self) -> None:
+        """One cycle."""
+        self.runner.call_hook('before_train_iter', batch_idx=self._iter)
+        self.record = CycleRecord(self._iter + 1)
+        shared = self._prepare(differentiable=True) if self.share_samples else None
+        for phase in self.schedule:
+            start = self.clock.mark()
+            self._update(phase, shared)
+            self.record.marks.setdefault(phase, []).append((start, self.clock.mark()))
+        self.runner.call_hook('after_train_iter', batch_idx=self._iter)
+        self._iter += 1
+
+    def _prepare(self, differentiable: bool) -> dict:
+        return self.runner.model.prepare(next(self._batches), differentiable)
+
+    def _update(self, phase: str, shared: Optional[dict]) -> None:
+        """One optimizer step of every network that ``phase`` trains, on ``shared`` samples or fresh ones."""
+        model, strategy = self.runner.model, self.runner.strategy
+        spec = model.phases[phase]
+        trained = [getattr(model, name) for name in spec.trains]
+        with strategy.frozen(getattr(model, name) for name in spec.freezes):
+            means: Dict[str, Tensor] = {}
+            for i in range(self.accumulation):
+                with strategy.accumulating(trained, last=i == self.accumulation - 1):
+                    samples = self._prepare(spec.differentiable) if shared is None else shared
+                    losses = model.loss(phase, samples)
+                    total = sum(value for name, value in losses.items() if 'loss' in name)
+                    (total / self.accumulation).backward()
+                for name, value in losses.items():
+                    means[name] = means.get(name, 0) + value.detach() / self.accumulation
+        for name in spec.trains:
+            wrapper = self.runner.optim_wrapper[name]
+            wrapper.step()
+            wrapper.zero_grad()
+            # with several networks in one phase, each has its own norm
+            key = 'grad_norm' if len(spec.trains) == 1 else f'grad_norm_{name}'
+            self.record.values[f'{phase}/{key}'] = wrapper.grad_norm
+        self.record.values.update({f'{phase}/{name}': value for name, value in means.items()})

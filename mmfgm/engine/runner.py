@@ -1,0 +1,136 @@
+# Copyright (c) mmfgm authors.
+import difflib
+import os
+import tempfile
+from typing import Optional, Sequence
+
+from mmengine.config import Config
+from mmengine.runner import FlexibleRunner
+
+from mmfgm.errors import UsageError
+from mmfgm.models import latest_checkpoint
+from mmfgm.registry import RUNNERS, STRATEGIES
+
+from .strategies import ProcessGroupStrategy, default_strategy
+
+# top-level keys that FlexibleRunner.from_cfg and our tools read
+KNOWN_KEYS = ('model', 'work_dir', 'experiment_name', 'train_dataloader', 'optim_wrapper', 'param_scheduler', 'train_cfg',
+              'strategy', 'auto_scale_lr', 'default_hooks', 'custom_hooks', 'load_from', 'resume', 'launcher', 'env_cfg',
+              'log_processor', 'log_level', 'visualizer', 'default_scope', 'randomness', 'evaluations')
+REQUIRED_KEYS = ('model', 'train_dataloader', 'train_cfg', 'optim_wrapper')
+UNSUPPORTED_KEYS = dict(
+    val_cfg='evaluations', val_dataloader='evaluations', val_evaluator='evaluations', test_cfg='evaluations',
+    test_dataloader='evaluations', compile='nothing (torch.compile is not supported)', test_evaluator='evaluations', data_preprocessor='model.data_preprocessor')
+
+
+def check_config(cfg: Config, required: Sequence[str] = REQUIRED_KEYS) -> None:
+    """Catch what MMEngine would ignore in silence.
+
+    Raises:
+        UsageError: For a misspelt or unsupported top-level key, a missing section, or no fixed seed.
+    """
+    for key in cfg:
+        if cfg[key] is not None and key in UNSUPPORTED_KEYS:
+            raise UsageError(f'the config sets {key}, which is not used here; use {UNSUPPORTED_KEYS[key]}')
+        close = difflib.get_close_matches(key, KNOWN_KEYS, 1, cutoff=0.85)
+        if key not in KNOWN_KEYS and close:
+            raise UsageError(f'the config has an unknown key {key!r}; did you mean {close[0]!r}?')
+    missing = [key for key in required if cfg.get(key) is None]
+    if missing:
+        raise UsageError(f'the config has no {", ".join(missing)}; start from one of ours, for example '
+                         "_base_ = 'mmfgm::fgm/digits.py'")
+    if not isinstance(cfg.get('randomness', {}).get('seed'), int):
+        raise UsageError(f'randomness.seed must be a whole number, so that a resumed run repeats exactly, but is '
+                         f'{cfg.get("randomness", {}).get("seed")!r}')
+
+
+def check_work_dir(work_dir: str) -> None:
+    """Make the work directory and write in it.
+
+    Raises:
+        UsageError: If that fails.
+    """
+    try:
+        os.makedirs(work_dir, exist_ok=True)
+        with tempfile.TemporaryFile(dir=work_dir):
+            pass
+    except OSError as e:
+        raise UsageError(f'work_dir {work_dir!r} cannot be written to: {e.strerror or e}; choose another with --work-dir') from e
+
+
+@RUNNERS.register_module()
+class FlowRunner(FlexibleRunner):
+    """FlexibleRunner with our strategies: one device, or DDP per network under a launcher, or what the config names."""
+
+    @classmethod
+    def from_cfg(cls, cfg: Config) -> 'FlowRunner':
+        """Check a config and build a runner from it.
+
+        Raises:
+            UsageError: See :func:`check_config` and :func:`check_work_dir`.
+        """
+        check_config(cfg, REQUIRED_KEYS if cfg.get('train_cfg') else ('model',))
+        check_work_dir(cfg.work_dir)
+        return super().from_cfg(cfg)
+
+    def prepare(self) -> None:
+        """Build everything that training needs, load or resume: all that can fail before it starts."""
+        if self.strategy._prepared:
+            return
+        loop = self.train_loop
+        self.strategy.prepare(
+            self.model,
+            optim_wrapper=self.optim_wrapper,
+            param_scheduler=self.param_schedulers,
+            dispatch_kwargs=dict(epoch_length=len(loop.dataloader), max_epochs=1, max_iters=loop.max_iters,
+                                 train_micro_batch_size_per_gpu=loop.dataloader.batch_size))
+        self.model = self.strategy.model
+        self.optim_wrapper = self.strategy.optim_wrapper
+        if self.param_schedulers is not None:
+            self.param_schedulers = self.strategy.param_schedulers
+        self.load_or_resume()
+        self.call_hook('before_run')
+
+    def prepare_to_sample(self, checkpoint: Optional[str]) -> None:
+        """Build the model alone, with the weights of ``checkpoint`` if one is given."""
+        self.strategy.prepare(self.model)
+        self.model = self.strategy.model
+        if checkpoint is not None:
+            self.strategy.load_checkpoint(checkpoint)
+        self.model.eval()
+
+    def train(self):
+        """Train to the end; returns the model."""
+        self.prepare()
+        model = self.train_loop.run()
+        self.call_hook('after_run')
+        return model
+
+    def build_strategy(self, strategy: Optional[dict] = None, launcher: str = 'none', **kwargs):
+        """Fill in the strategy's type when the config leaves it out, and hold it against the launcher.
+
+        Raises:
+            UsageError: If the strategy needs several processes and there is no launcher, or the reverse.
+        """
+        strategy = dict(strategy or {})
+        name = strategy.setdefault('type', default_strategy(launcher)).removeprefix('mmfgm.')
+        if name in STRATEGIES:
+            # MMEngine looks it up before the default scope exists, and has others of the same names
+            strategy['type'] = f'mmfgm.{name}'
+            if issubclass(STRATEGIES.get(name), ProcessGroupStrategy) != (launcher != 'none'):
+                raise UsageError(f'strategy {name} does not go with --launcher {launcher}: start DDPStrategy and FSDP2Strategy '
+                                 'with tools/dist_train.sh or tools/slurm_train.sh, SingleDeviceStrategy without a launcher')
+        return super().build_strategy(strategy, launcher=launcher, **kwargs)
+
+    def register_default_hooks(self, hooks: Optional[dict] = None) -> None:
+        """As MMEngine's, but ``default_hooks.NAME=None`` removes any hook, not only MMEngine's own."""
+        stock = ('runtime_info', 'timer', 'sampler_seed', 'logger', 'param_scheduler', 'checkpoint')
+        super().register_default_hooks({k: v for k, v in (hooks or {}).items() if v is not None or k in stock})
+
+    def load_or_resume(self):
+        """As MMEngine's, but ``--resume`` without a checkpoint starts from the beginning, and says so."""
+        if self._resume is True and self._load_from is None:
+            self._resume = latest_checkpoint(self.work_dir) or False
+            if not self._resume:
+                self.logger.info(f'Nothing to resume in {self.work_dir}: starting from the beginning.')
+        super().load_or_resume()

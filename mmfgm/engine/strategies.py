@@ -1,0 +1,218 @@
+# Copyright (c) mmfgm authors.
+"""How the networks of a model meet the devices: each network is wrapped on its own, in place.
+
+The model itself stays a plain module, so the loop can call its phases; the maths never sees a wrapper.
+"""
+import functools
+import os
+from contextlib import ExitStack, contextmanager
+from typing import Dict, Iterable, List, Optional, Sequence
+
+import torch
+import torch.distributed as dist
+from mmengine._strategy.single_device import SingleDeviceStrategy as _SingleDeviceStrategy
+from mmengine.device import get_device
+from mmengine.dist import init_dist
+from torch import nn
+from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_model_state_dict, get_optimizer_state_dict,
+                                                     set_model_state_dict, set_optimizer_state_dict)
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from mmfgm.errors import UsageError
+from mmfgm.registry import STRATEGIES
+
+from .checkpoint import CheckpointMixin, check_shapes
+
+PRECISIONS = ('fp32', 'bf16')
+
+
+def _autocast_forward(network: nn.Module, device_type: str) -> None:
+    """Run a network's forward in bf16 and hand its output on in float32, so that losses stay in float32."""
+    forward = network.forward
+
+    @functools.wraps(forward)
+    def wrapped(*args, **kwargs):
+        with torch.autocast(device_type, torch.bfloat16):
+            return forward(*args, **kwargs).float()
+
+    network.forward = wrapped
+
+
+@STRATEGIES.register_module()
+class SingleDeviceStrategy(CheckpointMixin, _SingleDeviceStrategy):
+    """Every network whole on one device.
+
+    Args:
+        precision (str): ``'fp32'``, or ``'bf16'`` for bf16 compute with float32 weights, losses and
+            optimizer state. Defaults to ``'fp32'``.
+        **kwargs: For MMEngine's ``BaseStrategy``.
+
+    Raises:
+        UsageError: If ``precision`` is unknown.
+    """
+
+    def __init__(self, *, precision: str = 'fp32', **kwargs):
+        if precision not in PRECISIONS:
+            raise UsageError(f'strategy.precision must be one of {PRECISIONS}, but is {precision!r}')
+        self.precision = precision
+        super().__init__(**kwargs)
+
+    # networks
+    def _wrap_model(self, model: nn.Module) -> nn.Module:
+        device = get_device()
+        model.to(device)
+        if self.precision == 'bf16':
+            for network in model.networks.values():
+                _autocast_forward(network, torch.device(device).type)
+        return model
+
+    @contextmanager
+    def frozen(self, networks: Iterable[nn.Module]):
+        """Let gradients pass through ``networks`` without computing those of their parameters."""
+        networks = list(networks)
+        with ExitStack() as stack:
+            # what a user froze stays frozen afterwards
+            params = [p for network in networks for p in network.parameters() if p.requires_grad]
+            for network in networks:
+                stack.enter_context(self.unsynchronised(network))
+            try:
+                for p in params:
+                    p.requires_grad_(False)
+                yield
+            finally:
+                for p in params:
+                    p.requires_grad_(True)
+
+    @contextmanager
+    def accumulating(self, networks: Iterable[nn.Module], last: bool):
+        """Around forward and backward of a micro-batch: average gradients over processes only in the last."""
+        with ExitStack() as stack:
+            for network in () if last else networks:
+                stack.enter_context(self.unsynchronised(network))
+            yield
+
+    @contextmanager
+    def unsynchronised(self, network: nn.Module):
+        """Keep the gradients of ``network`` on this process."""
+        yield
+
+    def _build_param_scheduler(self, scheduler, optim_wrapper, default_args) -> list:
+        # MMEngine pops from default_args in place, which breaks the second optimizer
+        return super()._build_param_scheduler(scheduler, optim_wrapper, dict(default_args))
+
+    # state
+    def model_state_dict(self) -> dict:
+        """The model's tensors under their plain names, without networks that come from elsewhere."""
+        skip = tuple(f'{name}.' for name in self.model.pretrained)
+        return {key: value for key, value in get_model_state_dict(self.model).items() if not key.startswith(skip)}
+
+    def load_model_state_dict(self, state_dict: dict, **kwargs) -> None:
+        check_shapes(self.model_state_dict(), {key: value.shape for key, value in state_dict.items()})
+        set_model_state_dict(self.model, state_dict, options=StateDictOptions(strict=False))
+
+
+class ProcessGroupStrategy(SingleDeviceStrategy):
+    """What the strategies of several processes share."""
+
+    def _setup_distributed(self, launcher: str = 'pytorch', backend: Optional[str] = None, **kwargs) -> None:
+        if dist.is_initialized():
+            return
+        if not torch.cuda.is_available():
+            # init_dist would call torch.cuda.set_device
+            dist.init_process_group(backend='gloo')
+            return
+        local = int(os.environ.get('LOCAL_WORLD_SIZE', os.environ.get('SLURM_NTASKS_PER_NODE', 1)))
+        if local > torch.cuda.device_count():
+            raise UsageError(f'{local} processes were started on this machine, but it has {torch.cuda.device_count()} '
+                             'GPU(s); start one process per GPU')
+        init_dist(launcher, backend or 'nccl', **kwargs)
+
+
+@STRATEGIES.register_module()
+class DDPStrategy(ProcessGroupStrategy):
+    """DistributedDataParallel around each trained network; gradients are averaged over processes.
+
+    Args:
+        precision (str): As for :class:`SingleDeviceStrategy`.
+        **kwargs: For MMEngine's ``BaseStrategy``.
+    """
+
+    def _wrap_model(self, model: nn.Module) -> nn.Module:
+        model = super()._wrap_model(model)
+        device_ids = [torch.cuda.current_device()] if torch.cuda.is_available() else None
+        for name in {name: None for phase in model.phases.values() for name in phase.trains}:
+            wrapped = DistributedDataParallel(
+                getattr(model, name), device_ids, broadcast_buffers=False, gradient_as_bucket_view=True)
+            setattr(model, name, wrapped)
+        return model
+
+    @contextmanager
+    def unsynchronised(self, network: nn.Module):
+        with network.no_sync():
+            yield
+
+
+@STRATEGIES.register_module()
+class FSDP2Strategy(ProcessGroupStrategy):
+    """FSDP2 (``fully_shard``) of every network: parameters, gradients, optimizer state and averages.
+
+    Checkpoints are directories with one shard per process; they resume on any number of processes.
+
+    Args:
+        block_types (Sequence[str]): Class names of the layers that are gathered one at a time, for
+            example ``('AdaLNBlock',)`` or ``('JointTransformerBlock',)``.
+        precision (str): ``'fp32'``, or ``'bf16'`` for bf16 compute and communication of parameters;
+            gradients are reduced in float32 and the sharded master weights stay float32.
+        **kwargs: For MMEngine's ``BaseStrategy``.
+
+    Raises:
+        UsageError: If no layer of a network is of ``block_types``.
+    """
+
+    sharded_checkpoints = True
+
+    def __init__(self, *, block_types: Sequence[str], **kwargs):
+        self.block_types = tuple(block_types)
+        super().__init__(**kwargs)
+
+    def _wrap_model(self, model: nn.Module) -> nn.Module:
+        device = get_device()
+        mesh = init_device_mesh(torch.device(device).type, (dist.get_world_size(),))
+        # networks cast their inputs themselves, so that t stays float32; outputs feed losses in float32
+        compute = torch.bfloat16 if self.precision == 'bf16' else None
+        block_policy = MixedPrecisionPolicy(compute, torch.float32, cast_forward_inputs=False)
+        root_policy = MixedPrecisionPolicy(compute, torch.float32, torch.float32, cast_forward_inputs=False)
+        for name, network in model.networks.items():
+            blocks = [m for m in network.modules() if type(m).__name__ in self.block_types]
+            if not blocks:
+                inside = sorted({type(m).__name__ for m in network.modules()})
+                raise UsageError(f'strategy.block_types={self.block_types} matches no layer of network {name!r}; it has '
+                                 f'layers of types {inside}')
+            for block in blocks:
+                fully_shard(block, mesh=mesh, mp_policy=block_policy, reshard_after_forward=True)
+            # the root is resharded too: averages and optimizers must see shards at any time
+            fully_shard(network, mesh=mesh, mp_policy=root_policy, reshard_after_forward=True)
+        return model.to(device)
+
+    def optim_state_dict(self) -> Dict[str, dict]:
+        flat = StateDictOptions(flatten_optimizer_state_dict=True)
+        return {
+            name: get_optimizer_state_dict(getattr(self.model, name), wrapper.optimizer, options=flat)
+            for name, wrapper in self.optim_wrapper.items()
+        }
+
+    def load_optim_state_dict(self, state_dict: Dict[str, dict]) -> None:
+        flat = StateDictOptions(flatten_optimizer_state_dict=True)
+        for name, wrapper in self.optim_wrapper.items():
+            set_optimizer_state_dict(getattr(self.model, name), wrapper.optimizer, optim_state_dict=state_dict[name],
+                                     options=flat)
+
+
+def default_strategy(launcher: str) -> str:
+    """The strategy a config gets when it names none: one device without a launcher, DDP with one."""
+    return 'mmfgm.SingleDeviceStrategy' if launcher == 'none' else 'mmfgm.DDPStrategy'
+
+
+__all__: List[str] = ['DDPStrategy', 'FSDP2Strategy', 'SingleDeviceStrategy', 'default_strategy']

@@ -1,0 +1,83 @@
+# Copyright (c) mmfgm authors.
+"""Solvers of the flow ODE ``dx/dt = v(x, t)`` from noise to data, as free functions.
+
+``velocity(x, t)`` takes ``x (N, *event)`` and ``t (N,)``. ``times`` is a decreasing 1-D tensor,
+usually from 1 (noise) to 0 (data).
+"""
+from typing import Callable, Optional
+
+import torch
+from torch import Tensor
+
+Velocity = Callable[[Tensor, Tensor], Tensor]
+Callback = Callable[[int, Tensor, Tensor], None]
+
+
+class CountNFE:
+    """Wrap a velocity and count its evaluations in ``nfe``.
+
+    A batched call counts once, whatever its batch size; classifier-free guidance in one batched
+    call also counts once, as in the tables of the field.
+    """
+
+    def __init__(self, velocity: Velocity):
+        self.velocity = velocity
+        self.nfe = 0
+
+    def __call__(self, x: Tensor, t: Tensor) -> Tensor:
+        self.nfe += 1
+        return self.velocity(x, t)
+
+
+def uniform_times(steps: int, device=None) -> Tensor:
+    """``steps + 1`` float32 times, evenly spaced from 1 (noise) to 0 (data)."""
+    if steps < 1:
+        raise ValueError(f'an ODE solver needs at least 1 step, but got {steps}')
+    return torch.linspace(1, 0, steps + 1, device=device)
+
+
+def _check_times(times: Tensor) -> None:
+    if times.ndim != 1 or len(times) < 2:
+        raise ValueError(f'times must be a 1-D tensor of at least 2 values, but has shape {tuple(times.shape)}')
+
+
+def euler(velocity: Velocity, x_1: Tensor, times: Tensor, callback: Optional[Callback] = None) -> Tensor:
+    """Euler's method: first order, one evaluation a step (NFE = ``len(times) - 1``).
+
+    Args:
+        velocity: ``(x, t) -> dx/dt``.
+        x_1 (Tensor): Start, at ``times[0]``; shape ``(N, *event)``.
+        times (Tensor): The time grid, shape ``(steps + 1,)``.
+        callback: Called as ``callback(step, x, times[step + 1])`` after each step.
+
+    Returns:
+        Tensor: The solution at ``times[-1]``, shaped like ``x_1``.
+    """
+    _check_times(times)
+    x = x_1
+    for i, (t, t_next) in enumerate(zip(times[:-1], times[1:])):
+        x = x + (t_next - t) * velocity(x, t.expand(len(x)))
+        if callback is not None:
+            callback(i, x, t_next)
+    return x
+
+
+def heun(velocity: Velocity, x_1: Tensor, times: Tensor, callback: Optional[Callback] = None) -> Tensor:
+    """Heun's method: second order, two evaluations a step (NFE = ``2 (len(times) - 1)``).
+
+    Takes and returns what :func:`euler` does.
+    """
+    _check_times(times)
+    x = x_1
+    for i, (t, t_next) in enumerate(zip(times[:-1], times[1:])):
+        dt = t_next - t
+        d = velocity(x, t.expand(len(x)))
+        d_next = velocity(x + dt * d, t_next.expand(len(x)))
+        x = x + dt * (d + d_next) / 2
+        if callback is not None:
+            callback(i, x, t_next)
+    return x
+
+
+euler.evaluations_per_step = 1
+heun.evaluations_per_step = 2

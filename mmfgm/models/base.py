@@ -1,0 +1,162 @@
+# Copyright (c) mmfgm authors.
+import copy
+from dataclasses import dataclass
+from typing import Any, Dict, Tuple
+
+import torch
+from mmengine.model import BaseModel
+from torch import Tensor, nn
+
+from mmfgm.errors import UsageError
+from mmfgm.flow import uniform_times
+from mmfgm.registry import FUNCTIONS
+
+# what a dataset yields beside the network's conditions
+NOT_CONDITIONS = ('idx', 'seed', 'x_0')
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One kind of update inside a training iteration.
+
+    Args:
+        trains (tuple[str, ...]): Networks that this phase's loss updates.
+        freezes (tuple[str, ...]): Trainable networks the gradient passes through without being kept.
+        differentiable (bool): Whether the loss needs the gradient of the generated samples.
+    """
+
+    trains: Tuple[str, ...]
+    freezes: Tuple[str, ...] = ()
+    differentiable: bool = False
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to turn noise into samples: which network, and for an ODE which solver and how many evaluations.
+
+    Args:
+        network (str): Name of a network of the model, for example ``generator_ema`` or ``teacher``.
+        nfe (int): Network evaluations; a one-step generator always takes 1.
+        solver (str): A solver of :mod:`mmfgm.flow.ode`, on evenly spaced times.
+
+    Raises:
+        UsageError: If the solver cannot spend exactly ``nfe`` evaluations.
+    """
+
+    network: str
+    nfe: int = 1
+    solver: str = 'euler'
+
+    def __post_init__(self):
+        solver = FUNCTIONS.get(self.solver)
+        if solver is None:
+            raise UsageError(f'there is no ODE solver {self.solver!r}; use euler or heun')
+        if self.nfe < 1 or self.nfe % solver.evaluations_per_step:
+            raise UsageError(f'{self.solver} spends {solver.evaluations_per_step} evaluations a step, so its NFE must be '
+                             f'a positive multiple of that, but got nfe={self.nfe}')
+
+
+class FlowModel(BaseModel):
+    """What pre-training and distillation share: EMA copies, noise, conditions and sampling.
+
+    Subclasses name their training phases in ``phases`` and implement ``loss(phase, samples)``. They
+    never see an optimizer, a parallel wrapper or a logger.
+    """
+
+    phases: Dict[str, Phase] = {}
+    ema_source: str = ''
+    # networks that come from elsewhere and are not part of this model's checkpoints
+    pretrained: Tuple[str, ...] = ()
+    # networks that map noise to samples in one call; all others are integrated
+    one_step: Tuple[str, ...] = ()
+
+    def __init__(self):
+        super().__init__()
+        # checksum of each pre-trained network, so that a resumed run notices another teacher
+        self.fingerprints: Dict[str, str] = {}
+
+    def _init_ema(self, ema: Dict[str, float]) -> None:
+        self.ema_decays = dict(ema)
+        for name, decay in self.ema_decays.items():
+            if not name.startswith(f'{self.ema_source}_ema') or not 0 <= decay < 1:
+                raise UsageError(f'ema must map names that start with {self.ema_source}_ema to decays in [0, 1), but got '
+                                 f'{name!r}: {decay!r}')
+            setattr(self, name, copy.deepcopy(getattr(self, self.ema_source)).requires_grad_(False))
+
+    @property
+    def networks(self) -> Dict[str, nn.Module]:
+        """Networks by name, in the order they were made; losses and preprocessors are not networks."""
+        trained = [name for phase in self.phases.values() for name in phase.trains]
+        known = {*trained, *self.pretrained, *self.ema_decays}
+        return {name: child for name, child in self.named_children() if name in known}
+
+    def init_weights(self) -> None:
+        """Nothing: networks come initialised or loaded, and MMEngine must not undo that."""
+
+    def check(self, sampling: 'Sampling') -> None:
+        """Hold a sampling against the model, before any sample is drawn.
+
+        Raises:
+            UsageError: If there is no such network, or ``nfe`` is not 1 for a one-step generator.
+        """
+        if sampling.network not in self.networks:
+            raise UsageError(f'{type(self).__name__} has no network {sampling.network!r}; choose from {list(self.networks)}')
+        if sampling.network in self.one_step and sampling.nfe != 1:
+            raise UsageError(f'{sampling.network} is a one-step generator: its NFE is 1, not {sampling.nfe}')
+
+    def train(self, mode: bool = True):
+        """Averages and pre-trained networks stay in evaluation mode: no dropout in what we match."""
+        super().train(mode)
+        for name in (*self.ema_decays, *self.pretrained):
+            getattr(self, name).eval()
+        return self
+
+    def conditions(self, batch: Dict[str, Any]) -> Dict[str, Tensor]:
+        """The part of a batch that the networks take as keyword arguments."""
+        return {name: value for name, value in batch.items() if name not in NOT_CONDITIONS}
+
+    def prepare(self, batch: Dict[str, Any], differentiable: bool) -> Dict[str, Any]:
+        """Move a batch to the device and add what every phase needs; see the subclass."""
+        return self.data_preprocessor(batch)
+
+    def loss(self, phase: str, samples: Dict[str, Any]) -> Dict[str, Tensor]:
+        """Losses (keys with ``loss``, summed for the gradient) and values to log, of one phase."""
+        raise NotImplementedError(f'{type(self).__name__} does not define a loss')
+
+    def forward(self, inputs: Dict[str, Any], mode: str) -> Dict[str, Tensor]:
+        """The loss of phase ``mode`` on prepared ``inputs``; MMEngine's entry point."""
+        return self.loss(mode, inputs)
+
+    def seeded_noise(self, seeds) -> Tensor:
+        """Standard normal noise ``(N, *event)``; each row depends on its own seed alone.
+
+        Drawn on the CPU, so that the same seeds give the same images on every device.
+        """
+        rows = [torch.randn(self.event_shape, generator=torch.Generator().manual_seed(int(seed))) for seed in seeds]
+        return torch.stack(rows)
+
+    @torch.no_grad()
+    def sample(self, batch: Dict[str, Any], sampling: Sampling) -> Tensor:
+        """Generate one sample for each item of a batch ``dict(idx, seed, [labels, ...])``.
+
+        Returns:
+            Tensor: ``(N, *event)``, float32, on the model's device; images in [-1, 1] up to overshoot.
+
+        Raises:
+            UsageError: See :meth:`check`.
+        """
+        self.check(sampling)
+        inputs = self.data_preprocessor({**batch, 'z': self.seeded_noise(batch['seed'])})
+        z = inputs.pop('z')
+        cond = self.conditions(inputs)
+        network = getattr(self, sampling.network)
+        training = network.training
+        network.eval()
+        try:
+            if sampling.network in self.one_step:
+                return network(z, **cond)
+            solver = FUNCTIONS.get(sampling.solver)
+            times = uniform_times(sampling.nfe // solver.evaluations_per_step, z.device)
+            return solver(lambda x, t: network(x, t, **cond), z, times)
+        finally:
+            network.train(training)

@@ -1,0 +1,101 @@
+# Copyright (c) mmfgm authors.
+import copy
+from typing import Any, Dict, Optional
+
+import torch
+from torch import Tensor
+
+from mmfgm.errors import UsageError
+from mmfgm.flow import LinearPath
+from mmfgm.registry import MODELS, TASK_UTILS
+
+from .base import FlowModel, Phase
+from .generator import OneStepGenerator
+from .losses import flow_matching_loss
+from .weights import fingerprint, load_network
+
+
+@MODELS.register_module()
+class FGM(FlowModel):
+    """Flow Generator Matching (Algorithm 1): distil a flow-matching teacher into a one-step generator.
+
+    Four networks of one architecture: ``teacher`` u (frozen), ``online`` v_psi (learns the flow of what
+    the generator makes now), ``generator`` g_theta, and its averages. All start from the teacher.
+
+    Batches are ``dict(idx, [labels, ...])``: FGM needs conditions, but no data.
+
+    Args:
+        network (dict): Config of the velocity network, the same as the teacher's.
+        teacher (dict): ``dict(checkpoint=..., prefix='network_ema', weights_only=True)``, see
+            :func:`mmfgm.models.load_network`; ``checkpoint=None`` keeps the weights that the network's
+            own config loads or initialises.
+        fm_time_sampler (dict): Density of ``t`` in the online phase's flow-matching loss.
+        fgm_time_sampler (dict): Density of ``t`` in the generator phase's FGM loss.
+        generator (dict): ``t_star, c_skip, c_out, c_in`` of :class:`OneStepGenerator`.
+        loss (dict): Config of the generator's loss. Defaults to ``dict(type='FGMLoss')``.
+        guidance (dict, optional): Classifier-free guidance of the teacher in the FGM loss, for example
+            ``dict(type='ClassifierFreeGuidance', scale=4., null=dict(type='NullLabel', label=10))``.
+        ema (dict[str, float]): Average name to decay. Defaults to ``dict(generator_ema=0.999)``.
+    """
+
+    phases = dict(
+        online=Phase(trains=('online',)),
+        generator=Phase(trains=('generator',), freezes=('online',), differentiable=True))
+    ema_source = 'generator'
+    pretrained = ('teacher',)
+
+    def __init__(self,
+                 network: dict,
+                 teacher: dict,
+                 fm_time_sampler: dict,
+                 fgm_time_sampler: dict,
+                 generator: Optional[dict] = None,
+                 loss: Optional[dict] = None,
+                 guidance: Optional[dict] = None,
+                 ema: Optional[Dict[str, float]] = None):
+        super().__init__()
+        self.teacher = MODELS.build(network)
+        if 'checkpoint' not in teacher:
+            raise UsageError(f'model.teacher must name a checkpoint (None keeps the network as its own config makes it), but '
+                             f'is {dict(teacher)}')
+        if teacher['checkpoint'] is not None:
+            load_network(self.teacher, **teacher)
+        self.fingerprints = dict(teacher=fingerprint(self.teacher))
+        self.event_shape = self.teacher.event_shape
+        self.online = copy.deepcopy(self.teacher)
+        self.generator = OneStepGenerator(copy.deepcopy(self.teacher), **(generator or {}))
+        self.teacher.requires_grad_(False)
+        self.loss_fgm = MODELS.build(loss or dict(type='FGMLoss'))
+        self.fm_time_sampler = TASK_UTILS.build(fm_time_sampler)
+        self.fgm_time_sampler = TASK_UTILS.build(fgm_time_sampler)
+        self.guidance = TASK_UTILS.build(guidance) if guidance else None
+        self._init_ema(dict(generator_ema=0.999) if ema is None else ema)
+        self.one_step = ('generator', *self.ema_decays)
+
+    def prepare(self, batch: Dict[str, Any], differentiable: bool) -> Dict[str, Any]:
+        """Add ``x_0 = g(z)``, fresh noise ``z ~ N(0, I)``; with its graph only if ``differentiable``."""
+        samples = super().prepare(batch, differentiable)
+        device = next(self.generator.parameters()).device
+        z = torch.randn(len(samples['idx']), *self.event_shape, device=device)
+        with torch.set_grad_enabled(differentiable):
+            return {**samples, 'x_0': self.generator(z, **self.conditions(samples))}
+
+    def loss(self, phase: str, samples: Dict[str, Any]) -> Dict[str, Tensor]:
+        return getattr(self, f'{phase}_loss')(samples['x_0'], self.conditions(samples))
+
+    def online_loss(self, x_0: Tensor, cond: Dict[str, Tensor]) -> Dict[str, Tensor]:
+        """``L_FM(psi)`` of Algorithm 1: flow matching on what the generator makes now."""
+        x_0_sg = x_0.detach()
+        path = LinearPath.sample(x_0_sg, self.fm_time_sampler(len(x_0), x_0.device))
+        v = self.online(path.x_t, path.t, **cond)
+        return dict(loss_fm=flow_matching_loss(v, path.velocity).mean())
+
+    def generator_loss(self, x_0: Tensor, cond: Dict[str, Tensor]) -> Dict[str, Tensor]:
+        """``L_FGM(theta) = L_1 + L_2`` (Eq. 4.10 to 4.12), psi frozen by the loop."""
+        path = LinearPath.sample(x_0, self.fgm_time_sampler(len(x_0), x_0.device))
+        if self.guidance is None:
+            u = self.teacher(path.x_t, path.t, **cond)
+        else:
+            u = self.guidance(self.teacher, path.x_t, path.t, cond)
+        v = self.online(path.x_t, path.t, **cond)
+        return self.loss_fgm(u, v, path.velocity)

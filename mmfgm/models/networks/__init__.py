@@ -1,0 +1,4 @@
+# Copyright (c) mmfgm authors.
+from .mlp import AdaLNMLP
+
+__all__ = ['AdaLNMLP']

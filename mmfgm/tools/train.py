@@ -1,0 +1,37 @@
+# Copyright (c) mmfgm authors.
+"""Train a teacher (configs/reflow) or a one-step generator (configs/fgm)."""
+import argparse
+from typing import Optional, Sequence
+
+from mmfgm.engine import FlowRunner
+
+from .cli import add_common_arguments, building, load_config, run_tool
+
+
+def parse_args(argv: Optional[Sequence[str]]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    add_common_arguments(parser)
+    parser.add_argument('--resume', nargs='?', const='auto', default=None, metavar='CHECKPOINT',
+                        help='go on from CHECKPOINT, or from the last one in the work dir, if there is any')
+    return parser.parse_args(argv)
+
+
+def train(argv: Optional[Sequence[str]] = None) -> FlowRunner:
+    """Train as the command line says; returns the runner."""
+    args = parse_args(argv)
+    cfg = load_config(args)
+    if args.resume is not None:
+        cfg.resume = True if args.resume == 'auto' else args.resume
+        cfg.load_from = None
+    runner = building(lambda: FlowRunner.from_cfg(cfg))
+    building(runner.prepare)
+    runner.train()
+    return runner
+
+
+def main(argv: Optional[Sequence[str]] = None) -> None:
+    run_tool(train, argv)
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,113 @@
+# Copyright (c) mmfgm authors.
+"""Hooks and models that tests name in configs (``custom_imports``)."""
+import os
+import signal
+from contextlib import contextmanager
+from unittest import mock
+
+import torch
+from mmengine.dist import get_rank
+from mmengine.hooks import Hook
+
+from mmfgm.models import FGM
+from mmfgm.registry import HOOKS, MODELS
+
+
+@HOOKS.register_module()
+class KillHook(Hook):
+    """SIGKILL this process at an iteration: before its checkpoint, while it is written, or after it."""
+
+    def __init__(self, at, when, rank=0):
+        self.at, self.when, self.rank = at, when, rank
+        self.priority = 'HIGHEST' if when == 'before' else 'LOWEST'
+
+    def before_train_iter(self, runner, batch_idx, data_batch=None):
+        if self.when == 'while' and runner.iter + 1 == self.at and get_rank() == self.rank:
+            mock.patch('os.replace', lambda *args: os.kill(os.getpid(), signal.SIGKILL)).start()
+
+    def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
+        if runner.iter + 1 == self.at and get_rank() == self.rank:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+@HOOKS.register_module()
+class PoisonHook(Hook):
+    """Make one weight of a network nan before an iteration."""
+
+    def __init__(self, at, network):
+        self.at, self.network = at, network
+
+    def before_train_iter(self, runner, batch_idx, data_batch=None):
+        if runner.iter + 1 == self.at:
+            with torch.no_grad():
+                next(getattr(runner.model, self.network).parameters()).view(-1)[0] = float('nan')
+
+
+@HOOKS.register_module()
+class GradientDtypeHook(Hook):
+    """Blocks must compute in bf16, and every gradient the optimizers see must be float32."""
+
+    def before_train(self, runner):
+        self.computed_in = set()
+        for module in runner.model.modules():
+            if type(module).__name__.endswith('AdaLNBlock'):
+                module.mlp[0].register_forward_hook(lambda module, args, out: self.computed_in.add(out.dtype))
+        for wrapper in runner.optim_wrapper.values():
+            step = wrapper.optimizer.step
+
+            def checked(*args, optimizer=wrapper.optimizer, step=step, **kwargs):
+                grads = [p.grad for group in optimizer.param_groups for p in group['params'] if p.grad is not None]
+                assert grads and all(grad.dtype == torch.float32 for grad in grads)
+                return step(*args, **kwargs)
+
+            wrapper.optimizer.step = checked
+
+    def after_train(self, runner):
+        assert self.computed_in == {torch.bfloat16}, self.computed_in
+
+
+@contextmanager
+def row_noise(idx, salt):
+    """Replace torch's noise by noise that depends on each row's idx, whoever computes it."""
+    calls = iter(range(1000))
+
+    def rows(shape, draw):
+        call = next(calls)
+        assert shape[0] == len(idx)
+        return torch.stack([draw(shape[1:], torch.Generator().manual_seed(hash((int(i), salt, call)) % 2**31)) for i in idx])
+
+    def randn(*shape, device=None, generator=None, dtype=None):
+        return rows(shape, lambda s, g: torch.randn(s, generator=g))
+
+    with mock.patch('torch.randn', randn_guard(randn)), \
+            mock.patch('torch.randn_like', lambda x: randn_rows(rows, x.shape)):
+        yield
+
+
+def randn_guard(randn):
+    original = torch.randn
+
+    def patched(*shape, generator=None, **kwargs):
+        # the per-row draws themselves come with a generator
+        if generator is not None:
+            return original(*shape, generator=generator, **kwargs)
+        return randn(*shape, **kwargs)
+
+    return patched
+
+
+def randn_rows(rows, shape):
+    return rows(shape, lambda s, g: torch.randn(s, generator=g))
+
+
+@MODELS.register_module()
+class RowNoiseFGM(FGM):
+    """FGM whose noise belongs to the sample, so that runs with different numbers of processes are comparable."""
+
+    def prepare(self, batch, differentiable):
+        with row_noise(batch['idx'], 0):
+            return super().prepare(batch, differentiable)
+
+    def loss(self, phase, samples):
+        with row_noise(samples['idx'], 1 + list(self.phases).index(phase)):
+            return super().loss(phase, samples)

@@ -1,0 +1,39 @@
+# Copyright (c) mmfgm authors.
+import torch
+
+from mmfgm.flow import ClassifierFreeGuidance, NullLabel
+
+
+class Network:
+    calls = 0
+
+    def __call__(self, x_t, t, labels):
+        self.calls += 1
+        return x_t * (labels[:, None] + 1.0) + t[:, None]
+
+
+def test_formula_in_one_batched_call():
+    x_t, t, cond = torch.randn(6, 2), torch.rand(6), dict(labels=torch.arange(6) % 3)
+    network = Network()
+    guided = ClassifierFreeGuidance(4.0, NullLabel(3))(network, x_t, t, cond)
+    assert network.calls == 1
+    v_cond, v_null = network(x_t, t, **cond), network(x_t, t, labels=torch.full((6,), 3))
+    torch.testing.assert_close(guided, v_null + 4 * (v_cond - v_null))
+
+
+def test_scale_one_is_the_conditional_velocity_at_half_the_cost():
+    x_t, t, cond = torch.randn(6, 2), torch.rand(6), dict(labels=torch.arange(6) % 3)
+    sizes = []
+
+    def network(x_t, t, labels):
+        sizes.append(len(x_t))
+        return x_t
+
+    assert torch.equal(ClassifierFreeGuidance(1, NullLabel(3))(network, x_t, t, cond), x_t) and sizes == [6]
+
+
+def test_gradient_flows_through_both_halves():
+    x_t = torch.randn(4, 2, requires_grad=True)
+    v = ClassifierFreeGuidance(2.0, NullLabel(3))(Network(), x_t, torch.rand(4), dict(labels=torch.zeros(4, dtype=torch.long)))
+    grad, = torch.autograd.grad(v.sum(), x_t)
+    torch.testing.assert_close(grad, torch.full((4, 2), 4 + 2 * (1.0 - 4.0)))

@@ -1,0 +1,83 @@
+# Copyright (c) mmfgm authors.
+"""Promises about the package as a whole."""
+import ast
+import re
+import subprocess
+import sys
+
+import pytest
+import yaml
+from mmengine.config import Config
+
+from tests.conftest import ROOT
+
+# a file may import from its own layer and from those before it
+LAYERS = ['errors', 'version', 'registry', 'flow', 'datasets', 'models', 'evaluation', 'engine', 'apis', 'tools']
+
+
+def imports_of(path):
+    """Names below mmfgm that a file imports, whatever the spelling."""
+    package = path.relative_to(ROOT).parent.parts
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.split('.')[1] for alias in node.names if alias.name.startswith('mmfgm.'))
+        elif isinstance(node, ast.ImportFrom):
+            base = package[:len(package) - node.level + 1] if node.level else ()
+            parts = [*base, *(node.module or '').split('.')]
+            if parts[0] == 'mmfgm' and len(parts) > 1 and parts[1]:
+                yield parts[1]
+            elif parts[0] == 'mmfgm':   # from mmfgm import engine, from .. import engine
+                yield from (alias.name for alias in node.names if alias.name in LAYERS)
+
+
+def test_imports_go_one_way():
+    seen = 0
+    for path in (ROOT / 'mmfgm').rglob('*.py'):
+        parts = path.relative_to(ROOT / 'mmfgm').parts
+        layer = parts[0].removesuffix('.py')
+        if '.mim' in parts or layer == '__init__':
+            continue
+        for imported in imports_of(path):
+            seen += 1
+            assert LAYERS.index(imported) <= LAYERS.index(layer), f'{path} imports mmfgm.{imported}'
+    assert seen > 50
+
+
+def test_flow_is_pure_torch():
+    code = ("import sys, types; sys.modules['mmfgm'] = types.ModuleType('mmfgm'); "
+            f"sys.modules['mmfgm'].__path__ = [{str(ROOT / 'mmfgm')!r}]; import mmfgm.flow; "
+            "print(any(name.split('.')[0] == 'mmengine' for name in sys.modules))")
+    assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout.strip() == 'False'
+
+
+CONFIGS = sorted(str(path.relative_to(ROOT)) for folder in ('reflow', 'fgm') for path in (ROOT / 'configs' / folder).glob('*.py'))
+
+
+@pytest.mark.parametrize('path', CONFIGS)
+def test_configs_parse_and_are_listed(path):
+    cfg = Config.fromfile(ROOT / path)
+    assert cfg.model.type in ('FlowMatching', 'FGM') and cfg.evaluations
+    metafile = yaml.safe_load((ROOT / path).with_name('metafile.yml').read_text())
+    assert path in [model['Config'] for model in metafile['Models']]
+    assert path.split('/')[-1].removesuffix('.py') in (ROOT / path).with_name('README.md').read_text()
+
+
+def test_fgm_configs_share_the_teachers_network():
+    for path in CONFIGS:
+        if path.startswith('configs/fgm/'):
+            fgm, teacher = Config.fromfile(ROOT / path), Config.fromfile(ROOT / path.replace('fgm', 'reflow', 1))
+            assert fgm.model.network == teacher.model.network
+            assert fgm.model.teacher.checkpoint == 'work_dirs/' + path.replace('fgm', 'reflow').split('configs/')[1][:-3]
+
+
+def test_no_file_is_long_and_every_one_has_its_header():
+    for path in [*(ROOT / 'mmfgm').rglob('*.py'), *(ROOT / 'tests').rglob('*.py')]:
+        text = path.read_text()
+        assert not text or text.startswith('# Copyright (c) mmfgm authors.'), path
+        assert len(text.splitlines()) <= 300, path
+
+
+def test_readme_names_files_that_exist():
+    for readme in [ROOT / 'README.md', *(ROOT / 'configs').rglob('README.md')]:
+        for target in re.findall(r'\]\((?!http|#)([^)#]+)\)', readme.read_text()):
+            assert (readme.parent / target).exists(), f'{readme}: {target}'

@@ -1,0 +1,7 @@
+#!/usr/bin/env bash
+# Install everything the tests need into .venv and run them all. Arguments go to pytest,
+# e.g. -k resume, or -m "not slow".
+set -euo pipefail
+cd "$(dirname "$0")/.."
+. tools/setup_venv.sh '.[test]'
+exec "$VENV_PYTHON" -m pytest "$@"
