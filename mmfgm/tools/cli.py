@@ -1,6 +1,7 @@
 # Copyright (c) mmfgm authors.
 """What the command-line tools share: configs, launchers, and errors that fit on one screen."""
 import argparse
+import logging
 import os
 import os.path as osp
 import sys
@@ -69,10 +70,15 @@ def run_tool(main: Callable[[Optional[Sequence[str]]], None], argv: Optional[Seq
         code = EXIT_NON_FINITE if isinstance(e, NonFiniteError) else EXIT_USAGE
         print(f'\nerror: {e}', file=sys.stderr, flush=True)
     except SystemExit as e:
-        code = e.code
+        code = e.code or 0
     # not in a finally: after another error the peers may be waiting in a collective
     if dist.is_initialized():
         dist.destroy_process_group()
+        # a thread of the backend that outlives the interpreter aborts the process: leave without the teardown
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code if isinstance(code, int) else EXIT_USAGE)
     if code:
         sys.exit(code)
 
