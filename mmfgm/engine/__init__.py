@@ -5,10 +5,10 @@ from .hooks import (EXIT_PREEMPTED, CheckpointHook, EvaluationHook, MonitorHook,
 from .loops import AlternatingTrainLoop
 from .optim import NetworkOptimWrapper, PerNetworkConstructor
 from .runner import FlowRunner
-from .strategies import DDPStrategy, FSDP2Strategy, SingleDeviceStrategy
+from .strategies import DDPStrategy, FSDP2Strategy, SingleDeviceStrategy, init_processes
 
 __all__ = [
     'AlternatingTrainLoop', 'CheckpointHook', 'CheckpointMixin', 'DDPStrategy', 'EXIT_PREEMPTED', 'EvaluationHook',
     'FSDP2Strategy', 'FlowRunner', 'MonitorHook', 'NetworkEMAHook', 'NetworkOptimWrapper', 'NonFiniteError',
-    'PerNetworkConstructor', 'PreemptionHook', 'RNGStateHook', 'SampleHook', 'SingleDeviceStrategy'
+    'PerNetworkConstructor', 'PreemptionHook', 'RNGStateHook', 'SampleHook', 'SingleDeviceStrategy', 'init_processes'
 ]

@@ -20,7 +20,8 @@ KNOWN_KEYS = ('model', 'work_dir', 'experiment_name', 'train_dataloader', 'optim
 REQUIRED_KEYS = ('model', 'train_dataloader', 'train_cfg', 'optim_wrapper')
 UNSUPPORTED_KEYS = dict(
     val_cfg='evaluations', val_dataloader='evaluations', val_evaluator='evaluations', test_cfg='evaluations',
-    test_dataloader='evaluations', compile='nothing (torch.compile is not supported)', test_evaluator='evaluations', data_preprocessor='model.data_preprocessor')
+    test_dataloader='evaluations', compile='strategy.compile',
+    test_evaluator='evaluations', data_preprocessor='model.data_preprocessor')
 
 
 def check_config(cfg: Config, required: Sequence[str] = REQUIRED_KEYS) -> None:

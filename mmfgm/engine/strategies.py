@@ -25,7 +25,7 @@ from mmfgm.registry import STRATEGIES
 
 from .checkpoint import CheckpointMixin, check_shapes
 
-PRECISIONS = ('fp32', 'bf16')
+PRECISIONS = ('fp32', 'tf32', 'bf16')
 
 
 def _autocast_forward(network: nn.Module, device_type: str) -> None:
@@ -45,28 +45,38 @@ class SingleDeviceStrategy(CheckpointMixin, _SingleDeviceStrategy):
     """Every network whole on one device.
 
     Args:
-        precision (str): ``'fp32'``, or ``'bf16'`` for bf16 compute with float32 weights, losses and
+        precision (str): ``'fp32'``; ``'tf32'`` for matrix products and convolutions of float32 on the
+            tensor cores of a GPU; or ``'bf16'`` for bf16 compute with float32 weights, losses and
             optimizer state. Defaults to ``'fp32'``.
+        compile (bool): Run the networks of the training step through ``torch.compile``. Defaults to False.
         **kwargs: For MMEngine's ``BaseStrategy``.
 
     Raises:
         UsageError: If ``precision`` is unknown.
     """
 
-    def __init__(self, *, precision: str = 'fp32', **kwargs):
+    def __init__(self, *, precision: str = 'fp32', compile: bool = False, **kwargs):
         if precision not in PRECISIONS:
             raise UsageError(f'strategy.precision must be one of {PRECISIONS}, but is {precision!r}')
-        self.precision = precision
+        self.precision, self.compile = precision, compile
         super().__init__(**kwargs)
 
     # networks
     def _wrap_model(self, model: nn.Module) -> nn.Module:
+        self._allow_tf32()
         device = get_device()
         model.to(device)
-        if self.precision == 'bf16':
-            for network in model.networks.values():
+        for name, network in model.networks.items():
+            if self.precision == 'bf16':
                 _autocast_forward(network, torch.device(device).type)
+            # averages only sample, at other batch sizes
+            if self.compile and name not in model.ema_decays:
+                network.compile()
         return model
+
+    def _allow_tf32(self) -> None:
+        # torch allows it in convolutions unless told otherwise
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = self.precision != 'fp32'
 
     @contextmanager
     def frozen(self, networks: Iterable[nn.Module]):
@@ -113,21 +123,30 @@ class SingleDeviceStrategy(CheckpointMixin, _SingleDeviceStrategy):
         set_model_state_dict(self.model, state_dict, options=StateDictOptions(strict=False))
 
 
+def init_processes(launcher: str, backend: Optional[str] = None, **kwargs) -> None:
+    """Connect the processes of a launcher, one per GPU, or with gloo where there is none; nothing without a launcher.
+
+    Raises:
+        UsageError: If there are more processes than GPUs.
+    """
+    if launcher == 'none' or dist.is_initialized():
+        return
+    if not torch.cuda.is_available():
+        # init_dist would call torch.cuda.set_device
+        dist.init_process_group(backend='gloo')
+        return
+    local = int(os.environ.get('LOCAL_WORLD_SIZE', os.environ.get('SLURM_NTASKS_PER_NODE', 1)))
+    if local > torch.cuda.device_count():
+        raise UsageError(f'{local} processes were started on this machine, but it has {torch.cuda.device_count()} GPU(s); start '
+                         'one process per GPU')
+    init_dist(launcher, backend or 'nccl', **kwargs)
+
+
 class ProcessGroupStrategy(SingleDeviceStrategy):
     """What the strategies of several processes share."""
 
     def _setup_distributed(self, launcher: str = 'pytorch', backend: Optional[str] = None, **kwargs) -> None:
-        if dist.is_initialized():
-            return
-        if not torch.cuda.is_available():
-            # init_dist would call torch.cuda.set_device
-            dist.init_process_group(backend='gloo')
-            return
-        local = int(os.environ.get('LOCAL_WORLD_SIZE', os.environ.get('SLURM_NTASKS_PER_NODE', 1)))
-        if local > torch.cuda.device_count():
-            raise UsageError(f'{local} processes were started on this machine, but it has {torch.cuda.device_count()} '
-                             'GPU(s); start one process per GPU')
-        init_dist(launcher, backend or 'nccl', **kwargs)
+        init_processes(launcher, backend, **kwargs)
 
 
 @STRATEGIES.register_module()
@@ -135,7 +154,7 @@ class DDPStrategy(ProcessGroupStrategy):
     """DistributedDataParallel around each trained network; gradients are averaged over processes.
 
     Args:
-        precision (str): As for :class:`SingleDeviceStrategy`.
+        precision (str), compile (bool): As for :class:`SingleDeviceStrategy`.
         **kwargs: For MMEngine's ``BaseStrategy``.
     """
 
@@ -163,8 +182,8 @@ class FSDP2Strategy(ProcessGroupStrategy):
     Args:
         block_types (Sequence[str]): Class names of the layers that are gathered one at a time, for
             example ``('AdaLNBlock',)`` or ``('JointTransformerBlock',)``.
-        precision (str): ``'fp32'``, or ``'bf16'`` for bf16 compute and communication of parameters;
-            gradients are reduced in float32 and the sharded master weights stay float32.
+        precision (str): As for :class:`SingleDeviceStrategy`, but ``'bf16'`` communicates parameters in bf16
+            too; gradients are reduced in float32 and the sharded master weights stay float32.
         **kwargs: For MMEngine's ``BaseStrategy``.
 
     Raises:
@@ -174,10 +193,13 @@ class FSDP2Strategy(ProcessGroupStrategy):
     sharded_checkpoints = True
 
     def __init__(self, *, block_types: Sequence[str], **kwargs):
+        if kwargs.get('compile'):
+            raise UsageError('FSDP2Strategy does not compile; leave out strategy.compile')
         self.block_types = tuple(block_types)
         super().__init__(**kwargs)
 
     def _wrap_model(self, model: nn.Module) -> nn.Module:
+        self._allow_tf32()
         device = get_device()
         mesh = init_device_mesh(torch.device(device).type, (dist.get_world_size(),))
         # networks cast their inputs themselves, so that t stays float32; outputs feed losses in float32
@@ -215,4 +237,5 @@ def default_strategy(launcher: str) -> str:
     return 'mmfgm.SingleDeviceStrategy' if launcher == 'none' else 'mmfgm.DDPStrategy'
 
 
-__all__: List[str] = ['DDPStrategy', 'FSDP2Strategy', 'SingleDeviceStrategy', 'default_strategy']
+__all__: List[str] = ['DDPStrategy', 'FSDP2Strategy', 'SingleDeviceStrategy', 'default_strategy',
+                      'init_processes']

@@ -1,11 +1,16 @@
 # Copyright (c) mmfgm authors.
 from .evaluate import Evaluation, build_evaluations
-from .frechet import GaussianStats, Moments, frechet_distance
-from .metrics import FrechetDistance, Pixels, SampleMetric, SlicedWasserstein
-from .pictures import draw_over_nfe, draw_panels, to_uint8
+from .features import InceptionV3, Pixels, build_feature, to_uint8
+from .fid import FID, KID, InceptionScore, PrecisionRecall
+from .frechet import StreamingMoments, frechet_distance
+from .metrics import FrechetDistance, GatheredMetric, SampleMetric, SlicedWasserstein
+from .pictures import draw_over_nfe, draw_panels
+from .reference import Reference, load_reference, save_reference
 from .wasserstein import sliced_wasserstein
 
 __all__ = [
-    'Evaluation', 'FrechetDistance', 'GaussianStats', 'Moments', 'Pixels', 'SampleMetric', 'SlicedWasserstein',
-    'build_evaluations', 'draw_over_nfe', 'draw_panels', 'frechet_distance', 'sliced_wasserstein', 'to_uint8'
+    'Evaluation', 'FID', 'FrechetDistance', 'GatheredMetric', 'InceptionScore', 'InceptionV3', 'KID', 'Pixels',
+    'PrecisionRecall', 'Reference', 'SampleMetric', 'SlicedWasserstein', 'StreamingMoments', 'build_evaluations',
+    'build_feature', 'draw_over_nfe', 'draw_panels', 'frechet_distance', 'load_reference', 'save_reference',
+    'sliced_wasserstein', 'to_uint8'
 ]

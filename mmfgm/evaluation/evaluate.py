@@ -56,6 +56,8 @@ class Evaluation:
         self.loader = DataLoader(dataset, self.batch_size, sampler=PaddedSampler(dataset), collate_fn=collate,
                                  num_workers=self.num_workers)
         self.built = {key: METRICS.build(metric) for key, metric in self.metrics.items()}
+        for metric in self.built.values():
+            metric.check(self.num_samples)
 
     @torch.no_grad()
     def run(self, model, sampling: Optional[Sampling] = None) -> Dict[str, float]:

@@ -5,37 +5,42 @@
 ``evaluate(size)`` combines all processes. An item whose ``idx`` is at least ``size`` is padding and
 does not count.
 """
-from typing import Dict, List, Sequence, Tuple
+from typing import Dict, List, Tuple, Union
 
 import torch
-from mmengine.dist import all_gather_object
+from mmengine.dist import broadcast_object_list, gather_object, is_main_process
 from mmengine.evaluator import BaseMetric
+from mmengine.logging import MMLogger
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from mmfgm.datasets import collate
 from mmfgm.errors import UsageError
-from mmfgm.registry import DATASETS, METRICS, TASK_UTILS
+from mmfgm.registry import DATASETS, METRICS
 
-from .frechet import GaussianStats, Moments, frechet_distance
+from .features import build_feature
+from .frechet import StreamingMoments, frechet_distance
+from .reference import load_reference
 from .wasserstein import sliced_wasserstein
 
 
-@TASK_UTILS.register_module()
-class Pixels:
-    """The feature function that is the sample itself, flattened to ``(N, d)``."""
-
-    def __call__(self, samples: Tensor) -> Tensor:
-        return samples.flatten(1)
-
-
 class SampleMetric(BaseMetric):
-    """Base of our metrics: one number per evaluation, under ``name``."""
+    """Base of our metrics."""
 
-    name = ''
-    num_samples = 0
+    # samples without which the metric has no value
+    min_samples = 1
     # results carry the names of the evaluation and of its metric instead
     default_prefix = ''
+
+    def check(self, num_samples: int) -> None:
+        """Hold the size of an evaluation against the metric, before anything is generated.
+
+        Raises:
+            UsageError: If the metric needs more samples.
+        """
+        if num_samples < self.min_samples:
+            raise UsageError(f'{type(self).__name__} needs at least {self.min_samples} samples, but the evaluation has '
+                             f'{num_samples}; raise its dataset.num_samples')
 
     def reset(self, num_samples: int) -> None:
         """Forget everything and expect items ``0 .. num_samples - 1``."""
@@ -46,7 +51,7 @@ class SampleMetric(BaseMetric):
         """Drop padding: indices and samples of the items that count."""
         idx = [int(i) for i in batch['idx']]
         keep = [row for row, i in enumerate(idx) if i < self.num_samples]
-        return [idx[row] for row in keep], samples[keep]
+        return [idx[row] for row in keep], samples if len(keep) == len(idx) else samples[keep]
 
     def compute_metrics(self, results: list) -> Dict[str, float]:
         raise NotImplementedError(f'{type(self).__name__} combines processes in evaluate()')
@@ -59,30 +64,33 @@ class SampleMetric(BaseMetric):
 
 @METRICS.register_module()
 class FrechetDistance(SampleMetric):
-    """Fréchet distance between generated samples and a reference data set, on a feature function.
+    """Fréchet distance between generated samples and a reference, on a feature function.
 
     Args:
-        reference (dict): Config of a dataset whose items have ``x_0``.
+        reference (dict | str): Config of a dataset whose items have ``x_0``, or a ``.npz`` file with the
+            statistics; see :func:`~mmfgm.evaluation.reference.load_reference`.
         feature (dict): Config of the feature function. Defaults to ``dict(type='Pixels')``.
     """
 
     name = 'fd'
+    min_samples = 2
 
-    def __init__(self, reference: dict, feature: dict = dict(type='Pixels')):
+    def __init__(self, reference: Union[dict, str], feature: dict = dict(type='Pixels')):
         super().__init__()
-        self.feature = TASK_UTILS.build(feature)
-        self.reference = self._fit(DATASETS.build(reference))
-        self.moments = Moments()
+        self.feature = build_feature(feature)
+        self.reference = load_reference(reference, self.feature)
 
-    def _fit(self, dataset) -> GaussianStats:
-        moments = Moments()
-        for batch in DataLoader(dataset, 1000, collate_fn=collate):
-            moments.update(self.feature(batch['x_0']))
-        return moments.stats()
+    def check(self, num_samples: int) -> None:
+        super().check(num_samples)
+        dim = len(self.reference.mean)
+        if num_samples <= dim:
+            MMLogger.get_current_instance().warning(
+                f'{self.name} of {num_samples} samples has a rank-deficient covariance of {dim} features: compare it only with '
+                'values of as many samples')
 
     def reset(self, num_samples: int) -> None:
         super().reset(num_samples)
-        self.moments = Moments()
+        self.moments = StreamingMoments(len(self.reference.mean))
 
     def process(self, data_batch: dict, data_samples: Tensor) -> None:
         idx, samples = self.real(data_batch, data_samples)
@@ -90,13 +98,46 @@ class FrechetDistance(SampleMetric):
             self.moments.update(self.feature(samples))
 
     def evaluate(self, size: int) -> Dict[str, float]:
-        self.moments.all_reduce(len(self.reference.mu))
+        self.moments.all_reduce()
         self._check(self.moments.n, size)
-        return {self.name: frechet_distance(self.moments.stats(), self.reference)}
+        return {self.name: frechet_distance(self.moments.mean, self.moments.cov, self.reference.mean, self.reference.cov)}
+
+
+class GatheredMetric(SampleMetric):
+    """A metric of all values at once, brought together on the main process and sorted by ``idx``.
+
+    Subclasses say what is kept of a batch (``extract``) and how the whole is judged (``compute``).
+    """
+
+    def extract(self, samples: Tensor) -> Tensor:
+        """``(N, ...)``: what the metric keeps of each sample."""
+        raise NotImplementedError
+
+    def compute(self, values: Tensor) -> Dict[str, float]:
+        """The metric of the values ``(num_samples, ...)``, float32 on the CPU."""
+        raise NotImplementedError
+
+    def process(self, data_batch: dict, data_samples: Tensor) -> None:
+        idx, samples = self.real(data_batch, data_samples)
+        if idx:
+            self.results.append((torch.tensor(idx), self.extract(samples).float().cpu()))
+
+    def evaluate(self, size: int) -> Dict[str, float]:
+        gathered = gather_object(self.results)
+        counted, values = [0], [None]
+        if is_main_process():
+            idx = torch.cat([torch.empty(0, dtype=torch.int64), *(idx for results in gathered for idx, _ in results)])
+            counted, order = [len(idx.unique())], idx.argsort()
+            if counted[0] == len(idx) == size:
+                values = [self.compute(torch.cat([value for results in gathered for _, value in results])[order])]
+        broadcast_object_list(counted)
+        self._check(counted[0], size)
+        broadcast_object_list(values)
+        return values[0]
 
 
 @METRICS.register_module()
-class SlicedWasserstein(SampleMetric):
+class SlicedWasserstein(GatheredMetric):
     """Sliced Wasserstein-2 distance between generated points and a reference data set.
 
     Args:
@@ -104,22 +145,14 @@ class SlicedWasserstein(SampleMetric):
         num_projections (int): Number of directions. Defaults to 128.
     """
 
-    name = 'sw2'
-
     def __init__(self, reference: dict, num_projections: int = 128):
         super().__init__()
         dataset = DATASETS.build(reference)
         self.reference = torch.cat([batch['x_0'] for batch in DataLoader(dataset, 1000, collate_fn=collate)])
         self.num_projections = num_projections
 
-    def process(self, data_batch: dict, data_samples: Tensor) -> None:
-        idx, samples = self.real(data_batch, data_samples)
-        self.results.append((idx, samples.cpu()))
+    def extract(self, samples: Tensor) -> Tensor:
+        return samples
 
-    def evaluate(self, size: int) -> Dict[str, float]:
-        parts: Sequence[list] = all_gather_object(self.results)
-        points = {i: x for part in parts for idx, samples in part for i, x in zip(idx, samples)}
-        self._check(len(points), size)
-        # sorted by idx, so that the sum does not depend on who generated what
-        samples = torch.stack([points[i] for i in sorted(points)])
-        return {self.name: sliced_wasserstein(samples, self.reference, self.num_projections)}
+    def compute(self, values: Tensor) -> Dict[str, float]:
+        return dict(sw2=sliced_wasserstein(values, self.reference, self.num_projections))

@@ -11,10 +11,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.utils import make_grid
 
-
-def to_uint8(x: Tensor) -> Tensor:
-    """Images in [-1, 1] to uint8 by ``floor(clip(127.5 x + 128, 0, 255))``, the rule of EDM's FID."""
-    return (x * 127.5 + 128).clip(0, 255).to(torch.uint8)
+from .features import to_uint8
 
 
 def _to_array(figure: Figure) -> np.ndarray:

@@ -7,7 +7,8 @@ from .fgm import FGM
 from .flow_matching import FlowMatching
 from .generator import OneStepGenerator
 from .losses import FGMLoss, fgm_terms, flow_matching_loss
-from .networks import AdaLNMLP
+from .networks import AdaLNMLP, EDMUNet, EDMVelocity, UNetVelocity
+from .preprocessor import ImagePreprocessor, from_uint8
 from .weights import latest_checkpoint, load_network, read_state_dict
 
 # mmfgm.flow is pure torch; its parts get their config names here
@@ -24,6 +25,7 @@ def build_guidance(scale: float, null: dict) -> ClassifierFreeGuidance:
 
 
 __all__ = [
-    'AdaLNMLP', 'FGM', 'FGMLoss', 'FlowMatching', 'FlowModel', 'OneStepGenerator', 'Phase', 'Sampling', 'fgm_terms',
-    'flow_matching_loss', 'latest_checkpoint', 'load_network', 'read_state_dict'
+    'AdaLNMLP', 'EDMUNet', 'EDMVelocity', 'FGM', 'FGMLoss', 'FlowMatching', 'FlowModel', 'ImagePreprocessor',
+    'OneStepGenerator', 'Phase', 'Sampling', 'UNetVelocity', 'fgm_terms', 'flow_matching_loss', 'from_uint8',
+    'latest_checkpoint', 'load_network', 'read_state_dict'
 ]

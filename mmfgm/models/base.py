@@ -1,7 +1,7 @@
 # Copyright (c) mmfgm authors.
 import copy
 from dataclasses import dataclass
-from typing import Any, Dict, Tuple
+from typing import Any, Dict, Optional, Tuple
 
 import torch
 from mmengine.model import BaseModel
@@ -70,10 +70,16 @@ class FlowModel(BaseModel):
     # networks that map noise to samples in one call; all others are integrated
     one_step: Tuple[str, ...] = ()
 
-    def __init__(self):
-        super().__init__()
+    def __init__(self, data_preprocessor: Optional[dict] = None):
+        super().__init__(data_preprocessor)
         # checksum of each pre-trained network, so that a resumed run notices another teacher
         self.fingerprints: Dict[str, str] = {}
+
+    def _describe(self, network: nn.Module) -> None:
+        """Keep what the networks are for, before strategies wrap them."""
+        self.event_shape = network.event_shape
+        # None: the network does not say, so its conditions are its own business
+        self.num_classes = getattr(network, 'num_classes', None)
 
     def _init_ema(self, ema: Dict[str, float]) -> None:
         self.ema_decays = dict(ema)
@@ -116,8 +122,21 @@ class FlowModel(BaseModel):
         return {name: value for name, value in batch.items() if name not in NOT_CONDITIONS}
 
     def prepare(self, batch: Dict[str, Any], differentiable: bool) -> Dict[str, Any]:
-        """Move a batch to the device and add what every phase needs; see the subclass."""
-        return self.data_preprocessor(batch)
+        """Move a training batch to the device and add what every phase needs; see the subclass."""
+        self._check_labels(batch)
+        return self.data_preprocessor(batch, training=True)
+
+    def _check_labels(self, batch: Dict[str, Any]) -> None:
+        """While labels are on the CPU, where looking is free; outside the classes they would mean "no class"."""
+        labels = batch.get('labels')
+        if self.num_classes is None or labels is None and not self.num_classes:
+            return
+        if labels is None or not self.num_classes:
+            raise UsageError(f'the network has {self.num_classes} classes, but the dataset gives '
+                             f'{"no labels" if labels is None else "labels"}; make the two agree')
+        if not 0 <= labels.min() <= labels.max() < self.num_classes:
+            raise UsageError(f'labels must lie in [0, {self.num_classes - 1}], but the dataset gives {int(labels.min())} to '
+                             f'{int(labels.max())}')
 
     def loss(self, phase: str, samples: Dict[str, Any]) -> Dict[str, Tensor]:
         """Losses (keys with ``loss``, summed for the gradient) and values to log, of one phase."""
@@ -146,6 +165,7 @@ class FlowModel(BaseModel):
             UsageError: See :meth:`check`.
         """
         self.check(sampling)
+        self._check_labels(batch)
         inputs = self.data_preprocessor({**batch, 'z': self.seeded_noise(batch['seed'])})
         z = inputs.pop('z')
         cond = self.conditions(inputs)

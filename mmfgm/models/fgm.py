@@ -61,7 +61,7 @@ class FGM(FlowModel):
         if teacher['checkpoint'] is not None:
             load_network(self.teacher, **teacher)
         self.fingerprints = dict(teacher=fingerprint(self.teacher))
-        self.event_shape = self.teacher.event_shape
+        self._describe(self.teacher)
         self.online = copy.deepcopy(self.teacher)
         self.generator = OneStepGenerator(copy.deepcopy(self.teacher), **(generator or {}))
         self.teacher.requires_grad_(False)

@@ -26,6 +26,7 @@ class FlowMatching(FlowModel):
         null_condition (dict, optional): Config that maps conditions to "no condition", for a teacher
             that is to be guided, for example ``dict(type='NullLabel', label=10)``.
         null_prob (float): Probability of training a sample on the null condition. Defaults to 0.
+        data_preprocessor (dict, optional): For example ``dict(type='ImagePreprocessor')`` for uint8 images.
     """
 
     phases = dict(network=Phase(trains=('network',)))
@@ -36,10 +37,11 @@ class FlowMatching(FlowModel):
                  time_sampler: dict,
                  ema: Optional[Dict[str, float]] = None,
                  null_condition: Optional[dict] = None,
-                 null_prob: float = 0.0):
-        super().__init__()
+                 null_prob: float = 0.0,
+                 data_preprocessor: Optional[dict] = None):
+        super().__init__(data_preprocessor)
         self.network = MODELS.build(network)
-        self.event_shape = self.network.event_shape
+        self._describe(self.network)
         self.time_sampler = TASK_UTILS.build(time_sampler)
         if null_prob and null_condition is None:
             raise UsageError(f'null_prob={null_prob} needs null_condition, for example dict(type="NullLabel", label=10)')

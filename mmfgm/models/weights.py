@@ -146,7 +146,8 @@ def fingerprint(network: nn.Module) -> str:
     return f'{crc:08x}'
 
 
-def load_network(network: nn.Module, checkpoint: str, prefix: str = '', weights_only: bool = True) -> nn.Module:
+def load_network(network: nn.Module, checkpoint: str, prefix: str = '', into: str = '',
+                 weights_only: bool = True) -> nn.Module:
     """Load one network out of a checkpoint, strictly and in place.
 
     Args:
@@ -154,6 +155,8 @@ def load_network(network: nn.Module, checkpoint: str, prefix: str = '', weights_
         checkpoint (str): See :func:`read_state_dict`.
         prefix (str): The network's name inside the checkpoint, for example ``network_ema``; empty
             for a checkpoint of the bare network.
+        into (str): The part of the network that the checkpoint is of, for example ``unet`` for a
+            published EDM network inside :class:`EDMVelocity`; empty for all of it.
         weights_only (bool): See :func:`read_state_dict`.
 
     Raises:
@@ -165,8 +168,9 @@ def load_network(network: nn.Module, checkpoint: str, prefix: str = '', weights_
         state = {key[len(prefix) + 1:]: value for key, value in state.items() if key.startswith(f'{prefix}.')}
         if not state:
             raise UsageError(f'checkpoint {checkpoint!r} has no network {prefix!r}; it holds {found}; set the prefix')
-    expected = network.state_dict()
-    wrong = f'checkpoint {checkpoint!r} is of another architecture than {type(network).__name__}: '
+    part = network.get_submodule(into)
+    expected = part.state_dict()
+    wrong = f'checkpoint {checkpoint!r} is of another architecture than {type(part).__name__}: '
     for key, value in expected.items():
         if key not in state:
             raise UsageError(f'{wrong}tensor {key!r} of shape {tuple(value.shape)} is missing from it')
@@ -176,5 +180,5 @@ def load_network(network: nn.Module, checkpoint: str, prefix: str = '', weights_
     for key in state:
         if key not in expected:
             raise UsageError(f'{wrong}its tensor {key!r} has no place in the network')
-    network.load_state_dict(state)
+    part.load_state_dict(state)
     return network

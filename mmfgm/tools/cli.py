@@ -18,9 +18,12 @@ EXIT_USAGE = 2
 EXIT_NON_FINITE = 3
 
 
-def add_common_arguments(parser: argparse.ArgumentParser) -> None:
+CONFIG_HELP = 'config file, or mmfgm::PATH for one that comes with mmfgm'
+
+
+def add_common_arguments(parser: argparse.ArgumentParser, config_help: str = CONFIG_HELP) -> None:
     """The arguments every OpenMMLab tool has."""
-    parser.add_argument('config', help='config file, or mmfgm::PATH for one that comes with mmfgm')
+    parser.add_argument('config', help=config_help)
     parser.add_argument('--work-dir', help='where logs and checkpoints go (default: work_dirs/FOLDER/NAME of the config)')
     parser.add_argument('--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE',
                         help='override config values, e.g. train_cfg.max_iters=100')

@@ -1,19 +1,28 @@
 # Copyright (c) mmfgm authors.
-"""What the engine costs: our loop with all hooks against a hand-written loop that does the same maths.
+"""What an iteration of ours costs beside a hand-written loop that does the same maths.
 
-Both run in one process on equal networks, in alternating blocks, so that other load on the machine meets
-both alike. Prints the median time of an iteration of each, and their ratio.
+``--baseline bare`` is the loop of somebody who knows all our savings, without hooks, log and checks: the
+ratio is what the engine costs. ``--baseline plain`` writes Algorithm 1 down in the obvious way: the generator
+runs in every phase, gradients of frozen networks stay on, optimizers and averages go tensor by tensor.
+
+Both loops run in one process on equal networks and the same noise, in alternating blocks, so that other load
+on the machine meets both alike. Before timing, their losses must agree. Prints the median time of an
+iteration of each, the ratio, and with ``--memory`` the peak memory of each in a process of its own.
 
     python tools/benchmark/train_step.py [CONFIG] [--iters 200] [--block 10]
+    python tools/benchmark/train_step.py configs/fgm/cifar10_uncond.py --baseline plain --batch-size 8 --iters 4 --block 1 --memory
 """
 import argparse
 import copy
+import resource
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 
 import torch
-from mmengine.config import Config
+from mmengine.config import Config, DictAction
 from mmengine.hooks import Hook
 
 from mmfgm.engine import FlowRunner
@@ -22,112 +31,211 @@ from mmfgm.registry import TASK_UTILS
 
 
 class BareLoop:
-    """Algorithm 1, written by hand for one class-conditional config: no hooks, no log, no checks."""
+    """Algorithm 1, written by hand for one config: no hooks, no log, no checks."""
 
-    def __init__(self, cfg, teacher, device):
-        self.n, self.num_classes = cfg.train_dataloader.batch_size, cfg.model.network.get('num_classes', 0)
-        self.teacher, self.event_shape, self.device = teacher, teacher.event_shape, device
+    def __init__(self, cfg, teacher, batches, device):
+        self.teacher, self.batches, self.device = teacher, batches, device
+        self.event_shape = teacher.event_shape
         self.online = copy.deepcopy(teacher).requires_grad_(True)
         self.generator = OneStepGenerator(copy.deepcopy(teacher).requires_grad_(True), **cfg.model.generator)
-        self.ema = copy.deepcopy(self.generator).requires_grad_(False)
-        self.opt = {name: torch.optim.Adam(getattr(self, name).parameters(),
-                                           **{k: v for k, v in cfg.optim_wrapper[name].optimizer.items() if k != 'type'})
+        self.averages = [(copy.deepcopy(self.generator).requires_grad_(False), decay)
+                         for decay in cfg.model.get('ema', dict(generator_ema=0.999)).values()]
+        self.opt = {name: self.optimizer(getattr(self, name), cfg.optim_wrapper[name].optimizer)
                     for name in ('online', 'generator')}
         self.t_fm, self.t_fgm = (TASK_UTILS.build(cfg.model[key]) for key in ('fm_time_sampler', 'fgm_time_sampler'))
         self.l1_weight = cfg.model.loss.l1_weight
         self.shared = cfg.train_cfg.get('share_samples', False)
 
-    def generate(self):
-        cond = dict(labels=torch.randint(self.num_classes, (self.n,), device=self.device)) if self.num_classes else {}
-        return self.generator(torch.randn(self.n, *self.event_shape, device=self.device), **cond), cond
+    def optimizer(self, network, cfg):
+        return torch.optim.Adam(network.parameters(), **{k: v for k, v in cfg.items() if k != 'type'})
+
+    def draw(self):
+        batch = next(self.batches)
+        cond = {k: v.to(self.device) for k, v in batch.items() if k == 'labels'}
+        return torch.randn(len(batch['idx']), *self.event_shape, device=self.device), cond
 
     def diffuse(self, x_0, t):
         eps = torch.randn_like(x_0)
         s = t.view(-1, *(1,) * (x_0.ndim - 1))
         return (1 - s) * x_0 + s * eps, eps - x_0
 
-    def step(self):
-        with torch.set_grad_enabled(self.shared):
-            x_0, cond = self.generate()
-        t = self.t_fm(self.n, self.device)
+    def fm_loss(self, x_0, cond):
+        t = self.t_fm(len(x_0), self.device)
         x_t, target = self.diffuse(x_0.detach(), t)
-        (self.online(x_t, t, **cond) - target).square().flatten(1).sum(1).mean().backward()
-        self.opt['online'].step()
-        self.opt['online'].zero_grad()
+        return (self.online(x_t, t, **cond) - target).square().flatten(1).sum(1).mean()
 
-        self.online.requires_grad_(False)
-        if not self.shared:
-            x_0, cond = self.generate()
-        t = self.t_fgm(self.n, self.device)
+    def fgm_loss(self, x_0, cond):
+        t = self.t_fgm(len(x_0), self.device)
         x_t, target = self.diffuse(x_0, t)
         u, v = self.teacher(x_t, t, **cond), self.online(x_t, t, **cond)
         loss = 2 * ((u - v) * (v - target)).flatten(1).sum(1).mean()
         if self.l1_weight:
             loss = loss + self.l1_weight * (u - v).square().flatten(1).sum(1).mean()
+        return loss
+
+    def update(self, name, loss):
         loss.backward()
-        self.opt['generator'].step()
-        self.opt['generator'].zero_grad()
+        self.opt[name].step()
+        self.opt[name].zero_grad()
+        return loss.detach()
+
+    def step(self):
+        z, cond = self.draw()
+        with torch.set_grad_enabled(self.shared):
+            x_0 = self.generator(z, **cond)
+        losses = [self.update('online', self.fm_loss(x_0, cond))]
+        self.online.requires_grad_(False)
+        if not self.shared:
+            z, cond = self.draw()
+            x_0 = self.generator(z, **cond)
+        losses.append(self.update('generator', self.fgm_loss(x_0, cond)))
         self.online.requires_grad_(True)
+        self.average()
+        return losses
+
+    @torch.no_grad()
+    def average(self):
+        for ema, decay in self.averages:
+            torch._foreach_lerp_(list(ema.parameters()), list(self.generator.parameters()), 1 - decay)
+
+
+class PlainLoop(BareLoop):
+    """The same, in the obvious way."""
+
+    def __init__(self, cfg, teacher, batches, device):
+        teacher = copy.deepcopy(teacher).requires_grad_(True).to(memory_format=torch.contiguous_format)
+        super().__init__(cfg, teacher, batches, device)
+
+    def optimizer(self, network, cfg):
+        return super().optimizer(network, {**cfg, 'fused': False})
+
+    def step(self):
+        z, cond = self.draw()
         with torch.no_grad():
-            torch._foreach_lerp_(list(self.ema.parameters()), list(self.generator.parameters()), 0.01)
+            x_0 = self.generator(z, **cond)
+        losses = [self.update('online', self.fm_loss(x_0, cond))]
+        if not self.shared:
+            z, cond = self.draw()
+        losses.append(self.update('generator', self.fgm_loss(self.generator(z, **cond), cond)))
+        for network in (self.teacher, self.online):
+            network.zero_grad()
+        self.average()
+        return losses
+
+    @torch.no_grad()
+    def average(self):
+        for ema, decay in self.averages:
+            for average, current in zip(ema.parameters(), self.generator.parameters()):
+                average.copy_(decay * average + (1 - decay) * current)
+
+
+def now():
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 class Alternate(Hook):
-    """After each block of our iterations, run and time a block of the bare loop's."""
+    """One iteration of both from the same noise must give the same losses; then blocks of each are timed in turn."""
 
     priority = 'LOWEST'
 
-    def __init__(self, bare, block):
-        self.bare, self.block = bare, block
+    def __init__(self, other, block):
+        self.other, self.block = other, block
         self.ours, self.theirs = [], []
 
-    @staticmethod
-    def now():
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        return time.perf_counter()
+    def before_train_iter(self, runner, batch_idx, data_batch=None):
+        if batch_idx == 0:
+            torch.manual_seed(0)
 
     def before_train(self, runner):
-        self.start = self.now()
+        self.start = now()
 
     def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
-        if (batch_idx + 1) % self.block:
-            return
-        middle = self.now()
-        self.ours.append((middle - self.start) / self.block)
-        for _ in range(self.block):
-            self.bare.step()
-        self.start = self.now()
-        self.theirs.append((self.start - middle) / self.block)
+        if batch_idx == 0:
+            values = runner.train_loop.record.values
+            ours = [values['online/loss_fm'], values['generator/loss_fgm']]
+            torch.manual_seed(0)
+            theirs = self.other.step()
+            for name, a, b in zip(('online', 'generator'), ours, theirs):
+                print(f'{name} loss  ours {float(a):.6f}  theirs {float(b):.6f}')
+                torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
+            self.start = now()
+        elif batch_idx % self.block == 0:
+            middle = now()
+            self.ours.append((middle - self.start) / self.block)
+            for _ in range(self.block):
+                self.other.step()
+            self.start = now()
+            self.theirs.append((self.start - middle) / self.block)
+
+
+def build(args, work_dir):
+    """The runner of the config, and the loop to compare with."""
+    cfg = Config.fromfile(args.config)
+    # speed does not depend on the weights, so no teacher is needed; evaluations and pictures are extra maths
+    cfg.merge_from_dict({'work_dir': work_dir, 'launcher': 'none', 'train_cfg.max_iters': args.iters + args.block + 1,
+                         'model.teacher.checkpoint': None, 'log_level': 'WARNING'})
+    cfg.merge_from_dict(args.cfg_options or {})
+    cfg.train_dataloader.batch_size = args.batch_size or cfg.train_dataloader.batch_size
+    cfg.evaluations = {}
+    cfg.default_hooks.checkpoint.pop('save_best', None)
+    cfg.default_hooks.pop('samples')
+    runner = FlowRunner.from_cfg(cfg)
+    runner.prepare()
+    teacher = runner.model.teacher
+    loader = runner.build_dataloader(copy.deepcopy(runner.cfg.train_dataloader) | dict(collate_fn=runner.train_loop.dataloader.collate_fn),
+                                     seed=cfg.randomness.seed)
+    loop = dict(bare=BareLoop, plain=PlainLoop)[args.baseline]
+    return runner, loop(cfg, teacher, iter(loader), next(teacher.parameters()).device)
+
+
+def peak_memory(args, which):
+    """GiB of one loop alone, in a process of its own."""
+    command = [sys.executable, __file__, *sys.argv[1:], '--only', which, '--iters', '2', '--block', '1']
+    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+
+
+def run_alone(args, runner, other):
+    if args.only == 'ours':
+        del other
+        runner.train()
+    else:
+        runner.model.to('meta')
+        for _ in range(2):
+            other.step()
+    peak = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() \
+        else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    print(f'{peak:.2f}')
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('config', nargs='?', default='configs/fgm/digits.py')
+    parser.add_argument('--baseline', choices=['bare', 'plain'], default='bare')
+    parser.add_argument('--batch-size', type=int, default=None, help="default: the config's")
     parser.add_argument('--iters', type=int, default=200)
     parser.add_argument('--block', type=int, default=10)
+    parser.add_argument('--memory', action='store_true', help='measure the peak memory of each loop too')
+    parser.add_argument('--only', choices=['ours', 'theirs'], default=None, help=argparse.SUPPRESS)
+    parser.add_argument('--cfg-options', nargs='+', action=DictAction, help='e.g. strategy.compile=True')
     args = parser.parse_args()
-    cfg = Config.fromfile(args.config)
     with tempfile.TemporaryDirectory() as work_dir:
-        # speed does not depend on the weights, so no teacher is needed; evaluations and pictures are extra maths
-        cfg.merge_from_dict({'work_dir': work_dir, 'launcher': 'none', 'train_cfg.max_iters': args.iters + args.block,
-                             'model.teacher.checkpoint': None, 'log_level': 'WARNING'})
-        cfg.evaluations = {}
-        cfg.default_hooks.checkpoint.pop('save_best', None)
-        cfg.default_hooks.pop('samples')
-        runner = FlowRunner.from_cfg(cfg)
-        runner.prepare()
-        teacher = runner.model.teacher
-        hook = Alternate(BareLoop(cfg, teacher, next(teacher.parameters()).device), args.block)
+        runner, other = build(args, work_dir)
+        if args.only:
+            return run_alone(args, runner, other)
+        hook = Alternate(other, args.block)
         runner.register_hook(hook)
         runner.train()
     # the first block warms up
     ours, theirs = statistics.median(hook.ours[1:]), statistics.median(hook.theirs[1:])
     ratio = statistics.median(a / b for a, b in zip(hook.ours[1:], hook.theirs[1:]))
-    print(f'{args.config}: {args.iters} iterations in blocks of {args.block}')
-    print(f'bare loop            {1000 * theirs:8.2f} ms an iteration')
-    print(f'our loop with hooks  {1000 * ours:8.2f} ms an iteration')
-    print(f'ratio                {ratio:8.3f}')
+    n = runner.train_loop.dataloader.batch_size
+    print(f'{args.config}: batch {n}, {args.iters} iterations in blocks of {args.block}')
+    for name, which, seconds in ((f'{args.baseline} loop', 'theirs', theirs), ('our loop with hooks', 'ours', ours)):
+        memory = f'  peak memory {peak_memory(args, which):6.2f} GiB' if args.memory else ''
+        print(f'{name:20} {1000 * seconds:9.2f} ms an iteration  {n / seconds:8.2f} images/s{memory}')
+    print(f'ratio                {ratio:9.3f}')
 
 
 if __name__ == '__main__':
