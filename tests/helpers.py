@@ -9,8 +9,9 @@ import torch
 from mmengine.dist import get_rank
 from mmengine.hooks import Hook
 
+from mmfgm.evaluation import to_uint8
 from mmfgm.models import FGM
-from mmfgm.registry import HOOKS, MODELS
+from mmfgm.registry import HOOKS, MODELS, TASK_UTILS
 
 
 @HOOKS.register_module()
@@ -64,6 +65,18 @@ class GradientDtypeHook(Hook):
 
     def after_train(self, runner):
         assert self.computed_in == {torch.bfloat16}, self.computed_in
+
+
+@TASK_UTILS.register_module()
+class SmallConvFeatures:
+    """A random convolution, pooled: Inception's part where numbers need not mean anything."""
+
+    name = 'small conv'
+    dim = 16
+
+    def __call__(self, samples):
+        weight = torch.randn(self.dim, 3, 5, 5, generator=torch.Generator().manual_seed(0)) / 8
+        return torch.nn.functional.conv2d(to_uint8(samples).float() / 127.5 - 1, weight, stride=3).relu().mean((2, 3))
 
 
 @contextmanager

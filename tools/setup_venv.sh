@@ -27,5 +27,8 @@ if [ ! -e "$stamp" ] || [ ! -e mmfgm/.mim/configs ]; then
   echo "Installing mmfgm and what it needs into .venv (several GB with torch; a few minutes) ..."
   "$VENV_PYTHON" -m pip install --quiet --disable-pip-version-check --upgrade 'pip>=24' 'setuptools>=80,<82' wheel
   "$VENV_PYTHON" -m pip install --quiet --disable-pip-version-check --constraint requirements/constraints.txt --editable "$1"
+  # mmcv brings the desktop build of OpenCV, which lacks its libraries on a server
+  "$VENV_PYTHON" -c 'import cv2' 2> /dev/null || "$VENV_PYTHON" -m pip install --quiet --disable-pip-version-check \
+    --constraint requirements/constraints.txt --force-reinstall --no-deps opencv-python-headless
   touch "$stamp"
 fi

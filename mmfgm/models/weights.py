@@ -168,7 +168,11 @@ def load_network(network: nn.Module, checkpoint: str, prefix: str = '', into: st
         state = {key[len(prefix) + 1:]: value for key, value in state.items() if key.startswith(f'{prefix}.')}
         if not state:
             raise UsageError(f'checkpoint {checkpoint!r} has no network {prefix!r}; it holds {found}; set the prefix')
-    part = network.get_submodule(into)
+    try:
+        part = network.get_submodule(into)
+    except AttributeError as e:
+        raise UsageError(f'{type(network).__name__} has no part {into!r}; its parts are '
+                         f'{[name for name, _ in network.named_children()]}') from e
     expected = part.state_dict()
     wrong = f'checkpoint {checkpoint!r} is of another architecture than {type(part).__name__}: '
     for key, value in expected.items():

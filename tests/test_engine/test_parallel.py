@@ -1,12 +1,15 @@
 # Copyright (c) mmfgm authors.
 """Sharded and replicated training equals one process on the same global batch."""
 import glob
+import shutil
 
 import pytest
 import torch
 
+from mmfgm.engine import FSDP2Strategy, SingleDeviceStrategy
+from mmfgm.errors import UsageError
 from mmfgm.models import read_state_dict
-from tests.conftest import train
+from tests.conftest import tool_env, train
 
 # Adam divides by the gradient's size, so float32 noise in a tiny gradient would become a full step:
 # a large eps keeps the comparison about the gradients
@@ -49,6 +52,30 @@ def test_two_processes_equal_one(single, strategy, tiny, tmp_path):
                 if key.startswith('online.'))
     assert moved > 100 * TOLERANCE['atol'], 'the networks hardly moved, so the comparison shows nothing'
     assert fd_values(tmp_path) == [pytest.approx(v, rel=1e-3) for v in fd_values(work_dir)]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which('g++'), reason='torch.compile needs a C++ compiler')
+def test_compiled_equals_eager(tiny, tmp_path):
+    options = (*OPTIONS[1:], 'train_cfg.max_iters=2', 'default_hooks.checkpoint.interval=2', 'evaluations.fd.interval=0')
+    train(tiny / 'fgm.py', tmp_path / 'eager', *options)
+    train(tiny / 'fgm.py', tmp_path / 'compiled', *options, 'strategy.compile=True',
+          env=tool_env(TORCHINDUCTOR_CACHE_DIR=str(tmp_path / 'cache')))
+    assert list((tmp_path / 'cache').rglob('*.so')), 'nothing was compiled'
+    expected, found = final_state(tmp_path / 'eager'), final_state(tmp_path / 'compiled')
+    assert expected.keys() == found.keys()
+    for key, value in expected.items():
+        torch.testing.assert_close(found[key], value, **TOLERANCE, msg=lambda m, key=key: f'{key}: {m}')
+
+
+def test_precision_sets_tf32():
+    for precision, allowed in (('fp32', False), ('tf32', True), ('bf16', True)):
+        SingleDeviceStrategy(precision=precision)._allow_tf32()
+        assert torch.backends.cuda.matmul.allow_tf32 is torch.backends.cudnn.allow_tf32 is allowed
+    with pytest.raises(UsageError, match="one of .* but is 'fp16'"):
+        SingleDeviceStrategy(precision='fp16')
+    with pytest.raises(UsageError, match='does not compile'):
+        FSDP2Strategy(block_types=('AdaLNBlock', ), compile=True)
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ import torch.distributed.checkpoint as dcp
 from safetensors.torch import save_file
 
 from mmfgm.errors import UsageError
-from mmfgm.models import AdaLNMLP, load_network
+from mmfgm.models import AdaLNMLP, EDMVelocity, load_network
 from mmfgm.models.weights import fingerprint
 
 SETTINGS = dict(event_shape=(2,), width=8, depth=1, embed_dim=8)
@@ -42,6 +42,18 @@ def test_loads(kind, source, tmp_path):
     path, prefix = write(kind, source, tmp_path)
     network = load_network(AdaLNMLP(**SETTINGS), str(path), prefix)
     assert all(torch.equal(value, source.state_dict()[key]) for key, value in network.state_dict().items())
+
+
+def test_loads_into_a_part(tmp_path):
+    """As an EDM network's weights go into the velocity network around it."""
+    torch.manual_seed(0)
+    unet = dict(type='EDMUNet', img_resolution=8, in_channels=1, out_channels=1, model_channels=8, channel_mult=(1, ), num_blocks=1)
+    source, target = EDMVelocity(unet).unet, EDMVelocity(unet)
+    save_file({key: value.contiguous() for key, value in source.state_dict().items()}, tmp_path / 'edm.safetensors')
+    load_network(target, str(tmp_path / 'edm.safetensors'), into='unet')
+    assert all(torch.equal(value, source.state_dict()[key]) for key, value in target.unet.state_dict().items())
+    with pytest.raises(UsageError, match="has no part 'network'; its parts are .*'unet'"):
+        load_network(target, str(tmp_path / 'edm.safetensors'), into='network')
 
 
 def test_names_the_first_mismatch(source, tmp_path):

@@ -57,7 +57,7 @@ class EDMVelocity(_UNetFlow):
     def __init__(self,
                  unet: Union[dict, nn.Module],
                  sigma_data: float = 0.5,
-                 sigma_range: Tuple[float, float] = (1e-6, 1e6)):
+                 sigma_range: Tuple[float, float] = (1e-8, 1e8)):
         super().__init__(unet)
         self.sigma_data = sigma_data
         self.sigma_range = tuple(sigma_range)
