@@ -25,6 +25,7 @@ import torch
 from mmengine.config import Config, DictAction
 from mmengine.hooks import Hook
 
+from mmfgm.datasets import collate
 from mmfgm.engine import FlowRunner
 from mmfgm.models import OneStepGenerator
 from mmfgm.registry import TASK_UTILS
@@ -170,8 +171,8 @@ class Alternate(Hook):
             self.theirs.append((self.start - middle) / self.block)
 
 
-def build(args, work_dir):
-    """The runner of the config, and the loop to compare with."""
+def build_ours(args, work_dir):
+    """The runner of the config, ready to train."""
     cfg = Config.fromfile(args.config)
     # speed does not depend on the weights, so no teacher is needed; evaluations and pictures are extra maths
     cfg.merge_from_dict({'work_dir': work_dir, 'launcher': 'none', 'train_cfg.max_iters': args.iters + args.block + 1,
@@ -183,11 +184,16 @@ def build(args, work_dir):
     cfg.default_hooks.pop('samples')
     runner = FlowRunner.from_cfg(cfg)
     runner.prepare()
-    teacher = runner.model.teacher
-    loader = runner.build_dataloader(copy.deepcopy(runner.cfg.train_dataloader) | dict(collate_fn=runner.train_loop.dataloader.collate_fn),
-                                     seed=cfg.randomness.seed)
+    return runner
+
+
+def build_theirs(args, runner):
+    """The loop to compare with, on the same data in the same order."""
+    cfg, teacher = runner.cfg, runner.model.teacher
+    dataloader = {**copy.deepcopy(cfg.train_dataloader), 'collate_fn': dict(type=collate)}
+    loader = runner.build_dataloader(dataloader, seed=cfg.randomness.seed)
     loop = dict(bare=BareLoop, plain=PlainLoop)[args.baseline]
-    return runner, loop(cfg, teacher, iter(loader), next(teacher.parameters()).device)
+    return loop(cfg, teacher, iter(loader), next(teacher.parameters()).device)
 
 
 def peak_memory(args, which):
@@ -196,11 +202,13 @@ def peak_memory(args, which):
     return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
 
 
-def run_alone(args, runner, other):
+def run_alone(args, work_dir):
+    runner = build_ours(args, work_dir)
     if args.only == 'ours':
-        del other
         runner.train()
     else:
+        other = build_theirs(args, runner)
+        other.teacher = copy.deepcopy(other.teacher)
         runner.model.to('meta')
         for _ in range(2):
             other.step()
@@ -221,10 +229,10 @@ def main():
     parser.add_argument('--cfg-options', nargs='+', action=DictAction, help='e.g. strategy.compile=True')
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as work_dir:
-        runner, other = build(args, work_dir)
         if args.only:
-            return run_alone(args, runner, other)
-        hook = Alternate(other, args.block)
+            return run_alone(args, work_dir)
+        runner = build_ours(args, work_dir)
+        hook = Alternate(build_theirs(args, runner), args.block)
         runner.register_hook(hook)
         runner.train()
     # the first block warms up
