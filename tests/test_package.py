@@ -78,14 +78,6 @@ def test_fgm_configs_share_the_teachers_network():
     assert shared == 7
 
 
-def test_configs_are_at_most_three_levels_deep():
-    def depth(path):
-        bases = re.search(r"^_base_ = (\[.*?\]|'.*?')", path.read_text(), re.S | re.M)
-        return max((1 + depth(path.parent / base) for base in re.findall(r"'(.*?)'", bases.group(1))), default=0) if bases else 0
-    depths = {path: depth(ROOT / path) for path in CONFIGS}
-    assert max(depths.values()) == 3, depths
-
-
 def test_no_file_is_long_and_every_one_has_its_header():
     for path in [*(ROOT / 'mmfgm').rglob('*.py'), *(ROOT / 'tests').rglob('*.py')]:
         text = path.read_text()

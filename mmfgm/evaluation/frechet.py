@@ -91,8 +91,9 @@ def frechet_distance(mu_1, cov_1, mu_2, cov_2) -> float:
     """
     mu_1, cov_1, mu_2, cov_2 = (torch.as_tensor(x, dtype=torch.float64) for x in (mu_1, cov_1, mu_2, cov_2))
     if not mu_1.shape == mu_2.shape == cov_1.shape[1:] == cov_2.shape[1:] or not cov_1.shape == cov_2.shape:
-        raise ValueError(f'features of dimension {len(mu_1)} (covariance {tuple(cov_1.shape)}) cannot be compared with features '
-                         f'of dimension {len(mu_2)} (covariance {tuple(cov_2.shape)}); use statistics of the same feature function')
+        raise ValueError(f'features of dimension {len(mu_1)} (covariance {tuple(cov_1.shape)}) cannot be compared with '
+                         f'features of dimension {len(mu_2)} (covariance {tuple(cov_2.shape)}); use statistics of the same '
+                         'feature function')
     if not all(x.isfinite().all() for x in (mu_1, cov_1, mu_2, cov_2)):
         raise ValueError('feature statistics are not finite; look at the samples before the distance')
     mu_2, cov_2 = mu_2.to(mu_1.device), cov_2.to(mu_1.device)

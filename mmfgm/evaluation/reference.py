@@ -63,8 +63,8 @@ def load_reference(reference: Union[str, dict], feature: Any, keep_features: boo
     dim = getattr(feature, 'dim', None) or len(mean)
     if mean.shape != (dim,) or cov.shape != (dim, dim):
         raise UsageError(f'reference statistics {reference!r} are of dimension {tuple(mean.shape)}, covariance '
-                         f'{tuple(cov.shape)}, but {type(feature).__name__} has {dim} features; make them with tools/fid_stats.py '
-                         'for this feature function')
+                         f'{tuple(cov.shape)}, but {type(feature).__name__} has {dim} features; make them with '
+                         'tools/fid_stats.py for this feature function')
     made_by = str(data.get('feature', feature.name))
     if made_by != feature.name:
         raise UsageError(f'reference statistics {reference!r} are of the features {made_by!r}, not {feature.name!r}')
