@@ -1,4 +1,5 @@
 # Copyright (c) mmfgm authors.
+from .adam import MomentumFreeAdam
 from .checkpoint import CheckpointMixin
 from .hooks import (EXIT_PREEMPTED, CheckpointHook, EvaluationHook, MonitorHook, NetworkEMAHook, NonFiniteError,
                     PreemptionHook, RNGStateHook, SampleHook)
@@ -9,6 +10,7 @@ from .strategies import DDPStrategy, FSDP2Strategy, SingleDeviceStrategy, init_p
 
 __all__ = [
     'AlternatingTrainLoop', 'CheckpointHook', 'CheckpointMixin', 'DDPStrategy', 'EXIT_PREEMPTED', 'EvaluationHook',
-    'FSDP2Strategy', 'FlowRunner', 'MonitorHook', 'NetworkEMAHook', 'NetworkOptimWrapper', 'NonFiniteError',
-    'PerNetworkConstructor', 'PreemptionHook', 'RNGStateHook', 'SampleHook', 'SingleDeviceStrategy', 'init_processes'
+    'FSDP2Strategy', 'FlowRunner', 'MomentumFreeAdam', 'MonitorHook', 'NetworkEMAHook', 'NetworkOptimWrapper',
+    'NonFiniteError', 'PerNetworkConstructor', 'PreemptionHook', 'RNGStateHook', 'SampleHook', 'SingleDeviceStrategy',
+    'init_processes'
 ]

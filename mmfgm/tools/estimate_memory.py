@@ -1,0 +1,288 @@
+# Copyright (c) mmfgm authors.
+"""Estimate the GPU memory that training a config takes, without weights, data or a GPU.
+
+Parameters, gradients, optimizer state and averages are counted exactly, on the meta device. Activations are what
+autograd keeps for the backward pass, counted in a forward pass on tensors without values. Not counted are workspaces,
+temporary tensors and evaluation (its batch size and decoder are its own); the reserve is for them.
+"""
+import argparse
+import math
+from dataclasses import dataclass, field
+from typing import Dict, Optional, Sequence
+from unittest import mock
+
+import torch
+from mmengine.config import Config, DictAction
+from mmengine.registry import init_default_scope
+from torch import Tensor, nn
+
+from mmfgm.engine import PerNetworkConstructor
+from mmfgm.engine.strategies import PRECISIONS, default_strategy
+from mmfgm.errors import UsageError
+from mmfgm.models import FlowModel
+from mmfgm.registry import MODELS
+
+from .activations import kept_bytes
+from .cli import CONFIG_HELP, building, load_config, run_tool
+
+# GiB, as torch.cuda reports them
+GPUS = {'T4-16GB': 14.6, 'V100-16GB': 15.8, 'V100-32GB': 31.7, 'L4-24GB': 22.0, 'A10G-24GB': 22.0, 'RTX3090-24GB': 23.6,
+        'RTX4090-24GB': 23.6, 'A100-40GB': 39.4, 'A100-80GB': 79.1, 'L40S-48GB': 44.4, 'H100-80GB': 79.1,
+        'H200-141GB': 139.7}
+CONTEXT_GIB = 1.0
+RESERVE = 0.1
+GIB = 1 << 30
+COLUMNS = ('parameters', 'gradients', 'optimizer', 'EMA', 'gathered/cast', 'activations')
+
+
+def parse_args(argv: Optional[Sequence[str]]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('config', help=CONFIG_HELP)
+    parser.add_argument('--gpus', type=int, default=1, help='GPUs of the run, one process each (default: 1)')
+    parser.add_argument('--gpu', metavar='SIZE', help=f'does it fit: GiB of one GPU, or one of {", ".join(GPUS)}')
+    parser.add_argument('--batch-size', type=int, help='samples per GPU (default: train_dataloader.batch_size)')
+    parser.add_argument('--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE', help='override config values')
+    parser.set_defaults(launcher='none', work_dir=None, local_rank=0)
+    return parser.parse_args(argv)
+
+
+def gpu_gib(name: str) -> float:
+    """Memory of a GPU in GiB, by its name or as a number.
+
+    Raises:
+        UsageError: If it is neither a known name nor a positive number.
+    """
+    try:
+        size = GPUS[name] if name in GPUS else float(name)
+    except ValueError:
+        size = 0.0
+    if not 0 < size < math.inf:
+        raise UsageError(f'--gpu must be GiB or one of {", ".join(GPUS)}, but is {name!r}')
+    return size
+
+
+@dataclass
+class Plan:
+    """What the config says about where tensors go."""
+
+    strategy: str
+    precision: str
+    gpus: int
+    block_types: Sequence[str] = ()
+
+    @classmethod
+    def of(cls, cfg: Config, gpus: int) -> 'Plan':
+        """Read it from a config.
+
+        Raises:
+            UsageError: For a strategy or precision that is unknown or does not go with ``gpus``.
+        """
+        strategy = dict(cfg.get('strategy') or {})
+        name = strategy.get('type', default_strategy('none' if gpus == 1 else 'pytorch')).removeprefix('mmfgm.')
+        known = ('SingleDeviceStrategy', 'DDPStrategy', 'FSDP2Strategy')
+        if name not in known or gpus < 1 or (name == known[0] and gpus > 1):
+            raise UsageError(f'memory is known for the strategies {known} and the first for one GPU only, but the config '
+                             f'and --gpus say {name} on {gpus} GPU(s)')
+        precision = strategy.get('precision', 'fp32')
+        if precision not in PRECISIONS:
+            raise UsageError(f'strategy.precision must be one of {PRECISIONS}, but is {precision!r}')
+        return cls(name, precision, gpus, tuple(strategy.get('block_types', ())))
+
+    @property
+    def sharded(self) -> bool:
+        return self.strategy == 'FSDP2Strategy'
+
+    def local_bytes(self, tensor: Tensor) -> int:
+        """Bytes of a parameter, or of a tensor like it, on the GPU that has most of it."""
+        if not self.sharded or tensor.ndim == 0:
+            return tensor.nbytes
+        return math.ceil(len(tensor) / self.gpus) * math.prod(tensor.shape[1:]) * tensor.itemsize
+
+
+@dataclass
+class Memory:
+    """Bytes per GPU by kind and network, and the numbers of parameters; ``phase`` is the one that keeps most."""
+
+    batch_size: int
+    numbers: Dict[str, int] = field(default_factory=dict)
+    networks: Dict[str, Dict[str, int]] = field(default_factory=dict)
+    totals: Dict[str, int] = field(default_factory=dict)
+    phase: str = ''
+
+    @property
+    def total(self) -> int:
+        return sum(self.totals.values())
+
+
+class _SameCondition:
+    """Stands in for "no condition", which has the same shapes."""
+
+    def __call__(self, cond: Dict[str, Tensor]) -> Dict[str, Tensor]:
+        return cond
+
+
+def build_on_meta(cfg: Config) -> FlowModel:
+    """The config's model without values, on the meta device; nothing is read.
+
+    Raises:
+        UsageError: If one of its parts needs values.
+    """
+    model = cfg.model.to_dict()
+    model['decoder'] = None   # runs in evaluations only
+    if model.get('teacher'):
+        model['teacher'] = dict(checkpoint=None)
+    if model.get('guidance'):
+        model['guidance']['null'] = dict(type=_SameCondition)
+    if model.get('null_condition'):
+        model['null_condition'] = dict(type=_SameCondition)
+    if model.get('network', {}).get('pretrained'):
+        model['network'] = without_weights(model['network'])
+
+    def build():
+        try:
+            return MODELS.build(model)
+        except RuntimeError as e:
+            raise UsageError(f'the model cannot be built on the meta device, without values: {str(e)[:300]}') from e
+
+    # a checksum needs values
+    with torch.device('meta'), mock.patch('mmfgm.models.fgm.fingerprint', return_value=''):
+        return building(build)
+
+
+def without_weights(network: dict) -> dict:
+    """A network config that names a diffusers pipeline, with the architecture read from it instead of the weights.
+
+    Raises:
+        UsageError: If the network is of another kind, or the pipeline has no config.
+    """
+    if network['type'].removeprefix('mmfgm.') != 'SD3':
+        raise UsageError(f'the architecture of a pretrained {network["type"]} is not known without its weights; give a '
+                         'config without pretrained=')
+    from diffusers import SD3Transformer2DModel
+    rest = {key: value for key, value in network.items() if key not in ('pretrained', 'subfolder', 'revision', 'variant')}
+    config = building(lambda: SD3Transformer2DModel.load_config(
+        network['pretrained'], subfolder=network.get('subfolder', 'transformer'), revision=network.get('revision')))
+    return dict(rest, config={key: value for key, value in config.items() if not key.startswith('_')})
+
+
+def optimizer_bytes(wrapper, plan: Plan) -> int:
+    """Bytes of an optimizer's state after a step on meta tensors; step counts included."""
+    params = [p for group in wrapper.optimizer.param_groups for p in group['params']]
+    for p in params:
+        p.grad = torch.empty_like(p)
+    wrapper.optimizer.step()
+    wrapper.optimizer.zero_grad()
+    return sum(plan.local_bytes(value) if value.shape == p.shape else value.nbytes
+               for p in params for value in wrapper.optimizer.state[p].values() if isinstance(value, Tensor))
+
+
+def gathered_bytes(networks: Dict[str, nn.Module], trained: Sequence[str], plan: Plan) -> int:
+    """Bytes that FSDP2 holds beside the shards: two blocks and the layers outside of blocks, and one block's gradients.
+
+    Raises:
+        UsageError: If no layer of the velocity network is a block.
+    """
+    if not any(type(m).__name__ in plan.block_types for m in next(iter(networks.values())).modules()):
+        raise UsageError(f'strategy.block_types={plan.block_types} matches no layer of the network')
+    itemsize = 2 if plan.precision == 'bf16' else 4
+    largest = 0
+    for name, network in networks.items():
+        blocks = [sum(p.numel() for p in m.parameters()) for m in network.modules() if type(m).__name__ in plan.block_types]
+        rest = sum(p.numel() for p in network.parameters()) - sum(blocks)
+        units = sorted([*blocks, 0, 0])[-2:]
+        # a gradient is copied to float32 before it is reduced
+        gradients = (itemsize + 4) * max(*units, rest) if name in trained else 0
+        largest = max(largest, itemsize * (rest + sum(units)) + gradients)
+    return largest
+
+
+def count(model: FlowModel, cfg: Config, plan: Plan, batch_size: int) -> Memory:
+    """Everything but activations and the weights that autocast copies."""
+    memory = Memory(batch_size)
+    trained = [name for phase in model.phases.values() for name in phase.trains]
+    wrappers = cfg.optim_wrapper.to_dict()
+    wrappers.pop('constructor', None)
+    for name in wrappers:
+        # fused kernels are for real devices; their state is the same
+        wrappers[name].get('optimizer', {}).pop('fused', None)
+    wrappers = building(lambda: PerNetworkConstructor(wrappers)(model))
+    for name, network in model.networks.items():
+        memory.numbers[name] = sum(p.numel() for p in network.parameters())
+        weights = sum(map(plan.local_bytes, network.parameters())) + sum(b.nbytes for b in network.buffers())
+        row = memory.networks[name] = dict.fromkeys(COLUMNS, 0)
+        row['EMA' if name in model.ema_decays else 'parameters'] = weights
+        if name in trained:
+            row['gradients'] = sum(plan.local_bytes(p) for p in network.parameters() if p.requires_grad)
+            row['optimizer'] = optimizer_bytes(wrappers[name], plan)
+    memory.totals = {column: sum(row[column] for row in memory.networks.values()) for column in COLUMNS}
+    if plan.strategy != 'DDPStrategy':   # whose buckets stay
+        memory.totals['gradients'] = max(sum(memory.networks[name]['gradients'] for name in phase.trains)
+                                         for phase in model.phases.values())
+    if plan.sharded:
+        memory.totals['gathered/cast'] = gathered_bytes(model.networks, trained, plan)
+    return memory
+
+
+def estimate(cfg: Config, gpus: int, batch_size: Optional[int] = None) -> Memory:
+    """Memory per GPU of training a config.
+
+    Raises:
+        UsageError: If the config cannot be built without values, or says nothing of what is needed.
+    """
+    missing = [key for key in ('model', 'optim_wrapper', 'train_dataloader') if not cfg.get(key)]
+    if missing:
+        raise UsageError(f'the config has no {", ".join(missing)}, so it does not say what training takes')
+    batch_size = cfg.train_dataloader.get('batch_size', 1) if batch_size is None else batch_size
+    if batch_size < 1:
+        raise UsageError(f'--batch-size must be at least 1, but is {batch_size}')
+    init_default_scope('mmfgm')
+    plan = Plan.of(cfg, gpus)
+    model = build_on_meta(cfg)
+    memory = count(model, cfg, plan, batch_size)
+    kept = kept_bytes(model, batch_size, plan.precision == 'bf16', plan.sharded,
+                      (cfg.get('train_cfg') or {}).get('share_samples', False))
+    memory.phase = max(kept, key=lambda phase: sum(kept[phase]))
+    memory.totals['activations'], casts = kept[memory.phase]
+    memory.totals['gathered/cast'] += casts
+    return memory
+
+
+def table(memory: Memory) -> str:
+    """What each network takes, and the sum, in GiB."""
+    rows = [('GiB per GPU', 'numbers', *COLUMNS, 'sum')]
+    for name, row in memory.networks.items():
+        rows.append((name, f'{memory.numbers[name] / 1e6:.1f} M',
+                     *(f'{row[c] / GIB:.3f}' if row[c] else '' for c in COLUMNS), f'{sum(row.values()) / GIB:.3f}'))
+    rows.append(('total', f'{sum(memory.numbers.values()) / 1e6:.1f} M', *(f'{memory.totals[c] / GIB:.3f}' for c in COLUMNS),
+                 f'{memory.total / GIB:.3f}'))
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return '\n'.join('  '.join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows)
+
+
+def estimate_memory(argv: Optional[Sequence[str]] = None) -> None:
+    """Estimate as the command line says; exits with 1 if it does not fit the GPU that was named."""
+    args = parse_args(argv)
+    size = None if args.gpu is None else gpu_gib(args.gpu)
+    cfg = load_config(args)
+    memory = estimate(cfg, args.gpus, args.batch_size)
+    plan = Plan.of(cfg, args.gpus)
+    print(f'{args.config} on {plan.gpus} GPU(s): {plan.strategy}, {plan.precision}, batch of {memory.batch_size} per GPU\n\n'
+          f'{table(memory)}\n\n'
+          f'Activations are those of phase {memory.phase!r}, which keeps most; gradients are those that exist at one time.')
+    if size is None:
+        return
+    usable = (size - CONTEXT_GIB) * (1 - RESERVE)
+    fits = memory.total <= usable * GIB
+    print(f'{args.gpu} has {size:.1f} GiB, of which {usable:.1f} GiB are left after {CONTEXT_GIB:.0f} GiB for the CUDA '
+          f'context and {RESERVE:.0%} for workspaces and fragmentation: {memory.total / GIB:.1f} GiB '
+          f'{"fit" if fits else "do NOT fit"}.')
+    if not fits:
+        raise SystemExit(1)
+
+
+def main(argv: Optional[Sequence[str]] = None) -> None:
+    run_tool(estimate_memory, argv)
+
+
+if __name__ == '__main__':
+    main()
