@@ -92,6 +92,38 @@ class ConditionDataset(GenerationDataset):
         return batch
 
 
+@DATASETS.register_module()
+class WithReal(Dataset):
+    """Conditions to generate for, each beside a real sample for the discriminator: ``dict(idx, ..., real_x_0, real_...)``.
+
+    An epoch covers the longer of the two; the shorter one is gone through again, in another order each time.
+
+    Args:
+        conditions (dict): Config of the dataset of conditions.
+        real (dict): Config of the dataset of real samples: items with ``x_0`` and the same conditions.
+    """
+
+    def __init__(self, conditions: dict, real: dict):
+        self.conditions, self.real = DATASETS.build(conditions), DATASETS.build(real)
+        self.metainfo = dict(dataset=type(self).__name__)
+
+    def __len__(self) -> int:
+        return max(len(self.conditions), len(self.real))
+
+    @staticmethod
+    def _wrap(indices: Sequence[int], length: int) -> Sequence[int]:
+        # each round starts elsewhere, so that a pair does not repeat with it
+        return [(i + i // length * 7919) % length for i in indices]
+
+    def __getitems__(self, indices: Sequence[int]) -> Batch:
+        batch = self.conditions.__getitems__(self._wrap(indices, len(self.conditions)))
+        real = self.real.__getitems__(self._wrap(indices, len(self.real)))
+        return {**batch, 'idx': torch.as_tensor(indices), **{f'real_{k}': v for k, v in real.items() if k != 'idx'}}
+
+    def __getitem__(self, index: int) -> Batch:
+        return {name: value[0] for name, value in self.__getitems__([index]).items()}
+
+
 @DATA_SAMPLERS.register_module()
 class PaddedSampler(Sampler):
     """Item ``rank, rank + world_size, ...``, equally many on every process.

@@ -1,9 +1,10 @@
 # Copyright (c) mmfgm authors.
 import pytest
 import torch
+from mmengine.registry import DefaultScope
 from torch.utils.data import DataLoader
 
-from mmfgm.datasets import ConditionDataset, Digits, GenerationDataset, Toy2D, collate
+from mmfgm.datasets import ConditionDataset, Digits, GenerationDataset, Toy2D, WithReal, collate
 from mmfgm.errors import UsageError
 
 
@@ -39,3 +40,17 @@ def test_generation_items_are_balanced_and_have_their_own_seeds():
     assert max(other['seed'].tolist()) < 2**32 and not set(other['seed'].tolist()) & set(batch['seed'].tolist())
     with pytest.raises(UsageError, match='at least 1'):
         GenerationDataset(0)
+
+
+def test_conditions_beside_real_samples():
+    with DefaultScope.overwrite_default_scope('mmfgm'):
+        dataset = WithReal(dict(type='ConditionDataset', num_classes=10, size=5),
+                           dict(type='Toy2D', shape='checkerboard', size=3))
+    assert len(dataset) == 5
+    batch = dataset.__getitems__([0, 4])
+    assert batch['idx'].tolist() == [0, 4] and batch['labels'].tolist() == [0, 4] and 'x_0' not in batch
+    # the shorter one goes round, shifted
+    real = [dataset.real.__getitems__([i])['x_0'] for i in (0, (4 + 7919) % 3)]
+    assert torch.equal(batch['real_x_0'], torch.cat(real))
+    assert {int(i) for i in dataset._wrap(range(3, 6), 3)} == {0, 1, 2}
+    assert torch.equal(dataset[4]['real_x_0'], batch['real_x_0'][1])
