@@ -86,8 +86,11 @@ def row_noise(idx, salt):
 
     def rows(shape, draw):
         call = next(calls)
-        assert shape[0] == len(idx)
-        return torch.stack([draw(shape[1:], torch.Generator().manual_seed(hash((int(i), salt, call)) % 2**31)) for i in idx])
+        ids = [int(i) for i in idx]
+        # a discriminator sees real samples and generated ones, both of these items
+        ids = ids if shape[0] == len(ids) else [~i for i in ids] + ids
+        assert shape[0] == len(ids)
+        return torch.stack([draw(shape[1:], torch.Generator().manual_seed(hash((i, salt, call)) % 2**31)) for i in ids])
 
     def randn(*shape, device=None, generator=None, dtype=None):
         return rows(shape, lambda s, g: torch.randn(s, generator=g))

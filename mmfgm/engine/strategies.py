@@ -184,17 +184,16 @@ class FSDP2Strategy(ProcessGroupStrategy):
             example ``('AdaLNBlock',)`` or ``('JointTransformerBlock',)``.
         precision (str): As for :class:`SingleDeviceStrategy`, but ``'bf16'`` communicates parameters in bf16
             too; gradients are reduced in float32 and the sharded master weights stay float32.
+        compile (bool): Run each of those layers through ``torch.compile``. Defaults to False.
         **kwargs: For MMEngine's ``BaseStrategy``.
 
     Raises:
-        UsageError: If no layer of a network is of ``block_types``.
+        UsageError: If no layer of the velocity network is of ``block_types``; small networks beside it need none.
     """
 
     sharded_checkpoints = True
 
     def __init__(self, *, block_types: Sequence[str], **kwargs):
-        if kwargs.get('compile'):
-            raise UsageError('FSDP2Strategy does not compile; leave out strategy.compile')
         self.block_types = tuple(block_types)
         super().__init__(**kwargs)
 
@@ -206,13 +205,18 @@ class FSDP2Strategy(ProcessGroupStrategy):
         compute = torch.bfloat16 if self.precision == 'bf16' else None
         block_policy = MixedPrecisionPolicy(compute, torch.float32, cast_forward_inputs=False)
         root_policy = MixedPrecisionPolicy(compute, torch.float32, torch.float32, cast_forward_inputs=False)
+        blocks = {name: [m for m in network.modules() if type(m).__name__ in self.block_types]
+                  for name, network in model.networks.items()}
+        # the first network is of the velocity's architecture; heads beside it may be too small for blocks
+        name, network = next(iter(model.networks.items()))
+        if not blocks[name]:
+            inside = sorted({type(m).__name__ for m in network.modules()})
+            raise UsageError(f'strategy.block_types={self.block_types} matches no layer of network {name!r}; it has layers of '
+                             f'types {inside}')
         for name, network in model.networks.items():
-            blocks = [m for m in network.modules() if type(m).__name__ in self.block_types]
-            if not blocks:
-                inside = sorted({type(m).__name__ for m in network.modules()})
-                raise UsageError(f'strategy.block_types={self.block_types} matches no layer of network {name!r}; it has '
-                                 f'layers of types {inside}')
-            for block in blocks:
+            for block in blocks[name]:
+                if self.compile:
+                    block.compile()
                 fully_shard(block, mesh=mesh, mp_policy=block_policy, reshard_after_forward=True)
             # the root is resharded too: averages and optimizers must see shards at any time
             fully_shard(network, mesh=mesh, mp_policy=root_policy, reshard_after_forward=True)

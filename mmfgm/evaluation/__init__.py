@@ -6,11 +6,12 @@ from .frechet import StreamingMoments, frechet_distance
 from .metrics import FrechetDistance, GatheredMetric, SampleMetric, SlicedWasserstein
 from .pictures import draw_over_nfe, draw_panels
 from .reference import Reference, load_reference, save_reference
+from .shapes import ShapeScore
 from .wasserstein import sliced_wasserstein
 
 __all__ = [
     'Evaluation', 'FID', 'FrechetDistance', 'GatheredMetric', 'InceptionScore', 'InceptionV3', 'KID', 'Pixels',
-    'PrecisionRecall', 'Reference', 'SampleMetric', 'SlicedWasserstein', 'StreamingMoments', 'build_evaluations',
-    'build_feature', 'draw_over_nfe', 'draw_panels', 'frechet_distance', 'load_reference', 'save_reference',
-    'sliced_wasserstein', 'to_uint8'
+    'PrecisionRecall', 'Reference', 'SampleMetric', 'ShapeScore', 'SlicedWasserstein', 'StreamingMoments',
+    'build_evaluations', 'build_feature', 'draw_over_nfe', 'draw_panels', 'frechet_distance', 'load_reference',
+    'save_reference', 'sliced_wasserstein', 'to_uint8'
 ]

@@ -4,7 +4,6 @@ from io import BytesIO
 from typing import Dict, Optional
 
 import numpy as np
-import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image

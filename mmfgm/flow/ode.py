@@ -36,6 +36,22 @@ def uniform_times(steps: int, device=None) -> Tensor:
     return torch.linspace(1, 0, steps + 1, device=device)
 
 
+def shifted_times(steps: int, shift: float, device=None) -> Tensor:
+    """The ``steps + 1`` float32 times of diffusers' ``FlowMatchEulerDiscreteScheduler(shift=shift)``.
+
+    ``t -> shift t / (1 + (shift - 1) t)`` (Esser et al., 2024, Eq. 23) of an even grid, whose low end, 1/1000,
+    the scheduler has shifted once already; then 0.
+    """
+    if steps < 1 or shift <= 0:
+        raise ValueError(f'needs at least 1 step and a positive shift, but got steps={steps}, shift={shift}')
+
+    def shifted(t):
+        return shift * t / (1 + (shift - 1) * t)
+
+    times = shifted(torch.linspace(1, shifted(1 / 1000), steps, dtype=torch.float64))
+    return torch.cat([times, times.new_zeros(1)]).float().to(device)
+
+
 def _check_times(times: Tensor) -> None:
     if times.ndim != 1 or len(times) < 2:
         raise ValueError(f'times must be a 1-D tensor of at least 2 values, but has shape {tuple(times.shape)}')

@@ -3,11 +3,13 @@ from mmfgm.flow import ClassifierFreeGuidance, LogitNormal, NullLabel, Uniform, 
 from mmfgm.registry import FUNCTIONS, TASK_UTILS
 
 from .base import FlowModel, Phase, Sampling
+from .discriminator import GAN, ConvDiscriminator
 from .fgm import FGM
 from .flow_matching import FlowMatching
 from .generator import OneStepGenerator
-from .losses import FGMLoss, fgm_terms, flow_matching_loss
-from .networks import AdaLNMLP, EDMUNet, EDMVelocity, UNetVelocity
+from .latents import CachedNullPrompt, LatentDecoder
+from .losses import FGMLoss, discriminator_loss, fgm_terms, flow_matching_loss, generator_gan_loss
+from .networks import SD3, AdaLNMLP, EDMUNet, EDMVelocity, UNetVelocity
 from .preprocessor import ImagePreprocessor, from_uint8
 from .weights import latest_checkpoint, load_network, read_state_dict
 
@@ -25,7 +27,8 @@ def build_guidance(scale: float, null: dict) -> ClassifierFreeGuidance:
 
 
 __all__ = [
-    'AdaLNMLP', 'EDMUNet', 'EDMVelocity', 'FGM', 'FGMLoss', 'FlowMatching', 'FlowModel', 'ImagePreprocessor',
-    'OneStepGenerator', 'Phase', 'Sampling', 'UNetVelocity', 'fgm_terms', 'flow_matching_loss', 'from_uint8',
-    'latest_checkpoint', 'load_network', 'read_state_dict'
+    'AdaLNMLP', 'CachedNullPrompt', 'ConvDiscriminator', 'EDMUNet', 'EDMVelocity', 'FGM', 'FGMLoss', 'FlowMatching', 'FlowModel',
+    'GAN', 'ImagePreprocessor', 'LatentDecoder', 'OneStepGenerator', 'Phase', 'SD3', 'Sampling', 'UNetVelocity',
+    'discriminator_loss', 'fgm_terms', 'flow_matching_loss', 'from_uint8', 'generator_gan_loss', 'latest_checkpoint',
+    'load_network', 'read_state_dict'
 ]

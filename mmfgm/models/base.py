@@ -1,18 +1,21 @@
 # Copyright (c) mmfgm authors.
 import copy
 from dataclasses import dataclass
-from typing import Any, Dict, Optional, Tuple
+from functools import partial
+from typing import Any, Callable, Dict, Optional, Tuple
 
 import torch
 from mmengine.model import BaseModel
 from torch import Tensor, nn
 
 from mmfgm.errors import UsageError
-from mmfgm.flow import uniform_times
-from mmfgm.registry import FUNCTIONS
+from mmfgm.flow import ClassifierFreeGuidance, shifted_times, uniform_times
+from mmfgm.registry import FUNCTIONS, TASK_UTILS
 
 # what a dataset yields beside the network's conditions
 NOT_CONDITIONS = ('idx', 'seed', 'x_0')
+# real samples and their conditions, beside those that samples are generated for
+REAL = 'real_'
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,10 @@ class Sampling:
     Args:
         network (str): Name of a network of the model, for example ``generator_ema`` or ``teacher``.
         nfe (int): Network evaluations; a one-step generator always takes 1.
-        solver (str): A solver of :mod:`mmfgm.flow.ode`, on evenly spaced times.
+        solver (str): A solver of :mod:`mmfgm.flow.ode`.
+        shift (float, optional): The time grid of diffusers' scheduler of this shift, which SD3's pipeline
+            uses (3 there). Defaults to evenly spaced times.
+        guidance (float, optional): Scale of classifier-free guidance; one batched call, so one evaluation.
 
     Raises:
         UsageError: If the solver cannot spend exactly ``nfe`` evaluations.
@@ -46,6 +52,13 @@ class Sampling:
     network: str
     nfe: int = 1
     solver: str = 'euler'
+    shift: Optional[float] = None
+    guidance: Optional[float] = None
+
+    def times(self, device) -> Tensor:
+        """The solver's time grid, from 1 to 0."""
+        steps = self.nfe // FUNCTIONS.get(self.solver).evaluations_per_step
+        return uniform_times(steps, device) if self.shift is None else shifted_times(steps, self.shift, device)
 
     def __post_init__(self):
         solver = FUNCTIONS.get(self.solver)
@@ -70,8 +83,11 @@ class FlowModel(BaseModel):
     # networks that map noise to samples in one call; all others are integrated
     one_step: Tuple[str, ...] = ()
 
-    def __init__(self, data_preprocessor: Optional[dict] = None):
+    def __init__(self, data_preprocessor: Optional[dict] = None, decoder: Optional[dict] = None):
         super().__init__(data_preprocessor)
+        self.decoder = TASK_UTILS.build(decoder) if decoder else None
+        # maps conditions to "no condition", for guidance
+        self.null: Optional[Callable[[Dict[str, Tensor]], Dict[str, Tensor]]] = None
         # checksum of each pre-trained network, so that a resumed run notices another teacher
         self.fingerprints: Dict[str, str] = {}
 
@@ -109,6 +125,9 @@ class FlowModel(BaseModel):
             raise UsageError(f'{type(self).__name__} has no network {sampling.network!r}; choose from {list(self.networks)}')
         if sampling.network in self.one_step and sampling.nfe != 1:
             raise UsageError(f'{sampling.network} is a one-step generator: its NFE is 1, not {sampling.nfe}')
+        if sampling.guidance is not None and (self.null is None or sampling.network in self.one_step):
+            raise UsageError(f'guidance={sampling.guidance} of {sampling.network} needs a network that is integrated, and a '
+                             'model that knows "no condition": set model.guidance (FGM) or model.null_condition (FlowMatching)')
 
     def train(self, mode: bool = True):
         """Averages and pre-trained networks stay in evaluation mode: no dropout in what we match."""
@@ -117,9 +136,10 @@ class FlowModel(BaseModel):
             getattr(self, name).eval()
         return self
 
-    def conditions(self, batch: Dict[str, Any]) -> Dict[str, Tensor]:
-        """The part of a batch that the networks take as keyword arguments."""
-        return {name: value for name, value in batch.items() if name not in NOT_CONDITIONS}
+    def conditions(self, batch: Dict[str, Any], prefix: str = '') -> Dict[str, Tensor]:
+        """The part of a batch that the networks take as keyword arguments; that of real samples with ``prefix``."""
+        names = [name for name in batch if name.startswith(REAL) == (prefix == REAL)]
+        return {name[len(prefix):]: batch[name] for name in names if name[len(prefix):] not in NOT_CONDITIONS}
 
     def prepare(self, batch: Dict[str, Any], differentiable: bool) -> Dict[str, Any]:
         """Move a training batch to the device and add what every phase needs; see the subclass."""
@@ -159,7 +179,8 @@ class FlowModel(BaseModel):
         """Generate one sample for each item of a batch ``dict(idx, seed, [labels, ...])``.
 
         Returns:
-            Tensor: ``(N, *event)``, float32, on the model's device; images in [-1, 1] up to overshoot.
+            Tensor: ``(N, *event)``, float32, on the model's device; images in [-1, 1] up to overshoot. With a
+            decoder, the images.
 
         Raises:
             UsageError: See :meth:`check`.
@@ -173,10 +194,14 @@ class FlowModel(BaseModel):
         training = network.training
         network.eval()
         try:
-            if sampling.network in self.one_step:
-                return network(z, **cond)
-            solver = FUNCTIONS.get(sampling.solver)
-            times = uniform_times(sampling.nfe // solver.evaluations_per_step, z.device)
-            return solver(lambda x, t: network(x, t, **cond), z, times)
+            samples = network(z, **cond) if sampling.network in self.one_step else self._integrate(network, z, cond, sampling)
         finally:
             network.train(training)
+        return samples if self.decoder is None else self.decoder(samples)
+
+    def _integrate(self, network: nn.Module, z: Tensor, cond: Dict[str, Tensor], sampling: Sampling) -> Tensor:
+        if sampling.guidance is None:
+            velocity = partial(network, **cond)
+        else:
+            velocity = partial(ClassifierFreeGuidance(sampling.guidance, self.null), network, cond=cond)
+        return FUNCTIONS.get(sampling.solver)(velocity, z, sampling.times(z.device))

@@ -10,8 +10,9 @@ from mmfgm.flow import LinearPath
 from mmfgm.registry import MODELS, TASK_UTILS
 
 from .base import FlowModel, Phase
+from .discriminator import GAN
 from .generator import OneStepGenerator
-from .losses import flow_matching_loss
+from .losses import discriminator_loss, flow_matching_loss, generator_gan_loss
 from .weights import fingerprint, load_network
 
 
@@ -22,7 +23,9 @@ class FGM(FlowModel):
     Four networks of one architecture: ``teacher`` u (frozen), ``online`` v_psi (learns the flow of what
     the generator makes now), ``generator`` g_theta, and its averages. All start from the teacher.
 
-    Batches are ``dict(idx, [labels, ...])``: FGM needs conditions, but no data.
+    Batches are ``dict(idx, [labels, ...])``: FGM needs conditions, but no data. With ``gan`` they carry real
+    samples too, ``real_x_0`` and their conditions (``real_labels``, ...), and the online phase trains a
+    ``discriminator`` beside the online network.
 
     Args:
         network (dict): Config of the velocity network, the same as the teacher's.
@@ -35,6 +38,9 @@ class FGM(FlowModel):
         loss (dict): Config of the generator's loss. Defaults to ``dict(type='FGMLoss')``.
         guidance (dict, optional): Classifier-free guidance of the teacher in the FGM loss, for example
             ``dict(type='ClassifierFreeGuidance', scale=4., null=dict(type='NullLabel', label=10))``.
+        gan (dict, optional): Arguments of :class:`~mmfgm.models.discriminator.GAN`.
+        data_preprocessor (dict, optional): For example ``dict(type='ImagePreprocessor')`` for real uint8 images.
+        decoder (dict, optional): Config that turns samples into images, for example ``dict(type='LatentDecoder')``.
         ema (dict[str, float]): Average name to decay. Defaults to ``dict(generator_ema=0.999)``.
     """
 
@@ -52,8 +58,11 @@ class FGM(FlowModel):
                  generator: Optional[dict] = None,
                  loss: Optional[dict] = None,
                  guidance: Optional[dict] = None,
+                 gan: Optional[dict] = None,
+                 data_preprocessor: Optional[dict] = None,
+                 decoder: Optional[dict] = None,
                  ema: Optional[Dict[str, float]] = None):
-        super().__init__()
+        super().__init__(data_preprocessor, decoder)
         self.teacher = MODELS.build(network)
         if 'checkpoint' not in teacher:
             raise UsageError(f'model.teacher must name a checkpoint (None keeps the network as its own config makes it), but '
@@ -69,6 +78,13 @@ class FGM(FlowModel):
         self.fm_time_sampler = TASK_UTILS.build(fm_time_sampler)
         self.fgm_time_sampler = TASK_UTILS.build(fgm_time_sampler)
         self.guidance = TASK_UTILS.build(guidance) if guidance else None
+        self.null = self.guidance.null if guidance else None
+        self.gan = GAN(**gan) if gan else None
+        if gan:
+            self.discriminator = self.gan.build_head(self.online)
+            self.phases = dict(
+                online=Phase(trains=('online', 'discriminator')),
+                generator=Phase(trains=('generator',), freezes=('online', 'discriminator'), differentiable=True))
         self._init_ema(dict(generator_ema=0.999) if ema is None else ema)
         self.one_step = ('generator', *self.ema_decays)
 
@@ -81,7 +97,13 @@ class FGM(FlowModel):
             return {**samples, 'x_0': self.generator(z, **self.conditions(samples))}
 
     def loss(self, phase: str, samples: Dict[str, Any]) -> Dict[str, Tensor]:
-        return getattr(self, f'{phase}_loss')(samples['x_0'], self.conditions(samples))
+        cond = self.conditions(samples)
+        if phase == 'generator':
+            return self.generator_loss(samples['x_0'], cond)
+        losses = self.online_loss(samples['x_0'], cond)
+        if self.gan is not None:
+            losses.update(self.discriminator_loss(samples['x_0'], cond, samples['real_x_0'], self.conditions(samples, 'real_')))
+        return losses
 
     def online_loss(self, x_0: Tensor, cond: Dict[str, Tensor]) -> Dict[str, Tensor]:
         """``L_FM(psi)`` of Algorithm 1: flow matching on what the generator makes now."""
@@ -90,12 +112,26 @@ class FGM(FlowModel):
         v = self.online(path.x_t, path.t, **cond)
         return dict(loss_fm=flow_matching_loss(v, path.velocity).mean())
 
+    def discriminator_loss(self, x_0: Tensor, cond: Dict[str, Tensor], real_x_0: Tensor,
+                           real_cond: Dict[str, Tensor]) -> Dict[str, Tensor]:
+        """The head on noisy generated and real samples, both in one call of the online network (B.2)."""
+        x_0_sg = x_0.detach()
+        both = {name: torch.cat([real_cond[name], cond[name]]) for name in cond}
+        logits = self.gan.logits(self.online, self.discriminator, torch.cat([real_x_0, x_0_sg]), both, self.gan.train_features)
+        real, fake = logits.split([len(real_x_0), len(x_0)])
+        accuracy = ((real > 0).float().mean() + (fake < 0).float().mean()) / 2
+        return dict(loss_d=self.gan.discriminator_weight * discriminator_loss(real, fake).mean(), d_accuracy=accuracy)
+
     def generator_loss(self, x_0: Tensor, cond: Dict[str, Tensor]) -> Dict[str, Tensor]:
-        """``L_FGM(theta) = L_1 + L_2`` (Eq. 4.10 to 4.12), psi frozen by the loop."""
+        """``L_FGM(theta) = L_1 + L_2`` (Eq. 4.10 to 4.12), psi frozen by the loop; with a GAN, its term beside it."""
         path = LinearPath.sample(x_0, self.fgm_time_sampler(len(x_0), x_0.device))
         if self.guidance is None:
             u = self.teacher(path.x_t, path.t, **cond)
         else:
             u = self.guidance(self.teacher, path.x_t, path.t, cond)
         v = self.online(path.x_t, path.t, **cond)
-        return self.loss_fgm(u, v, path.velocity)
+        losses = self.loss_fgm(u, v, path.velocity)
+        if self.gan is not None:
+            fake = self.gan.logits(self.online, self.discriminator, x_0, cond, train_features=True)
+            losses['loss_g'] = self.gan.generator_weight * generator_gan_loss(fake).mean()
+        return losses

@@ -27,6 +27,7 @@ class FlowMatching(FlowModel):
             that is to be guided, for example ``dict(type='NullLabel', label=10)``.
         null_prob (float): Probability of training a sample on the null condition. Defaults to 0.
         data_preprocessor (dict, optional): For example ``dict(type='ImagePreprocessor')`` for uint8 images.
+        decoder (dict, optional): Config that turns samples into images, for example ``dict(type='LatentDecoder')``.
     """
 
     phases = dict(network=Phase(trains=('network',)))
@@ -38,14 +39,15 @@ class FlowMatching(FlowModel):
                  ema: Optional[Dict[str, float]] = None,
                  null_condition: Optional[dict] = None,
                  null_prob: float = 0.0,
-                 data_preprocessor: Optional[dict] = None):
-        super().__init__(data_preprocessor)
+                 data_preprocessor: Optional[dict] = None,
+                 decoder: Optional[dict] = None):
+        super().__init__(data_preprocessor, decoder)
         self.network = MODELS.build(network)
         self._describe(self.network)
         self.time_sampler = TASK_UTILS.build(time_sampler)
         if null_prob and null_condition is None:
             raise UsageError(f'null_prob={null_prob} needs null_condition, for example dict(type="NullLabel", label=10)')
-        self.null_condition = TASK_UTILS.build(null_condition) if null_condition else None
+        self.null = TASK_UTILS.build(null_condition) if null_condition else None
         self.null_prob = null_prob
         self._init_ema(dict(network_ema=0.999) if ema is None else ema)
 
@@ -53,7 +55,7 @@ class FlowMatching(FlowModel):
         if not self.null_prob:
             return cond
         drop = torch.rand(n, device=device) < self.null_prob
-        null = self.null_condition(cond)
+        null = self.null(cond)
         return {k: torch.where(expand_t(drop, v).bool(), null[k], v) for k, v in cond.items()}
 
     def loss(self, phase: str, samples: Dict[str, Any]) -> Dict[str, Tensor]:

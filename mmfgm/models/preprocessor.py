@@ -34,10 +34,11 @@ class ImagePreprocessor(BaseDataPreprocessor):
 
     def forward(self, data: dict, training: bool = False) -> dict:
         data = super().forward(data, training)
-        if 'x_0' not in data:
-            return data
-        x_0 = from_uint8(data['x_0'])
+        images = {name: from_uint8(data[name]) for name in ('x_0', 'real_x_0') if name in data}
         if training and self.flip_prob:
-            flip = torch.rand(len(x_0), device=x_0.device) < self.flip_prob
-            x_0 = torch.where(flip[:, None, None, None], x_0.flip(-1), x_0)
-        return {**data, 'x_0': x_0}
+            images = {name: self._flip(x_0) for name, x_0 in images.items()}
+        return {**data, **images}
+
+    def _flip(self, x_0: Tensor) -> Tensor:
+        flip = torch.rand(len(x_0), device=x_0.device) < self.flip_prob
+        return torch.where(flip[:, None, None, None], x_0.flip(-1), x_0)

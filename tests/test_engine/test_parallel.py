@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 
-from mmfgm.engine import FSDP2Strategy, SingleDeviceStrategy
+from mmfgm.engine import SingleDeviceStrategy
 from mmfgm.errors import UsageError
 from mmfgm.models import read_state_dict
 from tests.conftest import tool_env, train
@@ -74,8 +74,6 @@ def test_precision_sets_tf32():
         assert torch.backends.cuda.matmul.allow_tf32 is torch.backends.cudnn.allow_tf32 is allowed
     with pytest.raises(UsageError, match="one of .* but is 'fp16'"):
         SingleDeviceStrategy(precision='fp16')
-    with pytest.raises(UsageError, match='does not compile'):
-        FSDP2Strategy(block_types=('AdaLNBlock', ), compile=True)
 
 
 @pytest.mark.slow

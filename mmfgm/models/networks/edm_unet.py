@@ -80,7 +80,8 @@ class UNetBlock(nn.Module):
     def _attend(self, x: Tensor) -> Tensor:
         n, c, height, width = x.shape
         # channel-major: the 3 C outputs of qkv are (q, k, v) of channel 0, of channel 1, ...
-        q, k, v = self.qkv(x).view(n, c, 3, height * width).permute(2, 0, 3, 1)[:, :, None]
+        # the fused kernels want channels last
+        q, k, v = self.qkv(x).view(n, c, 3, height * width).permute(2, 0, 3, 1)[:, :, None].contiguous()
         # softmax(q k / sqrt(C)) with its sums in float32 whatever the inputs are
         out = F.scaled_dot_product_attention(q, k, v)
         return out.squeeze(1).transpose(1, 2).reshape(n, c, height, width)

@@ -1,0 +1,81 @@
+# Copyright (c) mmfgm authors.
+"""The SD3 recipe as a user starts it, with a tiny pipeline in place of the real one: caches, training, resume, pictures."""
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from mmfgm.models import read_state_dict
+from tests.conftest import ROOT, run_module, tool_env
+from tests.tiny_sd3 import FACTOR, make_tiny_sd3
+
+PROMPTS = ['a red cat', 'the blue dog on a tree', 'a large green house', 'a bird', 'painting of a small cat and a dog']
+
+
+@pytest.fixture(scope='module')
+def options(tmp_path_factory):
+    """Config overrides that put tiny folders in the places of the real ones."""
+    folder = tmp_path_factory.mktemp('sd3')
+    model = make_tiny_sd3(folder / 'model')
+    (folder / 'prompts.txt').write_text('\n'.join(PROMPTS))
+    (folder / 'images').mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(4):
+        Image.fromarray(rng.integers(0, 256, (20, 24, 3), dtype=np.uint8)).save(folder / 'images' / f'{i}.png')
+    captions = [json.dumps(dict(file_name=f'{i}.png', text=PROMPTS[i])) for i in range(4)]
+    (folder / 'captions.jsonl').write_text('\n'.join(captions))
+    run_module('mmfgm.tools.cache_prompts', folder / 'prompts.txt', folder / 'prompts', '--model', model, '--max-length', 16)
+    run_module('mmfgm.tools.cache_latents', folder / 'images', folder / 'latents', '--model', model, '--resolution', 8 * FACTOR,
+               '--captions', folder / 'captions.jsonl', '--max-length', 16)
+    real = 'train_dataloader.dataset.real'
+    return [f'model.network.pretrained={model}', f'model.decoder.pretrained={model}', 'model.network.latent_size=8',
+            f'model.guidance.null.path={folder / "prompts"}', f'train_dataloader.dataset.conditions.path={folder / "prompts"}',
+            f'{real}.path={folder / "latents"}', f'{real}.latent_shape=[16,8,8]', 'train_dataloader.batch_size=2',
+            'train_dataloader.num_workers=0', 'train_cfg.accumulation=2', 'train_cfg.max_iters=4',
+            'default_hooks.checkpoint.interval=2', 'default_hooks.logger.interval=1', 'default_hooks.samples.interval=4',
+            f'default_hooks.samples.dataset.path={folder / "prompts"}', 'default_hooks.samples.dataset.num_samples=4']
+
+
+def dist_train(work_dir, options, *more):
+    command = ['bash', 'tools/dist_train.sh', 'configs/fgm/sd3_1024.py', '2', '--work-dir', str(work_dir), *more,
+               '--cfg-options', *options]
+    path = f'{sys.executable.rsplit("/", 1)[0]}:{tool_env()["PATH"]}'
+    result = subprocess.run(command, cwd=ROOT, env=tool_env(PATH=path), capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, f'{result.stdout[-3000:]}\n{result.stderr[-6000:]}'
+
+
+@pytest.mark.slow
+def test_trains_resumes_and_draws(options, tmp_path):
+    dist_train(tmp_path / 'whole', options)
+    # stopped by SIGKILL in iteration 3; custom imports cannot be given on the command line
+    (tmp_path / 'killed.py').write_text(f"_base_ = [{str(ROOT / 'configs/fgm/sd3_1024.py')!r}]\n"
+                                        "custom_imports = dict(imports=['tests.helpers'])\n")
+    kill = ['default_hooks.kill.type=KillHook', 'default_hooks.kill.at=3', 'default_hooks.kill.when=before']
+    run_module('mmfgm.tools.train', tmp_path / 'killed.py', '--work-dir', tmp_path / 'parts', '--launcher', 'pytorch',
+               '--cfg-options', *options, *kill, nproc=2, codes=None)
+    assert (tmp_path / 'parts' / 'last_checkpoint').read_text().endswith('iter_2.pth')
+    dist_train(tmp_path / 'parts', options, '--resume')
+    whole, parts = (read_state_dict(str(tmp_path / name)) for name in ('whole', 'parts'))
+    assert {key.split('.')[0] for key in whole} == {'online', 'discriminator', 'generator', 'generator_ema'}
+    for key, value in whole.items():
+        assert torch.equal(value, parts[key]), key
+    # latents are decoded: pictures of 16 pixels a side
+    picture = next((tmp_path / 'whole').glob('*/vis_data/vis_image/samples_4.png'))
+    assert Image.open(picture).size[0] > 100
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('wrong, message', [
+    ('train_dataloader.dataset.real.latent_shape=[16,16,16]', 'latent_shape is (16, 16, 16), but the latents of'),
+    ('model.network.pretrained=/nowhere/sd3', 'cannot be loaded from'),
+    ('model.gan.feature_layer=7', 'feature_layer=7 is out of range: this network has the layers 1 to 2'),
+    ('model.guidance.null.path=/nowhere/prompts', '/nowhere/prompts'),
+])
+def test_bad_input(options, tmp_path, wrong, message):
+    result = run_module('mmfgm.tools.train', ROOT / 'configs/fgm/sd3_512_1xb4.py', '--work-dir', tmp_path, '--cfg-options',
+                        *options, wrong, codes=(2,))
+    assert message in result.stderr and 'Traceback' not in result.stderr
