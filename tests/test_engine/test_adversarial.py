@@ -4,8 +4,10 @@ import re
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from mmfgm.models import read_state_dict
+from mmfgm.tools import merge_checkpoint
 from tests.conftest import ROOT, train
 
 FSDP2 = ('strategy.type=FSDP2Strategy', 'strategy.block_types=JointTransformerBlock,')
@@ -92,3 +94,13 @@ def test_two_processes_resume_on_one(config, tmp_path):
     assert (tmp_path / 'split' / 'last_checkpoint').read_text().endswith('iter_2.pth')
     train(config, tmp_path / 'split', *options, nproc=1, resume=True)
     compare(read_state_dict(str(tmp_path / 'two')), read_state_dict(str(tmp_path / 'split')), **TOLERANCE)
+
+    # and the shards of two processes become one file
+    merge_checkpoint.main([str(tmp_path / 'two'), str(tmp_path / 'one.safetensors'), '--network', 'generator_ema'])
+    merged, sharded = load_file(tmp_path / 'one.safetensors'), read_state_dict(str(tmp_path / 'two'))
+    assert {f'generator_ema.{key}' for key in merged} == {key for key in sharded if key.startswith('generator_ema.')}
+    assert all(torch.equal(value, sharded[f'generator_ema.{key}']) for key, value in merged.items())
+    for more in ([], ['--force', '--network', 'teacher']):   # it exists; a teacher is not in checkpoints
+        with pytest.raises(SystemExit) as stopped:
+            merge_checkpoint.main([str(tmp_path / 'two'), str(tmp_path / 'one.safetensors'), *more])
+        assert stopped.value.code == 2

@@ -1,0 +1,59 @@
+# Copyright (c) mmfgm authors.
+"""Turn one network of a checkpoint, sharded or not, into a single safetensors file."""
+import argparse
+import os
+import os.path as osp
+from typing import Optional, Sequence
+
+import torch
+from safetensors.torch import save
+
+from mmfgm.errors import UsageError
+from mmfgm.models import read_state_dict
+
+from .cli import run_tool
+
+DTYPES = dict(fp32=torch.float32, bf16=torch.bfloat16)
+
+
+def parse_args(argv: Optional[Sequence[str]]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument('checkpoint', help='a .pth file, a sharded checkpoint, or a work dir, meaning its last checkpoint')
+    parser.add_argument('out', help='the .safetensors file to write')
+    parser.add_argument('--network', default='generator_ema', help='which network (default: generator_ema)')
+    parser.add_argument('--dtype', choices=list(DTYPES), default='fp32', help='of the written tensors (default: fp32)')
+    parser.add_argument('--force', action='store_true', help='overwrite OUT')
+    return parser.parse_args(argv)
+
+
+def merge(argv: Optional[Sequence[str]] = None) -> None:
+    """Merge as the command line says; the file appears only when it is complete."""
+    args = parse_args(argv)
+    if not args.out.endswith('.safetensors'):
+        raise UsageError(f'OUT must be a .safetensors file, but is {args.out!r}')
+    if osp.exists(args.out) and not args.force:
+        raise UsageError(f'{args.out!r} exists; overwrite it with --force')
+    state = read_state_dict(args.checkpoint)
+    prefix = f'{args.network}.'
+    tensors = {key[len(prefix):]: value.to(DTYPES[args.dtype]) if value.is_floating_point() else value
+               for key, value in state.items() if key.startswith(prefix)}
+    if not tensors:
+        raise UsageError(f'{args.checkpoint!r} has no network {args.network!r}; it holds '
+                         f'{sorted({key.split(".")[0] for key in state})}')
+    content = save({key: value.contiguous() for key, value in tensors.items()}, metadata=dict(format='pt', network=args.network))
+    partial = f'{args.out}.partial'
+    try:
+        with open(partial, 'wb') as f:
+            f.write(content)
+        os.replace(partial, args.out)
+    except OSError as e:
+        raise UsageError(f'{args.out!r} cannot be written: {e.strerror}') from e
+    print(f'{args.out}: {args.network}, {len(tensors)} tensors, {sum(value.numel() for value in tensors.values()):,} numbers')
+
+
+def main(argv: Optional[Sequence[str]] = None) -> None:
+    run_tool(merge, argv)
+
+
+if __name__ == '__main__':
+    main()
