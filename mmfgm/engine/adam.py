@@ -4,15 +4,12 @@ from typing import Any, Callable, Dict, List, Optional, Tuple
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from mmfgm.errors import UsageError
 from mmfgm.registry import OPTIMIZERS
 
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+from .optim import local
 
 
 def _check_betas(betas: Tuple[float, float]) -> None:
@@ -90,9 +87,9 @@ class MomentumFreeAdam(Optimizer):
         """Parameters of one device and type, in the order of operations of torch's Adam."""
         states = [self._state(p) for p in params]
         torch._foreach_add_([state['step'] for state in states], 1.0)
-        second = [_local(state['exp_avg_sq']) for state in states]
-        grads = [_local(p.grad) for p in params]
-        params = [_local(p) for p in params]
+        second = [local(state['exp_avg_sq']) for state in states]
+        grads = [local(p.grad) for p in params]
+        params = [local(p) for p in params]
         if weight_decay:
             grads = torch._foreach_add(grads, params, alpha=weight_decay)
         torch._foreach_mul_(second, betas[1])

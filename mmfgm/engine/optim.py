@@ -11,6 +11,11 @@ from mmfgm.errors import UsageError
 from mmfgm.registry import OPTIM_WRAPPER_CONSTRUCTORS, OPTIM_WRAPPERS
 
 
+def local(tensor: Tensor) -> Tensor:
+    """This process's part of a sharded tensor; any other tensor itself."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 @OPTIM_WRAPPERS.register_module()
 class NetworkOptimWrapper(OptimWrapper):
     """The optimizer of one network: steps once per update and keeps the gradient norm of that step.
@@ -79,5 +84,5 @@ class PerNetworkConstructor:
         if betas is not None and any(not isinstance(beta, float) for beta in betas):
             raise UsageError(f'{where}.optimizer.betas must be floats, but is {tuple(betas)}; write 0.0 instead of 0')
         cfg = dict(cfg)
-        cfg.setdefault('type', 'NetworkOptimWrapper')
+        cfg.setdefault('type', NetworkOptimWrapper)
         return DefaultOptimWrapperConstructor(cfg, cfg.pop('paramwise_cfg', None))(getattr(model, name))

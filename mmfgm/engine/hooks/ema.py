@@ -1,14 +1,9 @@
 # Copyright (c) mmfgm authors.
 import torch
 from mmengine.hooks import Hook
-from torch import Tensor
-from torch.distributed.tensor import DTensor
 
+from mmfgm.engine.optim import local
 from mmfgm.registry import HOOKS
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 @HOOKS.register_module()
@@ -32,11 +27,11 @@ class NetworkEMAHook(Hook):
     def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
         model = runner.model
         source = getattr(model, model.ema_source)
-        params, buffers = [_local(p) for p in source.parameters()], list(source.buffers())
+        params, buffers = [local(p) for p in source.parameters()], list(source.buffers())
         for name, decay in model.ema_decays.items():
             if self.ramp_up:
                 decay = min(decay, (1 + runner.iter) / (10 + runner.iter))
             ema = getattr(model, name)
-            torch._foreach_lerp_([_local(p) for p in ema.parameters()], params, 1 - decay)
+            torch._foreach_lerp_([local(p) for p in ema.parameters()], params, 1 - decay)
             for average, current in zip(ema.buffers(), buffers):
                 average.copy_(current)

@@ -7,9 +7,9 @@ import torch
 from mmengine.dist import get_world_size
 from mmengine.hooks import Hook
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from mmfgm.engine.loops import CycleRecord
+from mmfgm.engine.optim import local
 from mmfgm.models import latest_checkpoint
 from mmfgm.registry import HOOKS
 
@@ -21,10 +21,8 @@ class NonFiniteError(ArithmeticError):
 def non_finite_networks(networks: Dict[str, nn.Module]) -> List[str]:
     """Names of the networks that have an inf or nan among their (local) parameters."""
 
-    def finite(p):
-        return (p.to_local() if isinstance(p, DTensor) else p).isfinite().all()
-
-    return [name for name, network in networks.items() if not all(finite(p) for p in network.parameters())]
+    return [name for name, network in networks.items()
+            if not all(local(p).isfinite().all() for p in network.parameters())]
 
 
 @HOOKS.register_module()
