@@ -1,6 +1,5 @@
 # Copyright (c) mmfgm authors.
 """Feature functions: images or points to ``(N, dim)``, and what they need."""
-import hashlib
 import json
 import os
 import os.path as osp
@@ -14,6 +13,7 @@ from mmengine.dist import barrier
 from mmengine.logging import MMLogger
 from torch import Tensor
 
+from mmfgm.datasets.cached import sha256 as file_sha256
 from mmfgm.errors import UsageError
 from mmfgm.models import from_uint8
 from mmfgm.models.weights import read_pickle
@@ -84,8 +84,7 @@ class InceptionV3:
         if not osp.isfile(path):
             raise UsageError(f'there are no Inception weights at {path!r}; leave `weights` out to download them, or get '
                              f'{port.URL_INCEPTION_V3}')
-        with open(path, 'rb') as f:
-            found = hashlib.sha256(f.read()).hexdigest()
+        found = file_sha256(path)
         if sha256 is not None and not found.startswith(sha256):
             raise UsageError(f'{path!r} is not the published Inception: its SHA-256 begins with {found[:8]}, not {sha256}, so '
                              'its FID would compare with nobody else\'s; get the published file, or say sha256=None')

@@ -86,6 +86,24 @@ def run_tool(main: Callable[[Optional[Sequence[str]]], None], argv: Optional[Seq
         sys.exit(code)
 
 
+def write_file(filename: str, content: bytes) -> None:
+    """Write a file that appears only when it is complete.
+
+    Raises:
+        UsageError: If it cannot be written.
+    """
+    unfinished = f'{filename}.{os.getpid()}.tmp'
+    try:
+        with open(unfinished, 'wb') as f:
+            f.write(content)
+        os.replace(unfinished, filename)
+    except OSError as e:
+        raise UsageError(f'{filename!r} cannot be written: {e}') from e
+    finally:
+        if osp.exists(unfinished):
+            os.remove(unfinished)
+
+
 def building(build: Callable):
     """Call ``build()`` and turn what a registry raises for a wrong config into a UsageError.
 

@@ -1,18 +1,17 @@
 # Copyright (c) mmfgm authors.
 """Convert one of EDM's published networks (a pickle) to safetensors and a config; nothing in the pickle is run."""
 import argparse
-import hashlib
 import json
-import os
 import os.path as osp
 from typing import Optional, Sequence
 
 from safetensors.torch import save
 
+from mmfgm.datasets.cached import sha256
 from mmfgm.errors import UsageError
 from mmfgm.models.edm_checkpoint import read_edm_pickle
 
-from .cli import run_tool
+from .cli import run_tool, write_file
 
 
 def parse_args(argv: Optional[Sequence[str]]) -> argparse.Namespace:
@@ -22,28 +21,6 @@ def parse_args(argv: Optional[Sequence[str]]) -> argparse.Namespace:
     parser.add_argument('--key', default='ema', help='which network of the pickle (default: ema)')
     parser.add_argument('--force', action='store_true', help='overwrite existing files')
     return parser.parse_args(argv)
-
-
-def _sha256(filename: str) -> str:
-    digest = hashlib.sha256()
-    with open(filename, 'rb') as f:
-        for chunk in iter(lambda: f.read(1 << 20), b''):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-def _write(filename: str, content: bytes) -> None:
-    """Write a file that appears only when it is complete."""
-    unfinished = f'{filename}.{os.getpid()}.tmp'
-    try:
-        with open(unfinished, 'wb') as f:
-            f.write(content)
-        os.replace(unfinished, filename)
-    except OSError as e:
-        raise UsageError(f'{filename!r} cannot be written: {e}') from e
-    finally:
-        if osp.exists(unfinished):
-            os.remove(unfinished)
 
 
 def convert(argv: Optional[Sequence[str]] = None) -> None:
@@ -56,11 +33,11 @@ def convert(argv: Optional[Sequence[str]] = None) -> None:
     if existing and not args.force:
         raise UsageError(f'{existing} would be overwritten; name another output, or say so with --force')
     state, config = read_edm_pickle(args.pickle, args.key)
-    source = dict(source=osp.basename(args.pickle), sha256=_sha256(args.pickle))
+    source = dict(source=osp.basename(args.pickle), sha256=sha256(args.pickle))
     state = {name: value.contiguous() for name, value in state.items()}
     # not save_file, whose files only their owner may read
-    _write(args.out, save(state, metadata=dict(format='pt', **source)))
-    _write(f'{stem}.json', f'{json.dumps({**config, **source}, indent=2)}\n'.encode())
+    write_file(args.out, save(state, metadata=dict(format='pt', **source)))
+    write_file(f'{stem}.json', f'{json.dumps({**config, **source}, indent=2)}\n'.encode())
 
     # resample_filter is a constant
     parameters = sum(value.numel() for name, value in state.items() if not name.endswith('.resample_filter'))

@@ -1,7 +1,6 @@
 # Copyright (c) mmfgm authors.
 """Turn one network of a checkpoint, sharded or not, into a single safetensors file."""
 import argparse
-import os
 import os.path as osp
 from typing import Optional, Sequence
 
@@ -11,7 +10,7 @@ from safetensors.torch import save
 from mmfgm.errors import UsageError
 from mmfgm.models import read_state_dict
 
-from .cli import run_tool
+from .cli import run_tool, write_file
 
 DTYPES = dict(fp32=torch.float32, bf16=torch.bfloat16)
 
@@ -41,13 +40,7 @@ def merge(argv: Optional[Sequence[str]] = None) -> None:
         raise UsageError(f'{args.checkpoint!r} has no network {args.network!r}; it holds '
                          f'{sorted({key.split(".")[0] for key in state})}')
     content = save({key: value.contiguous() for key, value in tensors.items()}, metadata=dict(format='pt', network=args.network))
-    partial = f'{args.out}.partial'
-    try:
-        with open(partial, 'wb') as f:
-            f.write(content)
-        os.replace(partial, args.out)
-    except OSError as e:
-        raise UsageError(f'{args.out!r} cannot be written: {e.strerror}') from e
+    write_file(args.out, content)
     print(f'{args.out}: {args.network}, {len(tensors)} tensors, {sum(value.numel() for value in tensors.values()):,} numbers')
 
 
