@@ -189,6 +189,10 @@ class WordEncoder:
         pooled /= np.sqrt((pooled**2).mean(-1, keepdims=True)) + np.finfo(float).tiny
         return dict(prompt_embeds=torch.from_numpy(embeds).float(), pooled_embeds=torch.from_numpy(pooled).float())
 
+    def check(self, prompts: Sequence[str]) -> None:
+        """Raise the UsageError that :meth:`encode` would."""
+        self.encode(prompts)
+
 
 @TASK_UTILS.register_module()
 @dataclass(frozen=True)

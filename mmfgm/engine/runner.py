@@ -16,7 +16,7 @@ from .strategies import ProcessGroupStrategy, default_strategy
 # top-level keys that FlexibleRunner.from_cfg and our tools read
 KNOWN_KEYS = ('model', 'work_dir', 'experiment_name', 'train_dataloader', 'optim_wrapper', 'param_scheduler', 'train_cfg',
               'strategy', 'auto_scale_lr', 'default_hooks', 'custom_hooks', 'load_from', 'resume', 'launcher', 'env_cfg',
-              'log_processor', 'log_level', 'visualizer', 'default_scope', 'randomness', 'evaluations')
+              'log_processor', 'log_level', 'visualizer', 'default_scope', 'randomness', 'evaluations', 'text_encoder')
 REQUIRED_KEYS = ('model', 'train_dataloader', 'train_cfg', 'optim_wrapper')
 UNSUPPORTED_KEYS = dict(
     val_cfg='evaluations', val_dataloader='evaluations', val_evaluator='evaluations', test_cfg='evaluations',

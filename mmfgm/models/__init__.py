@@ -11,6 +11,7 @@ from .latents import CachedNullPrompt, LatentDecoder
 from .losses import FGMLoss, discriminator_loss, fgm_terms, flow_matching_loss, generator_gan_loss
 from .networks import SD3, AdaLNMLP, EDMUNet, EDMVelocity, UNetVelocity
 from .preprocessor import ImagePreprocessor, from_uint8
+from .text_encoders import SD3TextEncoder
 from .weights import latest_checkpoint, load_network, read_state_dict
 
 # mmfgm.flow is pure torch; its parts get their config names here
@@ -28,7 +29,7 @@ def build_guidance(scale: float, null: dict) -> ClassifierFreeGuidance:
 
 __all__ = [
     'AdaLNMLP', 'CachedNullPrompt', 'ConvDiscriminator', 'EDMUNet', 'EDMVelocity', 'FGM', 'FGMLoss', 'FlowMatching', 'FlowModel',
-    'GAN', 'ImagePreprocessor', 'LatentDecoder', 'OneStepGenerator', 'Phase', 'SD3', 'Sampling', 'UNetVelocity',
-    'discriminator_loss', 'fgm_terms', 'flow_matching_loss', 'from_uint8', 'generator_gan_loss', 'latest_checkpoint',
+    'GAN', 'ImagePreprocessor', 'LatentDecoder', 'OneStepGenerator', 'Phase', 'SD3', 'SD3TextEncoder', 'Sampling',
+    'UNetVelocity', 'discriminator_loss', 'fgm_terms', 'flow_matching_loss', 'from_uint8', 'generator_gan_loss', 'latest_checkpoint',
     'load_network', 'read_state_dict'
 ]

@@ -28,3 +28,5 @@ model = dict(
         time_sampler=dict(type='LogitNormal', mean=-1.0, std=1.0),
         head=dict(type='ConvDiscriminator', channels=64)),
     ema=dict(generator_ema=0.999))
+# what prompts mean to this network, for those who generate with it
+text_encoder = dict(type='WordEncoder')

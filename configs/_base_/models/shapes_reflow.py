@@ -22,3 +22,5 @@ model = dict(
     null_condition=dict(type='ZeroPrompt'),
     null_prob=0.1,
     ema=dict(network_ema=0.999))
+# what prompts mean to this network, for those who generate with it
+text_encoder = dict(type='WordEncoder')
