@@ -11,6 +11,7 @@ import torch.distributed as dist
 from mmengine.config import Config, DictAction
 
 import mmfgm
+from mmfgm.datasets.files import write_file  # noqa: F401 - of all tools
 from mmfgm.engine import NonFiniteError
 from mmfgm.errors import UsageError
 
@@ -31,22 +32,41 @@ def add_common_arguments(parser: argparse.ArgumentParser, config_help: str = CON
     parser.add_argument('--local_rank', '--local-rank', type=int, default=0, help=argparse.SUPPRESS)
 
 
-def load_config(args: argparse.Namespace) -> Config:
-    """Read the config of a command line and apply what the command line says.
+def config_path(name: str) -> str:
+    """The file that a config argument means.
+
+    Raises:
+        UsageError: If there is none.
+    """
+    path = name
+    if name.startswith('mmfgm::'):
+        path = osp.join(osp.dirname(mmfgm.__file__), '.mim', 'configs', name[len('mmfgm::'):])
+    if not osp.isfile(path):
+        raise UsageError(f'there is no config {name!r} (looked for {path!r})')
+    return path
+
+
+def read_config(name: str) -> Config:
+    """Read the config that an argument means.
 
     Raises:
         UsageError: If there is no such file, or it cannot be parsed.
     """
-    path = args.config
-    if path.startswith('mmfgm::'):
-        path = osp.join(osp.dirname(mmfgm.__file__), '.mim', 'configs', path[len('mmfgm::'):])
-    if not osp.isfile(path):
-        raise UsageError(f'there is no config {args.config!r} (looked for {path!r})')
+    path = config_path(name)
     try:
         # a config is a program of the user's: whatever it raises is about the config
-        cfg = Config.fromfile(path)
+        return Config.fromfile(path)
     except Exception as e:
-        raise UsageError(f'config {args.config!r} cannot be read: {type(e).__name__}: {e}') from e
+        raise UsageError(f'config {name!r} cannot be read: {type(e).__name__}: {e}') from e
+
+
+def load_config(args: argparse.Namespace) -> Config:
+    """Read the config of a command line and apply what the command line says.
+
+    Raises:
+        UsageError: If there is no such file, it cannot be parsed, or an option does not fit it.
+    """
+    cfg = read_config(args.config)
     try:
         cfg.merge_from_dict(args.cfg_options or {})
     except (KeyError, TypeError, AttributeError) as e:
@@ -56,7 +76,7 @@ def load_config(args: argparse.Namespace) -> Config:
     if args.work_dir:
         cfg.work_dir = args.work_dir
     elif cfg.get('work_dir') is None:
-        folder, name = osp.split(osp.splitext(osp.abspath(path))[0])
+        folder, name = osp.split(osp.splitext(osp.abspath(config_path(args.config)))[0])
         cfg.work_dir = osp.join('work_dirs', osp.basename(folder), name)
     return cfg
 
@@ -84,24 +104,6 @@ def run_tool(main: Callable[[Optional[Sequence[str]]], None], argv: Optional[Seq
         os._exit(code if isinstance(code, int) else EXIT_USAGE)
     if code:
         sys.exit(code)
-
-
-def write_file(filename: str, content: bytes) -> None:
-    """Write a file that appears only when it is complete.
-
-    Raises:
-        UsageError: If it cannot be written.
-    """
-    unfinished = f'{filename}.{os.getpid()}.tmp'
-    try:
-        with open(unfinished, 'wb') as f:
-            f.write(content)
-        os.replace(unfinished, filename)
-    except OSError as e:
-        raise UsageError(f'{filename!r} cannot be written: {e}') from e
-    finally:
-        if osp.exists(unfinished):
-            os.remove(unfinished)
 
 
 def building(build: Callable):
