@@ -30,6 +30,6 @@ def build_guidance(scale: float, null: dict) -> ClassifierFreeGuidance:
 __all__ = [
     'AdaLNMLP', 'CachedNullPrompt', 'ConvDiscriminator', 'EDMUNet', 'EDMVelocity', 'FGM', 'FGMLoss', 'FlowMatching', 'FlowModel',
     'GAN', 'ImagePreprocessor', 'LatentDecoder', 'OneStepGenerator', 'Phase', 'SD3', 'SD3TextEncoder', 'Sampling',
-    'UNetVelocity', 'discriminator_loss', 'fgm_terms', 'flow_matching_loss', 'from_uint8', 'generator_gan_loss', 'latest_checkpoint',
-    'load_network', 'read_state_dict'
+    'UNetVelocity', 'discriminator_loss', 'fgm_terms', 'flow_matching_loss', 'from_uint8', 'generator_gan_loss',
+    'latest_checkpoint', 'load_network', 'read_state_dict'
 ]
