@@ -85,4 +85,7 @@ class PerNetworkConstructor:
             raise UsageError(f'{where}.optimizer.betas must be floats, but is {tuple(betas)}; write 0.0 instead of 0')
         cfg = dict(cfg)
         cfg.setdefault('type', NetworkOptimWrapper)
-        return DefaultOptimWrapperConstructor(cfg, cfg.pop('paramwise_cfg', None))(getattr(model, name))
+        wrapper = DefaultOptimWrapperConstructor(cfg, cfg.pop('paramwise_cfg', None))(getattr(model, name))
+        for group in wrapper.param_groups:
+            group['params'] = [p for p in group['params'] if p.requires_grad]
+        return wrapper

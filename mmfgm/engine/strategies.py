@@ -21,9 +21,11 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from mmfgm.errors import UsageError
+from mmfgm.models.lora import has_adapters
 from mmfgm.registry import STRATEGIES
 
 from .checkpoint import CheckpointMixin, check_shapes
+from .optim import local
 
 PRECISIONS = ('fp32', 'tf32', 'bf16')
 
@@ -114,9 +116,13 @@ class SingleDeviceStrategy(CheckpointMixin, _SingleDeviceStrategy):
 
     # state
     def model_state_dict(self) -> dict:
-        """The model's tensors under their plain names, without networks that come from elsewhere."""
+        """The model's tensors under their plain names, without networks that come from elsewhere and what shares their memory."""
         skip = tuple(f'{name}.' for name in self.model.pretrained)
-        return {key: value for key, value in get_model_state_dict(self.model).items() if not key.startswith(skip)}
+        state = get_model_state_dict(self.model)
+        # an empty shard has no address
+        theirs = {local(value).data_ptr() for key, value in state.items() if key.startswith(skip)} - {0}
+        return {key: value for key, value in state.items()
+                if not key.startswith(skip) and local(value).data_ptr() not in theirs}
 
     def load_model_state_dict(self, state_dict: dict, **kwargs) -> None:
         check_shapes(self.model_state_dict(), {key: value.shape for key, value in state_dict.items()})
@@ -207,6 +213,9 @@ class FSDP2Strategy(ProcessGroupStrategy):
         root_policy = MixedPrecisionPolicy(compute, torch.float32, torch.float32, cast_forward_inputs=False)
         blocks = {name: [m for m in network.modules() if type(m).__name__ in self.block_types]
                   for name, network in model.networks.items()}
+        if any(has_adapters(network) for network in model.networks.values()):
+            raise UsageError('FSDP2Strategy cannot shard weights that networks share (model.lora); leave strategy.type out: each '
+                             'GPU then holds the one base whole, and only adapters are trained')
         # the first network is of the velocity's architecture; heads beside it may be too small for blocks
         name, network = next(iter(model.networks.items()))
         if not blocks[name]:

@@ -1,5 +1,4 @@
 # Copyright (c) mmfgm authors.
-import copy
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Callable, Dict, Optional, Tuple
@@ -11,6 +10,8 @@ from torch import Tensor, nn
 from mmfgm.errors import UsageError
 from mmfgm.flow import ClassifierFreeGuidance, shifted_times, uniform_times
 from mmfgm.registry import FUNCTIONS, TASK_UTILS
+
+from .lora import copy_network
 
 # what a dataset yields beside the network's conditions
 NOT_CONDITIONS = ('idx', 'seed', 'x_0')
@@ -103,7 +104,7 @@ class FlowModel(BaseModel):
             if not name.startswith(f'{self.ema_source}_ema') or not 0 <= decay < 1:
                 raise UsageError(f'ema must map names that start with {self.ema_source}_ema to decays in [0, 1), but got '
                                  f'{name!r}: {decay!r}')
-            setattr(self, name, copy.deepcopy(getattr(self, self.ema_source)).requires_grad_(False))
+            setattr(self, name, copy_network(getattr(self, self.ema_source)).requires_grad_(False))
 
     @property
     def networks(self) -> Dict[str, nn.Module]:

@@ -12,6 +12,7 @@ from mmfgm.registry import MODELS, TASK_UTILS
 from .base import FlowModel, Phase
 from .discriminator import GAN
 from .generator import OneStepGenerator
+from .lora import LoRA
 from .losses import discriminator_loss, flow_matching_loss, generator_gan_loss
 from .weights import fingerprint, load_network
 
@@ -39,6 +40,8 @@ class FGM(FlowModel):
         guidance (dict, optional): Classifier-free guidance of the teacher in the FGM loss, for example
             ``dict(type='ClassifierFreeGuidance', scale=4., null=dict(type='NullLabel', label=10))``.
         gan (dict, optional): Arguments of :class:`~mmfgm.models.discriminator.GAN`.
+        lora (dict, optional): Arguments of :class:`~mmfgm.models.lora.LoRA`. The online network and the generator then
+            share the teacher's weights and train only adapters; checkpoints hold these alone.
         data_preprocessor (dict, optional): For example ``dict(type='ImagePreprocessor')`` for real uint8 images.
         decoder (dict, optional): Config that turns samples into images, for example ``dict(type='LatentDecoder')``.
         ema (dict[str, float]): Average name to decay. Defaults to ``dict(generator_ema=0.999)``.
@@ -59,6 +62,7 @@ class FGM(FlowModel):
                  loss: Optional[dict] = None,
                  guidance: Optional[dict] = None,
                  gan: Optional[dict] = None,
+                 lora: Optional[dict] = None,
                  data_preprocessor: Optional[dict] = None,
                  decoder: Optional[dict] = None,
                  ema: Optional[Dict[str, float]] = None):
@@ -71,8 +75,9 @@ class FGM(FlowModel):
             load_network(self.teacher, **teacher)
         self.fingerprints = dict(teacher=fingerprint(self.teacher))
         self._describe(self.teacher)
-        self.online = copy.deepcopy(self.teacher)
-        self.generator = OneStepGenerator(copy.deepcopy(self.teacher), **(generator or {}))
+        copied = copy.deepcopy if lora is None else LoRA(**lora).adapted
+        self.online = copied(self.teacher)
+        self.generator = OneStepGenerator(copied(self.teacher), **(generator or {}))
         self.teacher.requires_grad_(False)
         self.loss_fgm = MODELS.build(loss or dict(type='FGMLoss'))
         self.fm_time_sampler = TASK_UTILS.build(fm_time_sampler)

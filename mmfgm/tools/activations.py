@@ -115,15 +115,20 @@ def _autocast():
 
 def _to_fake_gpu(model: FlowModel, bf16: bool, sharded: bool) -> None:
     """Replace tensors on the meta device by such that pass for a GPU's, and set the precision of strategies."""
+    replaced = {}   # by id: networks with adapters share a base
     for module in model.modules():
         for tensors in (module._parameters, module._buffers):
             for name, old in tensors.items():
                 if old is None:
                     continue
+                if id(old) in replaced:
+                    tensors[name] = replaced[id(old)][1]
+                    continue
                 weight = isinstance(old, nn.Parameter)
                 dtype = torch.bfloat16 if weight and bf16 and sharded else old.dtype
                 new = torch.empty_strided(old.shape, old.stride(), dtype=dtype, device='cuda')
                 tensors[name] = nn.Parameter(new, old.requires_grad) if weight else new
+                replaced[id(old)] = old, tensors[name]
     model.data_preprocessor.to('cuda')
     # labels without values cannot be looked at
     model.num_classes = None

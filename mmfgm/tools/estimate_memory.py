@@ -206,9 +206,14 @@ def count(model: FlowModel, cfg: Config, plan: Plan, batch_size: int) -> Memory:
         # fused kernels are for real devices; their state is the same
         wrappers[name].get('optimizer', {}).pop('fused', None)
     wrappers = building(lambda: PerNetworkConstructor(wrappers)(model))
+    seen = set()
     for name, network in model.networks.items():
-        memory.numbers[name] = sum(p.numel() for p in network.parameters())
-        weights = sum(map(plan.local_bytes, network.parameters())) + sum(b.nbytes for b in network.buffers())
+        # networks with adapters share a base, which counts where it comes first
+        own = [p for p in network.parameters() if id(p) not in seen]
+        buffers = [b for b in network.buffers() if id(b) not in seen]
+        seen.update(map(id, [*own, *buffers]))
+        memory.numbers[name] = sum(p.numel() for p in own)
+        weights = sum(map(plan.local_bytes, own)) + sum(b.nbytes for b in buffers)
         row = memory.networks[name] = dict.fromkeys(COLUMNS, 0)
         row['EMA' if name in model.ema_decays else 'parameters'] = weights
         if name in trained:

@@ -27,11 +27,13 @@ class NetworkEMAHook(Hook):
     def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
         model = runner.model
         source = getattr(model, model.ema_source)
-        params, buffers = [local(p) for p in source.parameters()], list(source.buffers())
+        buffers = list(source.buffers())
         for name, decay in model.ema_decays.items():
             if self.ramp_up:
                 decay = min(decay, (1 + runner.iter) / (10 + runner.iter))
             ema = getattr(model, name)
-            torch._foreach_lerp_([local(p) for p in ema.parameters()], params, 1 - decay)
+            # a frozen base is shared and has nothing to average
+            pairs = [(local(p), local(q)) for p, q in zip(ema.parameters(), source.parameters()) if p is not q]
+            torch._foreach_lerp_([p for p, _ in pairs], [q for _, q in pairs], 1 - decay)
             for average, current in zip(ema.buffers(), buffers):
                 average.copy_(current)
