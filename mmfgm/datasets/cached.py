@@ -8,7 +8,6 @@ items' tokens one after the other, and ``clip_tokens`` or ``t5_tokens (n,)`` say
 stored without the zeros that diffusers appends to reach T5's ``D``.
 """
 import bisect
-import hashlib
 import json
 import os
 import os.path as osp
@@ -24,18 +23,10 @@ from mmfgm.errors import UsageError
 from mmfgm.registry import DATASETS
 
 from .base import Batch
+from .files import sha256
 
 NULL = 'null.safetensors'
 OPEN_SHARDS = 64
-
-
-def sha256(path: str) -> str:
-    """Hex digest of a file."""
-    digest = hashlib.sha256()
-    with open(path, 'rb') as f:
-        for chunk in iter(lambda: f.read(1 << 20), b''):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def differences(expected: Any, found: Any, name: str = '') -> Iterator[str]:

@@ -13,7 +13,7 @@ from mmengine.dist import barrier
 from mmengine.logging import MMLogger
 from torch import Tensor
 
-from mmfgm.datasets.cached import sha256 as file_sha256
+from mmfgm.datasets.files import sha256 as file_sha256
 from mmfgm.errors import UsageError
 from mmfgm.models import from_uint8
 from mmfgm.models.weights import read_pickle

@@ -15,7 +15,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mmfgm.datasets.cached import NULL, differences, read_manifest, sha256
+from mmfgm.datasets.cached import NULL, differences, read_manifest
+from mmfgm.datasets.files import sha256
 from mmfgm.engine import init_processes
 from mmfgm.engine.checkpoint import write_text_atomically
 from mmfgm.errors import UsageError
