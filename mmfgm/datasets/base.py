@@ -1,7 +1,7 @@
 # Copyright (c) mmfgm authors.
 """Datasets that index whole batches, the collate function that knows it, and the evaluation sampler."""
 import math
-from typing import Any, Dict, Iterator, Optional, Sequence, Union
+from typing import AbstractSet, Any, Dict, Iterator, Optional, Sequence, Union
 
 import torch
 from mmengine.dist import get_dist_info
@@ -130,14 +130,20 @@ class PaddedSampler(Sampler):
 
     Indices from ``len(dataset)`` on are padding, which keeps processes with sharded networks in step;
     metrics leave them out. The dataset must take such an index.
+
+    Attributes:
+        skip (set[int]): Items to leave out, the same on every process; those left are shared out anew.
     """
 
     def __init__(self, dataset):
         self.size = len(dataset)
         self.rank, self.world_size = get_dist_info()
+        self.skip: AbstractSet[int] = frozenset()
 
     def __len__(self) -> int:
-        return math.ceil(self.size / self.world_size)
+        return math.ceil((self.size - len(self.skip)) / self.world_size)
 
     def __iter__(self) -> Iterator[int]:
-        return iter(range(self.rank, len(self) * self.world_size, self.world_size))
+        items = [i for i in range(self.size) if i not in self.skip]
+        padding = len(self) * self.world_size - len(items)
+        return iter([*items, *range(self.size, self.size + padding)][self.rank::self.world_size])

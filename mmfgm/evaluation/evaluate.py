@@ -9,10 +9,12 @@ A config's ``evaluations`` maps a name to::
          batch_size=1000,                                  # per process; does not change the numbers
          metrics=dict(fd=dict(type='FrechetDistance', reference=dict(type='Digits'))))
 """
+import os
 import time
-from dataclasses import dataclass, field
-from typing import Dict, Optional
+from dataclasses import asdict, dataclass, field
+from typing import Dict, List, Optional
 
+import numpy as np
 import torch
 from mmengine.dist import get_world_size, is_main_process
 from mmengine.logging import MMLogger
@@ -21,6 +23,7 @@ from torch.utils.data import DataLoader
 from mmfgm.datasets import PaddedSampler, collate
 from mmfgm.errors import UsageError
 from mmfgm.models import Sampling
+from mmfgm.models.weights import fingerprint
 from mmfgm.registry import DATASETS, METRICS
 
 
@@ -29,7 +32,8 @@ class Evaluation:
     """One entry of a config's ``evaluations``; building it builds the data and the metrics' references.
 
     Args:
-        name (str): Its key in the config; metrics are reported as ``name/metric``.
+        name (str): Its key in the config; metrics are reported as ``name/metric``, those of several values as
+            ``name/metric_value``, or as ``name/value`` if the metric has the evaluation's name.
         dataset (dict): Config of the items to generate.
         metrics (dict[str, dict]): Name to config of each metric.
         sampling (dict): Arguments of :class:`~mmfgm.models.Sampling`.
@@ -58,21 +62,50 @@ class Evaluation:
         self.built = {key: METRICS.build(metric) for key, metric in self.metrics.items()}
         for metric in self.built.values():
             metric.check(self.num_samples)
+            metric.bind(dataset)
+
+    @property
+    def value_names(self) -> List[str]:
+        """What :meth:`run` reports."""
+        return [self._name(key, value) for key, metric in self.built.items() for value in metric.value_names]
+
+    def _name(self, key: str, value: str) -> str:
+        if len(self.built[key].value_names) == 1:
+            return f'{self.name}/{key}'
+        return f'{self.name}/{value if key == self.name else f"{key}_{value}"}'
+
+    def pictures(self) -> Dict[str, np.ndarray]:
+        """What there is to look at after :meth:`run`, on the main process: name to RGB ``(H, W, 3)`` uint8."""
+        return {self._name(key, title).replace('/', '_'): picture for key, metric in self.built.items()
+                for title, picture in metric.pictures.items()}
+
+    def _reset(self, model, sampling: Sampling, out_dir: Optional[str], config: Optional[dict]) -> None:
+        origin = None
+        if out_dir and any(metric.saves for metric in self.built.values()):
+            os.makedirs(out_dir, exist_ok=True)
+            origin = dict(sampling=asdict(sampling), weights=fingerprint(getattr(model, sampling.network)), config=config,
+                          dataset=self.dataset, data=getattr(self.loader.dataset, 'identity', None))
+        for metric in self.built.values():
+            metric.reset(self.num_samples, out_dir, origin)
+        self.loader.sampler.skip = frozenset.intersection(*(frozenset(metric.finished()) for metric in self.built.values()))
 
     @torch.no_grad()
-    def run(self, model, sampling: Optional[Sampling] = None) -> Dict[str, float]:
+    def run(self, model, sampling: Optional[Sampling] = None, out_dir: Optional[str] = None,
+            config: Optional[dict] = None) -> Dict[str, float]:
         """Generate every item once and measure; the same numbers on any number of processes.
 
         Args:
             model (FlowModel): Whose samples.
             sampling (Sampling, optional): Instead of the configured one.
+            out_dir (str, optional): Folder for what the metrics write beside their numbers. Items that an interrupted run
+                into it finished are not generated again, if weights, sampling, data and ``config`` are the same.
+            config (dict, optional): What else the samples depend on, such as the model's config.
 
         Returns:
             dict[str, float]: ``'name/metric'`` to value.
         """
         sampling = sampling or Sampling(**self.sampling)
-        for metric in self.built.values():
-            metric.reset(self.num_samples)
+        self._reset(model, sampling, out_dir, config)
         start = last = time.time()
         for i, batch in enumerate(self.loader):
             samples = model.sample(batch, sampling)
@@ -85,10 +118,8 @@ class Evaluation:
                     f'{self.name}: {(i + 1) * self.batch_size * get_world_size()}/{self.num_samples} samples, eta {eta:.0f} s')
         results = {}
         for key, metric in self.built.items():
-            values = metric.evaluate(self.num_samples)
-            for name, value in values.items():
-                # a metric of one number is called by its key in the config
-                results[f'{self.name}/{key if len(values) == 1 else f"{key}_{name}"}'] = value
+            for name, value in metric.evaluate(self.num_samples).items():
+                results[self._name(key, name)] = value
         return results
 
 

@@ -55,6 +55,8 @@ class KID(_ReferenceFeatures):
         feature (dict): Config of the feature function. Defaults to ``dict(type='InceptionV3')``.
     """
 
+    value_names = ('mean', 'std')
+
     def __init__(self, reference: Union[dict, str], subsets: int = 100, subset_size: int = 1000, feature: dict = INCEPTION):
         self.min_samples = self.subset_size = subset_size
         self.subsets = subsets
@@ -78,6 +80,8 @@ class PrecisionRecall(_ReferenceFeatures):
         feature (dict): Config of the feature function. Defaults to ``dict(type='InceptionV3')``.
     """
 
+    value_names = ('precision', 'recall')
+
     def __init__(self, reference: Union[dict, str], neighborhood: int = 3, feature: dict = INCEPTION):
         self.neighborhood = neighborhood
         self.min_samples = neighborhood + 1
@@ -97,6 +101,8 @@ class InceptionScore(GatheredMetric):
         splits (int): Defaults to 10.
         feature (dict): Config of a feature function with ``logits``. Defaults to ``dict(type='InceptionV3')``.
     """
+
+    value_names = ('mean', 'std')
 
     def __init__(self, splits: int = 10, feature: dict = INCEPTION):
         super().__init__()

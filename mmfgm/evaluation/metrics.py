@@ -5,8 +5,9 @@
 ``evaluate(size)`` combines all processes. An item whose ``idx`` is at least ``size`` is padding and
 does not count.
 """
-from typing import Dict, List, Tuple, Union
+from typing import AbstractSet, Any, Dict, List, Optional, Sequence, Tuple, Union
 
+import numpy as np
 import torch
 from mmengine.dist import broadcast_object_list, gather_object, is_main_process
 from mmengine.evaluator import BaseMetric
@@ -25,12 +26,29 @@ from .wasserstein import sliced_wasserstein
 
 
 class SampleMetric(BaseMetric):
-    """Base of our metrics."""
+    """Base of our metrics.
 
+    Attributes:
+        pictures (dict[str, np.ndarray]): What there is to look at after ``evaluate``, on the main process: name to RGB
+            ``(H, W, 3)`` uint8.
+    """
+
+    # of its only value
+    name = ''
     # samples without which the metric has no value
     min_samples = 1
+    # whether it writes files, and may take up what an interrupted run left there
+    saves = False
     # results carry the names of the evaluation and of its metric instead
     default_prefix = ''
+
+    @property
+    def value_names(self) -> Sequence[str]:
+        """Names of the values of ``evaluate``."""
+        return (self.name, )
+
+    def bind(self, dataset: Any) -> None:
+        """See the evaluation's dataset, which knows more of an item than what networks take."""
 
     def check(self, num_samples: int) -> None:
         """Hold the size of an evaluation against the metric, before anything is generated.
@@ -42,10 +60,21 @@ class SampleMetric(BaseMetric):
             raise UsageError(f'{type(self).__name__} needs at least {self.min_samples} samples, but the evaluation has '
                              f'{num_samples}; raise its dataset.num_samples')
 
-    def reset(self, num_samples: int) -> None:
-        """Forget everything and expect items ``0 .. num_samples - 1``."""
+    def reset(self, num_samples: int, out_dir: Optional[str] = None, origin: Optional[dict] = None) -> None:
+        """Forget everything and expect items ``0 .. num_samples - 1``.
+
+        Args:
+            num_samples (int): Number of items.
+            out_dir (str, optional): Folder for what the metric writes, if it writes anything.
+            origin (dict, optional): All that the samples depend on; files of another origin are not taken up.
+        """
         self.results = []
         self.num_samples = num_samples
+        self.pictures: Dict[str, np.ndarray] = {}
+
+    def finished(self) -> AbstractSet[int]:
+        """Items, the same on every process, that an interrupted run finished, and that need not be generated again."""
+        return frozenset()
 
     def real(self, batch: dict, samples: Tensor) -> Tuple[List[int], Tensor]:
         """Drop padding: indices and samples of the items that count."""
@@ -88,8 +117,8 @@ class FrechetDistance(SampleMetric):
                 f'{self.name} of {num_samples} samples has a rank-deficient covariance of {dim} features: compare it only with '
                 'values of as many samples')
 
-    def reset(self, num_samples: int) -> None:
-        super().reset(num_samples)
+    def reset(self, num_samples: int, out_dir: Optional[str] = None, origin: Optional[dict] = None) -> None:
+        super().reset(num_samples, out_dir, origin)
         self.moments = StreamingMoments(len(self.reference.mean))
 
     def process(self, data_batch: dict, data_samples: Tensor) -> None:
@@ -144,6 +173,8 @@ class SlicedWasserstein(GatheredMetric):
         reference (dict): Config of a dataset whose items have ``x_0`` of shape ``(d,)``.
         num_projections (int): Number of directions. Defaults to 128.
     """
+
+    name = 'sw2'
 
     def __init__(self, reference: dict, num_projections: int = 128):
         super().__init__()

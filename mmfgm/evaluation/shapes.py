@@ -2,7 +2,7 @@
 """An exact detector for captioned shapes, and GenEval's scores from what it sees."""
 import json
 from functools import lru_cache
-from typing import Dict, List, Optional, Tuple
+from typing import Dict, List, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ from mmfgm.errors import UsageError
 from mmfgm.registry import DATASETS, METRICS
 
 from .features import to_uint8
-from .geneval import judge, summarize
+from .geneval import SCORES, judge, summarize
 from .metrics import GatheredMetric
 
 # every channel of a pixel this close to a colour's, of 255; below a half, so that a pixel has one colour at most
@@ -113,6 +113,10 @@ class ShapeScore(GatheredMetric):
     def __init__(self, prompts: dict, options: Optional[dict] = None):
         super().__init__()
         self.prompts, self.options = DATASETS.build(prompts), options
+
+    @property
+    def value_names(self) -> Sequence[str]:
+        return (*self.prompts.tags, *SCORES)
 
     def process(self, data_batch: dict, data_samples: Tensor) -> None:
         if 'prompt_embeds' in data_batch:

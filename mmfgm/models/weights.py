@@ -13,6 +13,7 @@ import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from mmfgm.errors import UsageError
 
@@ -139,9 +140,13 @@ def _read_sharded(directory: str) -> Dict[str, Tensor]:
 
 
 def fingerprint(network: nn.Module) -> str:
-    """CRC-32 of a network's weights: tells whether a resumed run has the teacher it was started with."""
+    """CRC-32 of a network's weights: tells whether a resumed run has the teacher it was started with.
+
+    All processes must call it together on a network that is sharded over them.
+    """
     crc = 0
     for value in network.state_dict().values():
+        value = value.full_tensor() if isinstance(value, DTensor) else value
         crc = zlib.crc32(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy(), crc)
     return f'{crc:08x}'
 

@@ -30,6 +30,10 @@ def parse_args(argv: Optional[Sequence[str]]) -> argparse.Namespace:
     parser.add_argument('--nfe', nargs='+', type=int, default=[50], metavar='N',
                         help='network evaluations of networks that are integrated (default: 50)')
     parser.add_argument('--solver', default='euler', help='ODE solver: euler or heun (default: euler)')
+    parser.add_argument('--guidance', type=float, default=None, metavar='SCALE',
+                        help='classifier-free guidance of networks that are integrated (default: none)')
+    parser.add_argument('--shift', type=float, default=None,
+                        help="time grid of networks that are integrated, as diffusers' scheduler of this shift makes it (SD3: 3)")
     parser.add_argument('--evaluation', nargs='+', default=None, metavar='NAME', help="which of the config's evaluations "
                         '(default: all)')
     parser.add_argument('--out', default=None, metavar='DIR',
@@ -41,7 +45,8 @@ def build_for_sampling(cfg: Config, networks: Sequence[str], checkpoint: Optiona
     """A runner with the model alone; a teacher that is not asked for is not looked for."""
     for key in ('train_dataloader', 'train_cfg', 'optim_wrapper', 'param_scheduler'):
         cfg.pop(key, None)
-    if 'teacher' in cfg.model and 'teacher' not in networks:
+    # with adapters, its weights are the generator's too
+    if 'teacher' in cfg.model and 'teacher' not in networks and not cfg.model.get('lora'):
         cfg.model.teacher.checkpoint = None
     cfg.default_hooks = {}
     if cfg.launcher == 'none' and 'strategy' in cfg:
@@ -52,13 +57,14 @@ def build_for_sampling(cfg: Config, networks: Sequence[str], checkpoint: Optiona
     return runner
 
 
-def samplings_of(model, networks: Sequence[str], nfe: Sequence[int], solver: str) -> List[Sampling]:
-    """One sampling for each one-step network, one for each NFE for the others."""
+def samplings_of(model, networks: Sequence[str], nfe: Sequence[int], solver: str, **settings) -> List[Sampling]:
+    """One sampling for each one-step network, one for each NFE for the others, whose ``settings`` go to each."""
     samplings = []
     for network in networks:
         if network not in model.networks:
             raise UsageError(f'--network {network}: {type(model).__name__} has the networks {list(model.networks)}')
-        samplings += [Sampling(network)] if network in model.one_step else [Sampling(network, n, solver) for n in nfe]
+        samplings += [Sampling(network)] if network in model.one_step else \
+            [Sampling(network, n, solver, **settings) for n in nfe]
     return samplings
 
 
@@ -89,12 +95,16 @@ def test(argv: Optional[Sequence[str]] = None) -> Table:
     # a folder of its own: the training's config in the work dir stays as it was
     cfg.work_dir = args.out or osp.join(cfg.work_dir, 'test')
     runner = build_for_sampling(cfg, networks, args.checkpoint)
-    samplings = samplings_of(runner.model, networks, args.nfe, args.solver)
+    samplings = samplings_of(runner.model, networks, args.nfe, args.solver, guidance=args.guidance, shift=args.shift)
+    for sampling in samplings:
+        runner.model.check(sampling)
     evaluations = building(lambda: build_evaluations(entries))
     table: Table = {}
     for sampling in samplings:
         for evaluation in evaluations.values():
-            for metric, value in evaluation.run(runner.model, sampling).items():
+            out_dir = osp.join(cfg.work_dir, evaluation.name, f'{sampling.network}_{sampling.nfe}_nfe')
+            values = evaluation.run(runner.model, sampling, out_dir, dict(model=cfg.model, precision=runner.strategy.precision))
+            for metric, value in values.items():
                 table.setdefault(metric, {}).setdefault(sampling.network, {})[sampling.nfe] = value
                 runner.logger.info(f'{sampling.network} at {sampling.nfe} NFE: {metric} = {value:.4f}')
     # on every process: sharded networks sample together

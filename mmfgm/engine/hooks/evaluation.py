@@ -1,4 +1,5 @@
 # Copyright (c) mmfgm authors.
+import os.path as osp
 from typing import Dict, List, Optional
 
 from mmengine.dist import broadcast_object_list, is_main_process
@@ -19,7 +20,8 @@ class EvaluationHook(Hook):
 
     An evaluation comes after a checkpoint of the same iteration, so a crash in a long one loses nothing: a run
     that resumes from there evaluates first.
-    Results go to the log, to the visualizer as ``NAME/METRIC``, and to the hooks' ``after_evaluation``.
+    Results go to the log, to the visualizer as ``NAME/METRIC``, and to the hooks' ``after_evaluation``; what metrics
+    write goes to ``WORK_DIR/NAME/iter_N``, their pictures to the visualizer.
     """
 
     priority = 'LOWEST'
@@ -29,7 +31,7 @@ class EvaluationHook(Hook):
         self.evaluations = build_evaluations(runner.cfg.get('evaluations'))
         for evaluation in self.evaluations.values():
             runner.model.check(Sampling(**evaluation.sampling))
-        known = [f'{name}/{metric}' for name, e in self.evaluations.items() for metric in e.metrics]
+        known = [name for evaluation in self.evaluations.values() for name in evaluation.value_names]
         for hook in runner.hooks:
             for key in (hook.save_best or []) if isinstance(hook, CheckpointHook) else []:
                 if key not in known:
@@ -55,8 +57,13 @@ class EvaluationHook(Hook):
     def _run(self, runner, names) -> None:
         metrics: Dict[str, float] = {}
         for name in names:
+            evaluation = self.evaluations[name]
             with preserve_rng():
-                values = self.evaluations[name].run(runner.model)
+                values = evaluation.run(
+                    runner.model, out_dir=osp.join(runner.work_dir, name, f'iter_{runner.iter + 1}'),
+                    config=dict(model=runner.cfg.model, precision=getattr(runner.strategy, 'precision', None)))
+            for title, picture in evaluation.pictures().items():
+                runner.visualizer.add_image(title, picture, step=runner.iter + 1)
             # one process's numbers for all, so that all keep or drop a best checkpoint alike
             shared = [{key: float(value) for key, value in values.items()}]
             broadcast_object_list(shared)

@@ -6,7 +6,8 @@ import numpy as np
 
 from mmfgm.errors import UsageError
 
-_SCORES = ('overall', 'overall_low', 'overall_high', 'images', 'prompts')
+# beside those of the tasks
+SCORES = ('overall', 'overall_low', 'overall_high', 'images', 'prompts')
 
 
 def _bootstrap(tasks: List[np.ndarray], resamples: int, seed: int) -> np.ndarray:
@@ -50,7 +51,7 @@ def summarize(rows: List[dict], resamples: int = 1000, seed: int = 0) -> Dict[st
         for key in ('tag', 'correct', 'metadata'):
             if key not in row:
                 raise UsageError(f'a GenEval verdict lacks {key!r}: {row}')
-        if row['tag'] in _SCORES:
+        if row['tag'] in SCORES:
             raise UsageError(f'the tag {row["tag"]!r} has the name of another score; rename it in the prompt file')
         counts = tasks.setdefault(row['tag'], {}).setdefault(row['metadata'], [0, 0])
         counts[0] += bool(row['correct'])
