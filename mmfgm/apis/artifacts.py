@@ -1,0 +1,112 @@
+# Copyright (c) mmfgm authors.
+"""What an export is on disk, how to tell it from a training checkpoint, and folders that appear only when whole."""
+import json
+import os
+import os.path as osp
+import shutil
+from contextlib import contextmanager
+from typing import Iterator, Optional
+
+from mmfgm.errors import UsageError
+
+# lies in every export of ours and says what it is; a diffusers pipeline ignores it
+EXPORT_FILE = 'mmfgm_export.json'
+WEIGHTS_FILE = 'generator.safetensors'
+PIPELINE_FILE = 'model_index.json'
+
+
+def is_export(path: Optional[str]) -> bool:
+    """Whether a folder was written by ``tools/export_diffusers.py``."""
+    return path is not None and osp.isfile(osp.join(path, EXPORT_FILE))
+
+
+def read_export(path: str) -> dict:
+    """The description of an export: ``kind``, ``network``, ``model``, ``text_encoder`` and where it comes from.
+
+    Raises:
+        UsageError: If ``path`` is something else, such as a training checkpoint, or the export is damaged.
+    """
+    if not is_export(path):
+        found = _describe(path)
+        raise UsageError(f'{path!r} is {found}, expected is an export: a folder with {EXPORT_FILE}; make one with '
+                         'tools/export_diffusers.py CONFIG CHECKPOINT OUT, or use FGMInferencer(config, checkpoint)')
+    file = osp.join(path, EXPORT_FILE)
+    try:
+        with open(file) as f:
+            export = json.load(f)
+        export['kind'], export['network'], export['model']['network']
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise UsageError(f'{file!r} is damaged ({e!r}); export again') from e
+    weights = osp.join(path, WEIGHTS_FILE if export['kind'] == 'generator' else PIPELINE_FILE)
+    if not osp.isfile(weights):
+        raise UsageError(f'the export {path!r} is not whole: {weights!r} is missing; export again')
+    if export['kind'] == 'pipeline':   # its parts lie beside the description, wherever the folder was moved
+        export['model']['network']['pretrained'] = path
+        export['model']['decoder'] = dict(type='LatentDecoder', pretrained=path)
+    return export
+
+
+def check_checkpoint(path: str) -> None:
+    """Refuse what is no training checkpoint, before it is read as one.
+
+    Raises:
+        UsageError: If ``path`` does not exist, is an export, or a diffusers pipeline.
+    """
+    if not osp.exists(path):
+        raise UsageError(f'checkpoint {path!r} does not exist (looked in {os.getcwd()}); train it first, or name an existing '
+                         'file, sharded directory or work dir')
+    if is_export(path) or osp.isfile(osp.join(path, PIPELINE_FILE)):
+        raise UsageError(f'{path!r} is {_describe(path)}, expected is a training checkpoint: a .pth file, a sharded directory, '
+                         'a work dir, or a .safetensors file of tools/merge_checkpoint.py')
+
+
+def _describe(path: str) -> str:
+    if not osp.exists(path):
+        return 'not there'
+    if is_export(path):
+        return 'an export already'
+    if osp.isfile(osp.join(path, PIPELINE_FILE)):
+        return 'a diffusers pipeline that is no export of ours'
+    if osp.isfile(path):
+        return 'a training checkpoint' if path.endswith(('.pth', '.safetensors')) else 'a file of another kind'
+    whole = any(osp.isfile(osp.join(path, name)) for name in ('last_checkpoint', '.metadata'))
+    return 'a training checkpoint' if whole else 'a folder of another kind'
+
+
+@contextmanager
+def whole_folder(out: str, force: bool, marker: str) -> Iterator[str]:
+    """A folder to write into, that gets its name only when the block ends without an error.
+
+    Args:
+        out (str): Its name.
+        force (bool): Replace what has the name already, if that was written by the same tool.
+        marker (str): File by which the tool knows its folders.
+
+    Yields:
+        str: The folder to write into meanwhile.
+
+    Raises:
+        UsageError: If ``out`` exists and may not be replaced, or cannot be written.
+    """
+    out = osp.normpath(out)
+    if osp.lexists(out) and not force:
+        raise UsageError(f'{out!r} exists; replace it with --force, or name another')
+    if osp.lexists(out) and not osp.isfile(osp.join(out, marker)) and not (osp.isdir(out) and not os.listdir(out)):
+        raise UsageError(f'{out!r} holds no {marker}, so it was not written by this tool, and --force does not delete it; name '
+                         'another folder')
+    unfinished = f'{out}.{os.getpid()}.tmp'
+    try:
+        os.makedirs(unfinished)
+    except OSError as e:
+        raise UsageError(f'{out!r} cannot be written: {e.strerror or e}; name a folder where you may write') from e
+    try:
+        try:
+            yield unfinished
+            if osp.lexists(out):   # moved aside first: there is never a moment without a whole one on disk
+                os.rename(out, f'{unfinished}.old')
+            os.rename(unfinished, out)
+        except OSError as e:
+            raise UsageError(f'{out!r} cannot be written: {e}; make room, or name a folder where you may write') from e
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        shutil.rmtree(f'{unfinished}.old', ignore_errors=True)

@@ -1,0 +1,25 @@
+# Copyright (c) mmfgm authors.
+import os.path as osp
+
+from mmengine.config import Config
+
+import mmfgm
+from mmfgm.errors import UsageError
+
+
+def read_config(name: str) -> Config:
+    """Read a config by its path, or by ``mmfgm::PATH`` for one that comes with mmfgm.
+
+    Raises:
+        UsageError: If there is no such file, or it cannot be parsed.
+    """
+    path = name
+    if name.startswith('mmfgm::'):
+        path = osp.join(osp.dirname(mmfgm.__file__), '.mim', 'configs', name[len('mmfgm::'):])
+    if not osp.isfile(path):
+        raise UsageError(f'there is no config {name!r} (looked for {path!r})')
+    try:
+        # a config is a program of the user's: whatever it raises is about the config
+        return Config.fromfile(path)
+    except Exception as e:
+        raise UsageError(f'config {name!r} cannot be read: {type(e).__name__}: {e}') from e

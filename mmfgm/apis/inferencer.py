@@ -1,0 +1,270 @@
+# Copyright (c) mmfgm authors.
+import copy
+import threading
+from typing import Any, Dict, List, Optional, Sequence, Union
+
+import numpy as np
+import torch
+from mmengine.config import Config
+from mmengine.infer import BaseInferencer
+from mmengine.registry import DefaultScope
+from mmengine.structures import BaseDataElement
+from torch import Tensor
+from torchvision.utils import make_grid
+
+from mmfgm.datasets import collate
+from mmfgm.errors import UsageError
+from mmfgm.evaluation import to_uint8
+from mmfgm.models import Sampling
+from mmfgm.registry import TASK_UTILS
+
+from .artifacts import is_export, read_export
+from .config import read_config
+from .sampling_model import SamplingModel
+from .values import OUT_TYPES, as_seeds, check_images, convert, is_int
+
+Inputs = Union[int, str, Sequence[int], Sequence[str], np.ndarray, Tensor]
+
+
+class FGMInferencer(BaseInferencer):
+    """Samples of a trained one-step generator, or of its teacher, in MMEngine's calling manner.
+
+    Only the networks that are asked for are built and held: one generator, and the teacher once it is sampled. Calls from
+    several threads take turns.
+
+    Args:
+        model (str | Config, optional): A config's path, ``mmfgm::PATH``, or the config itself; or the folder of an export,
+            which needs nothing else.
+        weights (str, optional): A training checkpoint (``.pth``, sharded directory, work dir), a ``.safetensors`` file of
+            ``tools/merge_checkpoint.py``, or an export's folder. Without it, only the teacher can be sampled.
+        device (str, optional): Defaults to the GPU, if there is one.
+        precision (str): ``'fp32'``, or ``'bf16'`` for networks and text encoders that compute in bf16.
+        text_encoder (dict, optional): Config of what encodes prompts. Defaults to the config's ``text_encoder``, or to the
+            encoders of the pipeline at ``model.network.pretrained``; loaded when the first prompt comes.
+        show_progress (bool): Show MMEngine's progress bar. Defaults to False.
+
+    Raises:
+        UsageError: If the config or the weights are missing, are of another kind, or do not fit each other.
+
+    Examples:
+        >>> inferencer = FGMInferencer('mmfgm::fgm/digits.py', 'work_dirs/fgm/digits')
+        >>> images = inferencer([3, 1, 4], seeds=[0, 1, 2])['predictions']
+    """
+
+    preprocess_kwargs = {'seeds'}
+    forward_kwargs = {'sampling'}
+    visualize_kwargs = {'grid'}
+    postprocess_kwargs = {'out'}
+
+    def __init__(self,
+                 model: Union[str, Config, dict, None] = None,
+                 weights: Optional[str] = None,
+                 device: Optional[str] = None,
+                 precision: str = 'fp32',
+                 text_encoder: Optional[dict] = None,
+                 show_progress: bool = False):
+        if isinstance(model, str) and is_export(model):
+            if weights is not None:
+                raise UsageError(f'{model!r} is an export, which holds its weights; leave {weights!r} out, or give a config '
+                                 'first')
+            model, weights = None, model
+        self.export = read_export(weights) if model is None or is_export(weights) else None
+        if model is None:
+            cfg = Config(dict(model=self.export['model']))
+        else:
+            cfg = read_config(model) if isinstance(model, str) else Config(copy.deepcopy(dict(model)))
+        if cfg.get('model') is None:
+            raise UsageError(f'the config has no model, but {list(cfg)}; start from one of ours, for example '
+                             "'mmfgm::fgm/digits.py'")
+        self.precision, self._lock = precision, threading.Lock()
+        self._encoder_cfg, self._encoder = text_encoder or _text_encoder(cfg, self.export, precision), None
+        super().__init__(cfg, weights, device, scope='mmfgm', show_progress=show_progress)
+
+    # what BaseInferencer builds
+    def _init_model(self, cfg: Config, weights: Optional[str], device: str = 'cpu') -> SamplingModel:
+        with DefaultScope.overwrite_default_scope(self.scope):
+            null = self._empty_prompt if self._encoder_cfg else None
+            model = SamplingModel(cfg.model, weights, self.export, self.precision, null).to(device).eval()
+            model.load(model.available[0])
+        return model
+
+    def _init_pipeline(self, cfg: Config):
+        return lambda item: item   # nothing to read or resize: an input is a condition
+
+    def _init_collate(self, cfg: Config):
+        return collate
+
+    def _init_visualizer(self, cfg: Config) -> None:
+        return None   # the config's one writes to a training's work dir
+
+    # what a caller may want to know
+    @property
+    def networks(self) -> List[str]:
+        """Names of the networks that can be sampled, the default first."""
+        return list(self.model.available)
+
+    @property
+    def condition(self) -> str:
+        """What inputs are: ``'labels'``, ``'prompts'``, or ``'nothing'`` for a number of samples."""
+        if self._encoder_cfg:
+            return 'prompts'
+        return 'labels' if self.model.num_classes else 'nothing'
+
+    @property
+    def num_classes(self) -> int:
+        """0 if inputs are no labels."""
+        return (self.model.num_classes or 0) if self.condition == 'labels' else 0
+
+    @property
+    def text_encoder(self) -> Any:
+        """What encodes prompts, loaded at first use."""
+        if self._encoder is None:
+            with DefaultScope.overwrite_default_scope(self.scope):
+                encoder = TASK_UTILS.build(self._encoder_cfg)
+            self._encoder = encoder.to(self.device) if hasattr(encoder, 'to') else encoder
+        return self._encoder
+
+    @property
+    def device(self) -> torch.device:
+        """Where the networks are."""
+        return self.model.data_preprocessor.device
+
+    def default_sampling(self, network: Optional[str] = None) -> Sampling:
+        """How a network is sampled unless the call says otherwise.
+
+        One call for a one-step generator; for others what the config's sample pictures or evaluations do, or else 50 Euler steps.
+        """
+        network = network or self.networks[0]
+        if network in self.model.one_step:
+            return Sampling(network)
+        pictures = (self.cfg.get('default_hooks') or {}).get('samples') or {}
+        named = [*(pictures.get('samplings') or {}).values(),
+                 *(entry['sampling'] for entry in (self.cfg.get('evaluations') or {}).values() if 'sampling' in entry)]
+        return next((Sampling(**entry) for entry in named if entry['network'] == network), Sampling(network, 50))
+
+    def __call__(self,
+                 inputs: Inputs,
+                 seeds: Union[int, Sequence[int], None] = None,
+                 batch_size: int = 8,
+                 network: Optional[str] = None,
+                 nfe: Optional[int] = None,
+                 solver: Optional[str] = None,
+                 shift: Optional[float] = None,
+                 guidance: Optional[float] = None,
+                 out: str = 'pil',
+                 grid: int = 0,
+                 return_datasamples: bool = False) -> Dict[str, Any]:
+        """Generate one sample for each input.
+
+        Args:
+            inputs: Labels in ``[0, num_classes - 1]``, prompts, or how many unconditional samples; see :attr:`condition`.
+            seeds: One for each input, in [0, 2^32 - 1]; or the first one, the next input having the next seed. A sample
+                depends on its own seed and input alone, and has the noise that evaluations give that seed. Defaults to 0.
+            batch_size (int): Inputs per network call. Defaults to 8.
+            network (str, optional): One of :attr:`networks`. Defaults to the first.
+            nfe, solver, shift, guidance: See :class:`~mmfgm.models.Sampling`. Where none is given,
+                :meth:`default_sampling` holds.
+            out (str): ``'pil'``; ``'numpy'``, uint8 ``(H, W, C)``, or points as float32; or ``'tensor'``, float32 as the
+                model makes them, images ``(C, H, W)`` in [-1, 1] up to overshoot, on the CPU. Defaults to ``'pil'``.
+            grid (int): If positive, also draw all images in a grid with so many in a row.
+            return_datasamples (bool): Return MMEngine's ``BaseDataElement`` with ``sample``, a tensor, and ``seed`` and
+                ``label`` or ``prompt``, instead of what ``out`` says.
+
+        Returns:
+            dict: ``predictions``, a list in the order of the inputs; and ``visualization``, the grid as uint8
+            ``(H, W, 3)``, or None.
+
+        Raises:
+            UsageError: If inputs, seeds or the sampling do not fit the model; before anything is generated.
+        """
+        if out not in OUT_TYPES:
+            raise UsageError(f'out must be one of {OUT_TYPES}, but is {out!r}')
+        sampling = self.default_sampling(network)
+        given = {name: value for name, value in dict(nfe=nfe, solver=solver, shift=shift, guidance=guidance).items()
+                 if value is not None}
+        if given:
+            sampling = Sampling(sampling.network, **given)
+        with self._lock:
+            return super().__call__(inputs, return_datasamples, batch_size, seeds=seeds, sampling=sampling, grid=grid, out=out)
+
+    # the steps of BaseInferencer's call
+    def _inputs_to_list(self, inputs: Inputs) -> list:
+        if self.condition == 'nothing':
+            if not is_int(inputs) or inputs < 1:
+                raise UsageError('this model has neither classes nor prompts: give the number of samples, at least 1, not '
+                                 f'{inputs!r}')
+            return [None] * int(inputs)
+        items = inputs.tolist() if isinstance(inputs, (np.ndarray, Tensor)) else inputs
+        items = list(items) if isinstance(items, (list, tuple, range)) else [items]
+        if not items:
+            raise UsageError('there are no inputs; give at least one')
+        if self.condition == 'labels':
+            wrong = [item for item in items if not is_int(item) or not 0 <= item < self.num_classes]
+            if wrong:
+                raise UsageError(f'this model has classes: inputs are whole numbers in [0, {self.num_classes - 1}], not '
+                                 f'{wrong[0]!r}')
+            return [int(item) for item in items]
+        wrong = [item for item in items if not isinstance(item, str)]
+        if wrong:
+            raise UsageError(f'this model takes prompts: inputs are texts, not {wrong[0]!r}')
+        self.text_encoder.check(items)
+        return items
+
+    def preprocess(self, inputs: list, batch_size: int = 1, seeds: Union[int, Sequence[int], None] = None) -> List[dict]:
+        """Batches ``dict(idx, seed, [labels | prompt])`` of inputs that :meth:`_inputs_to_list` made.
+
+        Raises:
+            UsageError: If there is not one seed for each input, or ``batch_size`` is not positive.
+        """
+        if batch_size < 1:
+            raise UsageError(f'batch_size must be at least 1, but is {batch_size}')
+        seeds = as_seeds(seeds, len(inputs))
+        key = dict(labels='labels', prompts='prompt').get(self.condition)
+        items = [dict(idx=idx, seed=seed, **({key: value} if key else {}))
+                 for idx, (value, seed) in enumerate(zip(inputs, seeds))]
+        return [self.collate_fn(chunk) for chunk in self._get_chunk_data(map(self.pipeline, items), batch_size)]
+
+    @torch.no_grad()
+    def forward(self, inputs: dict, sampling: Sampling) -> List[BaseDataElement]:
+        """Generate a batch: data samples with ``sample`` on the CPU, and their seeds and conditions as metadata."""
+        with DefaultScope.overwrite_default_scope(self.scope):
+            self.model.load(sampling.network)
+        batch = dict(inputs)
+        if 'prompt' in batch:
+            batch.update(self.text_encoder.encode(batch.pop('prompt')))
+        samples = self.model.sample(batch, sampling).cpu()
+        meta = [dict(seed=int(seed)) for seed in inputs['seed']]
+        for name, key in dict(labels='label', prompt='prompt').items():
+            for entry, value in zip(meta, inputs.get(name, ())):
+                entry[key] = int(value) if name == 'labels' else value
+        return [BaseDataElement(metainfo=entry, sample=sample) for entry, sample in zip(meta, samples)]
+
+    def visualize(self, inputs: list, preds: List[BaseDataElement], grid: int = 0) -> Optional[np.ndarray]:
+        """All images in a grid with ``grid`` in a row, uint8 ``(H, W, 3)``; None for 0."""
+        if not grid:
+            return None
+        check_images(preds[0].sample)
+        images = torch.stack([to_uint8(pred.sample) for pred in preds])
+        return make_grid(images, nrow=grid, padding=1, pad_value=255).permute(1, 2, 0).numpy()
+
+    def postprocess(self, preds: List[BaseDataElement], visualization: Optional[np.ndarray], return_datasamples: bool = False,
+                    out: str = 'pil') -> Dict[str, Any]:
+        """The call's result."""
+        if not return_datasamples:
+            preds = [convert(pred.sample, out) for pred in preds]
+        return dict(predictions=preds, visualization=visualization)
+
+    def _empty_prompt(self, cond: Dict[str, Tensor]) -> Dict[str, Tensor]:
+        """The condition that means "no prompt", for guidance."""
+        empty = self.text_encoder.encode([''])
+        return {**cond, **{name: value.to(cond[name]).expand_as(cond[name]) for name, value in empty.items()}}
+
+
+def _text_encoder(cfg: Config, export: Optional[dict], precision: str) -> Optional[dict]:
+    """Config of what encodes prompts, or None for a model without."""
+    named = (export or {}).get('text_encoder') or cfg.get('text_encoder')
+    if named:
+        return named
+    pretrained = (export['model'] if export else cfg.model)['network'].get('pretrained')
+    dtype = 'bfloat16' if precision == 'bf16' else 'float32'
+    return dict(type='SD3TextEncoder', pretrained=pretrained, dtype=dtype) if pretrained else None
