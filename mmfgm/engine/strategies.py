@@ -30,7 +30,7 @@ from .optim import local
 PRECISIONS = ('fp32', 'tf32', 'bf16')
 
 
-def _autocast_forward(network: nn.Module, device_type: str) -> None:
+def autocast_forward(network: nn.Module, device_type: str) -> None:
     """Run a network's forward in bf16 and hand its output on in float32, so that losses stay in float32."""
     forward = network.forward
 
@@ -70,7 +70,7 @@ class SingleDeviceStrategy(CheckpointMixin, _SingleDeviceStrategy):
         model.to(device)
         for name, network in model.networks.items():
             if self.precision == 'bf16':
-                _autocast_forward(network, torch.device(device).type)
+                autocast_forward(network, torch.device(device).type)
             # averages only sample, at other batch sizes
             if self.compile and name not in model.ema_decays:
                 network.compile()

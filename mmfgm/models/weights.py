@@ -6,7 +6,7 @@ import pickle
 import re
 import zipfile
 import zlib
-from typing import Dict, Optional
+from typing import Collection, Dict, Optional
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -152,7 +152,7 @@ def fingerprint(network: nn.Module) -> str:
 
 
 def load_network(network: nn.Module, checkpoint: str, prefix: str = '', into: str = '',
-                 weights_only: bool = True) -> nn.Module:
+                 weights_only: bool = True, names: Optional[Collection[str]] = None) -> nn.Module:
     """Load one network out of a checkpoint, strictly and in place.
 
     Args:
@@ -163,6 +163,7 @@ def load_network(network: nn.Module, checkpoint: str, prefix: str = '', into: st
         into (str): The part of the network that the checkpoint is of, for example ``unet`` for a
             published EDM network inside :class:`EDMVelocity`; empty for all of it.
         weights_only (bool): See :func:`read_state_dict`.
+        names (Collection[str], optional): The tensors of that part that the checkpoint holds. Defaults to all.
 
     Raises:
         UsageError: Names the first tensor that is missing, superfluous or of another shape.
@@ -178,7 +179,7 @@ def load_network(network: nn.Module, checkpoint: str, prefix: str = '', into: st
     except AttributeError as e:
         raise UsageError(f'{type(network).__name__} has no part {into!r}; its parts are '
                          f'{[name for name, _ in network.named_children()]}') from e
-    expected = part.state_dict()
+    expected = {key: value for key, value in part.state_dict().items() if names is None or key in names}
     wrong = f'checkpoint {checkpoint!r} is of another architecture than {type(part).__name__}: '
     for key, value in expected.items():
         if key not in state:
@@ -189,5 +190,5 @@ def load_network(network: nn.Module, checkpoint: str, prefix: str = '', into: st
     for key in state:
         if key not in expected:
             raise UsageError(f'{wrong}its tensor {key!r} has no place in the network')
-    part.load_state_dict(state)
+    part.load_state_dict(state, strict=names is None)
     return network
