@@ -10,7 +10,7 @@ from typing import Callable, Optional, Sequence
 import torch.distributed as dist
 from mmengine.config import Config, DictAction
 
-import mmfgm
+from mmfgm.apis.config import config_path, read_config  # noqa: F401 - of all tools
 from mmfgm.datasets.files import write_file  # noqa: F401 - of all tools
 from mmfgm.engine import NonFiniteError
 from mmfgm.errors import UsageError
@@ -30,34 +30,6 @@ def add_common_arguments(parser: argparse.ArgumentParser, config_help: str = CON
                         help='override config values, e.g. train_cfg.max_iters=100')
     parser.add_argument('--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'], default='none')
     parser.add_argument('--local_rank', '--local-rank', type=int, default=0, help=argparse.SUPPRESS)
-
-
-def config_path(name: str) -> str:
-    """The file that a config argument means.
-
-    Raises:
-        UsageError: If there is none.
-    """
-    path = name
-    if name.startswith('mmfgm::'):
-        path = osp.join(osp.dirname(mmfgm.__file__), '.mim', 'configs', name[len('mmfgm::'):])
-    if not osp.isfile(path):
-        raise UsageError(f'there is no config {name!r} (looked for {path!r})')
-    return path
-
-
-def read_config(name: str) -> Config:
-    """Read the config that an argument means.
-
-    Raises:
-        UsageError: If there is no such file, or it cannot be parsed.
-    """
-    path = config_path(name)
-    try:
-        # a config is a program of the user's: whatever it raises is about the config
-        return Config.fromfile(path)
-    except Exception as e:
-        raise UsageError(f'config {name!r} cannot be read: {type(e).__name__}: {e}') from e
 
 
 def load_config(args: argparse.Namespace) -> Config:
