@@ -80,7 +80,8 @@ class InceptionV3:
             from torch_fidelity import feature_extractor_inceptionv3 as port
         except ImportError as e:
             raise UsageError(f'FID and its kin need torch-fidelity ({e}); install it: pip install "mmfgm[eval]"') from e
-        path = weights or _download(port.URL_INCEPTION_V3, sha256)
+        path = weights or download(port.URL_INCEPTION_V3, sha256,
+                                   'name it: feature=dict(type="InceptionV3", weights=PATH)')
         if not osp.isfile(path):
             raise UsageError(f'there are no Inception weights at {path!r}; leave `weights` out to download them, or get '
                              f'{port.URL_INCEPTION_V3}')
@@ -116,7 +117,20 @@ class InceptionV3:
         return self._run(samples)[1]
 
 
-def _download(url: str, sha256: Optional[str]) -> str:
+def download(url: str, sha256: Optional[str], fix: str) -> str:
+    """Download weights into torch's hub folder, once a machine; to be called by all processes.
+
+    Args:
+        url (str): Where they are.
+        sha256 (str, optional): How the file's SHA-256 begins.
+        fix (str): What to do with a file that was got by other means.
+
+    Returns:
+        str: The file.
+
+    Raises:
+        UsageError: If they are not there afterwards.
+    """
     path = osp.join(torch.hub.get_dir(), 'checkpoints', osp.basename(url))
     if int(os.environ.get('LOCAL_RANK', 0)) == 0 and not osp.isfile(path):
         MMLogger.get_current_instance().info(f'Downloading {url} to {path}')
@@ -128,6 +142,5 @@ def _download(url: str, sha256: Optional[str]) -> str:
     # the other processes of this machine wait; all look whether it worked
     barrier()
     if not osp.isfile(path):
-        raise UsageError(f'the Inception weights could not be downloaded from {url}; get the file by other means and name it: '
-                         'feature=dict(type="InceptionV3", weights=PATH)')
+        raise UsageError(f'the weights could not be downloaded from {url}; get the file by other means and {fix}')
     return path

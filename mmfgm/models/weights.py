@@ -179,6 +179,16 @@ def load_network(network: nn.Module, checkpoint: str, prefix: str = '', into: st
     except AttributeError as e:
         raise UsageError(f'{type(network).__name__} has no part {into!r}; its parts are '
                          f'{[name for name, _ in network.named_children()]}') from e
+    load_tensors(part, state, checkpoint, names)
+    return network
+
+
+def load_tensors(part: nn.Module, state: Dict[str, Tensor], checkpoint: str, names: Optional[Collection[str]] = None) -> None:
+    """Load tensors that were read from a checkpoint into a module, strictly and in place; see :func:`load_network`.
+
+    Raises:
+        UsageError: Names the checkpoint and the first tensor that is missing, superfluous or of another shape.
+    """
     expected = {key: value for key, value in part.state_dict().items() if names is None or key in names}
     wrong = f'checkpoint {checkpoint!r} is of another architecture than {type(part).__name__}: '
     for key, value in expected.items():
@@ -191,4 +201,3 @@ def load_network(network: nn.Module, checkpoint: str, prefix: str = '', into: st
         if key not in expected:
             raise UsageError(f'{wrong}its tensor {key!r} has no place in the network')
     part.load_state_dict(state, strict=names is None)
-    return network
