@@ -1,0 +1,98 @@
+# Copyright (c) mmfgm authors.
+"""Curves of a run: panels of scalars over iterations, as SVG for a page or as one PNG for a document."""
+from io import BytesIO, StringIO
+from typing import Dict, List
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from PIL import Image
+
+from .report_data import Run, Series
+
+# legible on white and on black
+COLOURS = ('#3b82f6', '#f97316', '#16a34a', '#a855f7', '#64748b')
+# stands for the page's text colour until the SVG is written
+TEXT = '#123456'
+PANEL = (4.4, 2.5)   # inches
+FROM_ZERO = ('learning rate', 'samples per second', 'seconds per iteration', 'share of the time', 'GPU memory, MB')
+
+
+def group_scalars(run: Run) -> Dict[str, Dict[str, Dict[str, Series]]]:
+    """Section to panel to curve: metrics, losses, gradient norms, learning rates and throughput of a run."""
+    left = dict(run.scalars)
+
+    def take(names: List[str]) -> Dict[str, Series]:
+        return {name: left.pop(name) for name in names}
+
+    def ending(suffix: str) -> Dict[str, Series]:
+        curves = take([name for name in left if name.endswith(suffix)])
+        return {name.removesuffix(suffix): series for name, series in curves.items()}
+
+    sections = {
+        'Metrics': {name: {name: series} for name, series in take(run.metrics).items()},
+        'Optimization': {'gradient norm, before clipping': ending('/grad_norm'), 'learning rate': ending('.lr')},
+        'Throughput': {
+            'samples per second': {'samples': left.pop('samples_per_second', {})},
+            'seconds per iteration': {'seconds': left.pop('time', {}), 'of these, waiting for data': left.pop('data_time', {})},
+            'share of the time': shares if len(shares := ending('/time_share')) > 1 else {},
+            'GPU memory, MB': {'memory': left.pop('memory', {})}
+        },
+    }
+    # what is left is what the phases log of their own
+    sections['Losses'] = {name: {name: series} for name, series in left.items()}
+    order = ('Metrics', 'Losses', 'Optimization', 'Throughput')
+    return {name: panels for name in order if (panels := {
+        title: drawn for title, curves in sections[name].items() if (drawn := {k: v for k, v in curves.items() if v})})}
+
+
+def _draw(ax: Axes, title: str, curves: Dict[str, Series]) -> None:
+    for colour, (label, series) in zip(COLOURS * len(curves), curves.items()):
+        ax.plot(list(series), list(series.values()), color=colour, linewidth=1.4, label=label,
+                marker='o' if len(series) < 15 else None, markersize=3)
+    values = [value for series in curves.values() for value in series.values()]
+    if title in FROM_ZERO:
+        ax.set_ylim(0, 1.1 * max(values))
+    elif min(values) > 0 and max(values) > 20 * min(values):
+        ax.set_yscale('log')
+    ax.set_title(title, fontsize=10, loc='left')
+    ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    ax.set_xlabel('iteration', fontsize=8)
+    ax.tick_params(labelsize=8)
+    ax.grid(alpha=0.25, linewidth=0.6)
+    ax.spines[['top', 'right']].set_visible(False)
+    if len(curves) > 1:
+        ax.legend(fontsize=8, frameon=False)
+
+
+def curves_svg(title: str, curves: Dict[str, Series]) -> str:
+    """One panel as an ``<svg>`` element whose text and axes have the colour of the text around it."""
+    colours = {f'{part}color': TEXT for part in ('text.', 'axes.edge', 'axes.label', 'axes.title', 'xtick.', 'ytick.', 'grid.')}
+    with matplotlib.rc_context({**colours, 'svg.fonttype': 'none'}):
+        figure = Figure(figsize=PANEL, layout='constrained')
+        figure.patch.set_alpha(0)
+        ax = figure.subplots()
+        ax.patch.set_alpha(0)
+        _draw(ax, title, curves)
+        buffer = StringIO()
+        FigureCanvasSVG(figure).print_svg(buffer, metadata=dict(Date=None))
+    svg = buffer.getvalue()
+    return svg[svg.index('<svg'):].replace(TEXT, 'currentColor')
+
+
+def curves_png(panels: Dict[str, Dict[str, Series]], columns: int = 2) -> bytes:
+    """All panels in one PNG of few colours, for a document; about 10 KB a panel."""
+    rows = -(-len(panels) // columns)
+    figure = Figure(figsize=(PANEL[0] * columns, PANEL[1] * rows), layout='constrained')
+    axes = figure.subplots(rows, columns, squeeze=False).flatten()
+    for ax, (title, curves) in zip(axes, panels.items()):
+        _draw(ax, title, curves)
+    for ax in axes[len(panels):]:
+        ax.axis('off')
+    drawn, small = BytesIO(), BytesIO()
+    FigureCanvasAgg(figure).print_png(drawn)
+    Image.open(drawn).convert('RGB').quantize(64).save(small, format='png', optimize=True)
+    return small.getvalue()

@@ -1,0 +1,200 @@
+# Copyright (c) mmfgm authors.
+"""Read what a training run left in its work dir: scalars, pictures, config, environment."""
+import json
+import os.path as osp
+import re
+from dataclasses import dataclass
+from glob import escape as glob_escape
+from glob import glob
+from typing import Any, Dict, Iterator, List, Optional, Tuple
+
+from mmengine.config import Config
+
+import mmfgm
+from mmfgm.errors import UsageError
+
+Series = Dict[int, float]   # iteration -> value
+
+# keys of a config that belong to one start, not to what is trained
+NOT_COMPARED = ('work_dir', 'launcher', 'resume', 'load_from', 'experiment_name')
+# columns of scalars.json that are no curve of their own
+COUNTERS = ('iter', 'step', 'epoch')
+
+
+@dataclass
+class Run:
+    """A training run: all starts of one work dir, joined.
+
+    Args:
+        work_dir (str): Where it lies.
+        starts (list[tuple[str, int]]): Timestamp of each start that counts, and the iteration it went on from (0: afresh).
+        scalars (dict[str, dict[int, float]]): Name to the value at each logged iteration; evaluations by ``NAME/METRIC``.
+        pictures (dict[int, str]): Iteration to the picture of the sample hook.
+        cfg (Config): The config of the last start.
+        environment (dict[str, str]): What MMEngine wrote about machine and libraries at the last start.
+        tables (dict): What ``tools/test.py`` measured, ``{metric: {network: {NFE: value}}}``; empty if it was not run.
+        plots (list[str]): The pictures that ``tools/test.py`` drew.
+    """
+
+    work_dir: str
+    starts: List[Tuple[str, int]]
+    scalars: Dict[str, Series]
+    pictures: Dict[int, str]
+    cfg: Config
+    environment: Dict[str, str]
+    tables: Dict[str, Dict[str, Dict[str, float]]]
+    plots: List[str]
+
+    @property
+    def name(self) -> str:
+        """The last two parts of the path, for example ``fgm/digits``."""
+        return '/'.join(osp.abspath(self.work_dir).split('/')[-2:])
+
+    @property
+    def metrics(self) -> List[str]:
+        """Names of the scalars that evaluations measured."""
+        evaluations = self.cfg.get('evaluations') or {}
+        return [name for name in self.scalars if name.split('/')[0] in evaluations]
+
+    @property
+    def last_iteration(self) -> int:
+        return max([*self.pictures, *(step for series in self.scalars.values() for step in series)])
+
+
+def _starts(folder: str) -> List[str]:
+    """Folders of the starts that logged something, oldest first."""
+    found = glob(osp.join(glob_escape(folder), '*', 'vis_data', 'scalars.json'))
+    return sorted(osp.dirname(osp.dirname(path)) for path in found)
+
+
+def is_work_dir(folder: str) -> bool:
+    """Whether a training has logged something into the folder."""
+    return bool(_starts(folder))
+
+
+def read_run(work_dir: str) -> Run:
+    """Read a work dir.
+
+    A start that resumed goes on from its checkpoint: what earlier starts logged after that iteration is dropped, because
+    it was trained again. One that began afresh replaces all before it.
+
+    Raises:
+        UsageError: If the folder is no work dir, nothing was logged yet, or a file in it is broken.
+    """
+    folders = _starts(work_dir)
+    if not folders:
+        raise UsageError(_no_work_dir(work_dir))
+    starts: List[Tuple[str, int]] = []
+    scalars: Dict[str, Series] = {}
+    pictures: Dict[int, str] = {}
+    for folder in folders:
+        log = _read_log(folder)
+        resumed = re.search(r'resumed epoch: \d+, iter: (\d+)', log)
+        start = int(resumed.group(1)) if resumed else 0
+        starts = [*(starts if start else []), (osp.basename(folder), start)]
+        scalars = {name: {step: value for step, value in series.items() if step <= start} for name, series in scalars.items()}
+        pictures = {step: path for step, path in pictures.items() if step <= start}
+        for values in _read_scalars(osp.join(folder, 'vis_data', 'scalars.json')):
+            for name, value in values.items():
+                if name not in COUNTERS and isinstance(value, (int, float)):
+                    scalars.setdefault(name, {})[values['step']] = float(value)
+        for path in glob(osp.join(glob_escape(folder), 'vis_data', 'vis_image', 'samples_*.png')):
+            pictures[int(re.search(r'samples_(\d+)\.png', path).group(1))] = path
+    tested = osp.join(work_dir, 'test', 'metrics.json')
+    return Run(work_dir=work_dir, starts=starts, scalars={name: dict(sorted(s.items())) for name, s in scalars.items() if s},
+               pictures=dict(sorted(pictures.items())), cfg=_read_config(folders[-1]), environment=read_environment(log),
+               tables=read_json(tested) if osp.isfile(tested) else {},
+               plots=sorted(glob(osp.join(glob_escape(work_dir), 'test', '*.png'))))
+
+
+def _no_work_dir(folder: str) -> str:
+    if not osp.isdir(folder):
+        return f'there is no folder {folder!r}; name the work dir of a training, for example work_dirs/fgm/digits'
+    if glob(osp.join(glob_escape(folder), '*', '*.log')):
+        return f'the training in {folder!r} has logged no values yet (TIMESTAMP/vis_data/scalars.json); wait for its first ones'
+    inside = [path for path in sorted(glob(osp.join(glob_escape(folder), '*'))) if is_work_dir(path)]
+    hint = f'it holds {", ".join(inside)}: name one of them' if inside else (
+        'expected TIMESTAMP/vis_data/scalars.json in it, which every training leaves; name the folder after --work-dir')
+    return f'{folder!r} is no work dir of a training; {hint}'
+
+
+def _read_log(folder: str) -> str:
+    text = ''
+    for path in sorted(glob(osp.join(glob_escape(folder), '*.log'))):
+        with open(path, errors='replace') as f:
+            text += f.read()
+    return text
+
+
+def _read_scalars(path: str) -> Iterator[Dict[str, Any]]:
+    with open(path) as f:
+        lines = f.read().splitlines()
+    for number, line in enumerate(lines, 1):
+        try:
+            yield json.loads(line)
+        except json.JSONDecodeError as e:
+            # a process that was killed may leave half a line
+            if number < len(lines):
+                raise UsageError(f'line {number} of {path!r} is not JSON ({e}); delete it') from e
+
+
+def read_json(path: str) -> Any:
+    """Read a JSON file.
+
+    Raises:
+        UsageError: If it is not one.
+    """
+    try:
+        with open(path) as f:
+            return json.load(f)
+    except ValueError as e:
+        raise UsageError(f'{path!r} is not JSON ({e}); delete it, or measure again') from e
+
+
+def _read_config(folder: str) -> Config:
+    path = osp.join(folder, 'vis_data', 'config.py')
+    try:
+        # a config is a program: whatever it raises is about the config
+        return Config.fromfile(path)
+    except Exception as e:
+        raise UsageError(f'the config of the run cannot be read: {path!r}: {type(e).__name__}: {e}') from e
+
+
+def read_environment(log: str) -> Dict[str, str]:
+    """The ``name: value`` lines of the last environment block of a log, without torch's compile flags."""
+    blocks = re.findall(r'^System environment:$(.*?)^-{60}$', log, flags=re.MULTILINE | re.DOTALL)
+    lines = re.findall(r'^    (\w[^:\n]*): (.*)$', blocks[-1], flags=re.MULTILINE) if blocks else []
+    return {name: value for name, value in lines if name != 'PyTorch compiling details'}
+
+
+def flatten(cfg: Any, prefix: str = '') -> Dict[str, Any]:
+    """A nested config as the dotted keys that ``--cfg-options`` takes; other lists and empty dicts are values."""
+    if isinstance(cfg, list) and cfg and all(isinstance(entry, dict) for entry in cfg):
+        cfg = dict(enumerate(cfg))
+    if isinstance(cfg, dict) and cfg:
+        return {key: value for name in cfg for key, value in flatten(cfg[name], f'{prefix}.{name}' if prefix else name).items()}
+    return {prefix: cfg}
+
+
+def config_difference(cfg: Config, base: Config) -> List[Tuple[str, Optional[str], Optional[str]]]:
+    """Dotted key, value in ``base``, value in ``cfg`` of all that differs; None where a side has no such key."""
+    ours, theirs = (flatten({key: value for key, value in side.to_dict().items() if key not in NOT_COMPARED})
+                    for side in (cfg, base))
+    differing = [key for key in sorted({*ours, *theirs})
+                 if key not in ours or key not in theirs or ours[key] != theirs[key]]
+    return [(key, *(repr(side[key]) if key in side else None for side in (theirs, ours))) for key in differing]
+
+
+def closest_packaged_config(cfg: Config) -> Tuple[str, Config]:
+    """The packaged config that differs from ``cfg`` in the fewest values: what it was most likely made from.
+
+    A dumped config no longer names its ``_base_``, so this is found by comparison.
+
+    Returns:
+        tuple[str, Config]: Its name, ``mmfgm::FOLDER/NAME.py``, and the config.
+    """
+    root = osp.join(osp.dirname(mmfgm.__file__), '.mim', 'configs')
+    paths = sorted(glob(osp.join(glob_escape(root), '[!_]*', '*.py')))
+    candidates = {f'mmfgm::{osp.relpath(path, root)}': Config.fromfile(path) for path in paths}
+    name = min(candidates, key=lambda name: len(config_difference(cfg, candidates[name])))
+    return name, candidates[name]

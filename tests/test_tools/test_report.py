@@ -1,0 +1,126 @@
+# Copyright (c) mmfgm authors.
+"""The report of a run: what it reads, and what a browser makes of it."""
+import json
+import re
+
+import pytest
+from mmengine.config import Config
+from PIL import Image
+
+from mmfgm.apis.report_data import closest_packaged_config, config_difference, read_run
+from mmfgm.errors import UsageError
+from mmfgm.tools.report import report
+from tests.browser import open_browser
+from tests.conftest import ROOT, run_module
+
+RESUMED = 'x - mmengine - INFO - resumed epoch: 0, iter: {}\n'
+ENVIRONMENT = ('-' * 60 + '\nSystem environment:\n    Python: 3.11\n    PyTorch: 2.14\n    PyTorch compiling details: long\n'
+               '  - and longer: yes\n\nRuntime environment:\n    seed: 0\n' + '-' * 60 + '\n')
+
+
+def start(work_dir, stamp, lines, log='', config='fgm/digits.py', pictures=(), torn=''):
+    """One start of a training, as MMEngine leaves it."""
+    folder = work_dir / stamp / 'vis_data'
+    (folder / 'vis_image').mkdir(parents=True)
+    (folder.parent / f'{stamp}.log').write_text(ENVIRONMENT + log)
+    (folder / 'scalars.json').write_text(''.join(json.dumps(line) + '\n' for line in lines) + torn)
+    cfg = Config.fromfile(ROOT / 'configs' / config)
+    cfg.merge_from_dict({'train_cfg.max_iters': 40, 'work_dir': 'x', 'param_scheduler.online.0.end_factor': 0.5})
+    cfg.dump(folder / 'config.py')
+    for step in pictures:
+        Image.new('RGB', (4, 4)).save(folder / 'vis_image' / f'samples_{step}.png')
+    return work_dir
+
+
+def losses(*steps, offset=0.):
+    return [{'online/loss_fm': step + offset, 'iter': step, 'step': step} for step in steps]
+
+
+def test_a_resumed_start_replaces_what_it_trained_again(tmp_path):
+    start(tmp_path, '20260101_000000', [*losses(10, 20, 30), {'fd/fd': 1.0, 'step': 20}], pictures=(20, 30))
+    start(tmp_path, '20260101_000100', [*losses(30, 40, offset=0.5), {'fd/fd': 2.0, 'step': 20}, {'fd/fd': 3.0, 'step': 40}],
+          RESUMED.format(20), pictures=(40,), torn='{"online/lo')
+    run = read_run(str(tmp_path))
+    assert run.scalars == {'online/loss_fm': {10: 10., 20: 20., 30: 30.5, 40: 40.5}, 'fd/fd': {20: 2., 40: 3.}}
+    assert list(run.pictures) == [20, 40] and run.metrics == ['fd/fd'] and run.last_iteration == 40
+    assert run.starts == [('20260101_000000', 0), ('20260101_000100', 20)]
+    assert run.environment == {'Python': '3.11', 'PyTorch': '2.14', 'seed': '0'}
+
+
+def test_a_start_from_the_beginning_replaces_everything(tmp_path):
+    start(tmp_path, '20260101_000000', losses(10, 20, 30), pictures=(20,))
+    start(tmp_path, '20260101_000100', losses(10, offset=0.5))
+    run = read_run(str(tmp_path))
+    assert run.scalars == {'online/loss_fm': {10: 10.5}} and not run.pictures and len(run.starts) == 1
+
+
+def test_config_is_held_against_the_packaged_one_it_came_from(tmp_path):
+    for config in ('fgm/cifar10_cond_sid.py', 'reflow/digits.py', 'fgm/digits.py'):
+        cfg = Config.fromfile(ROOT / 'configs' / config)
+        cfg.merge_from_dict({'train_cfg.max_iters': 7, 'work_dir': 'elsewhere', 'resume': True})
+        cfg.dump(tmp_path / 'dumped.py')
+        cfg = Config.fromfile(tmp_path / 'dumped.py')
+        name, base = closest_packaged_config(cfg)
+        assert name == f'mmfgm::{config}'
+        assert [key for key, _, _ in config_difference(cfg, base)] == ['train_cfg.max_iters']
+    # keys are those of --cfg-options, also inside lists
+    cfg.merge_from_dict({'param_scheduler.online.0.end_factor': 0.5, 'model.extra': 1})
+    assert config_difference(cfg, base)[:2] == [('model.extra', None, '1'), ('param_scheduler.online.0.end_factor', '0.1', '0.5')]
+
+
+BAD = {
+    'no folder': (lambda path: path / 'nowhere', 'there is no folder'),
+    'no work dir': (lambda path: path, 'is no work dir of a training; expected TIMESTAMP/vis_data/scalars.json'),
+    'a folder of work dirs': (lambda path: start(path / 'run', '20260101_000000', losses(1)).parent, 'run: name one of them'),
+    'broken scalars': (lambda path: start(path, '20260101_000000', [], torn='{"a\n{}\n'), 'line 1 of'),
+}
+
+
+@pytest.mark.parametrize('make, message', BAD.values(), ids=BAD)
+def test_bad_input(make, message, tmp_path):
+    with pytest.raises(UsageError, match=re.escape(message)):
+        report([str(make(tmp_path))])
+    assert not list(tmp_path.rglob('report.html'))
+
+
+def test_what_is_shown_of_many_pictures_and_of_markup(tmp_path):
+    start(tmp_path, '20260101_000000', losses(10, 20), log='', pictures=range(10, 100, 10))
+    text = (tmp_path / '20260101_000000' / 'vis_data' / 'config.py')
+    text.write_text(text.read_text().replace("work_dir = 'x'", "note = '<script>alert(1)</script>'"))
+    page = open(report([str(tmp_path), '--pictures', '3', '--out', str(tmp_path / 'page.html')])).read()
+    assert re.findall('<figcaption>iteration (.*?)<', page) == ['10', '50', '90'] and '3 of 9 pictures' in page
+    assert '<script' not in page and '&lt;script&gt;' in page and 'end_factor</code></td><td><code>0.1' in page
+
+
+@pytest.mark.slow
+def test_report_of_a_quickstart_in_a_browser(tmp_path):
+    folder = tmp_path / 'quickstart'
+    run_module('mmfgm.tools.quickstart', '--work-dir', folder, '--pretrain-iters', 9, '--distill-iters', 50, '--num-samples', 80)
+    run_module('mmfgm.tools.report', folder, '--curves', tmp_path / 'curves.png')
+    assert Image.open(tmp_path / 'curves.png').size[0] > 500 and (tmp_path / 'curves.png').stat().st_size < 100_000
+    metrics = json.loads((folder / 'metrics.json').read_text())
+    requested = []
+    with open_browser() as browser:
+        for scheme, width in (('light', 1280), ('dark', 400)):
+            page = browser.new_page(color_scheme=scheme, viewport=dict(width=width, height=900))
+            page.on('request', lambda request: requested.append(request.url))
+            page.goto(f'file://{folder}/report.html')
+            sizes = page.eval_on_selector_all('img', 'all => all.map(image => image.naturalWidth)')
+            # two of the quickstart, one of the sample hook for each run
+            assert len(sizes) == 4 and min(sizes) > 100
+            titles = page.eval_on_selector_all('figure svg', 'all => all.map(svg => svg.textContent)')
+            for panel in ('network/loss_fm', 'online/loss_fm', 'generator/loss_fgm', 'generator/l_2', 'gradient norm',
+                          'learning rate', 'samples per second', 'share of the time'):
+                assert any(panel in title for title in titles), panel
+            boxes = page.eval_on_selector_all('figure svg', 'all => all.map(svg => svg.getBoundingClientRect().width)')
+            assert min(boxes) > 250
+            assert page.evaluate('document.scrollingElement.scrollWidth <= window.innerWidth')
+            colours = page.evaluate('[document.body, document.querySelector("svg text")].map('
+                                    'x => [getComputedStyle(x).color, getComputedStyle(x).fill])')
+            assert colours[0][0] == colours[1][1]
+            text = page.inner_text('body')
+            for nfe, value in {**metrics['teacher'], '1 ': metrics['generator']['1']}.items():
+                assert re.search(rf'{nfe.strip()}\s+{value:.4f}', text)
+            for words in ('train_cfg.max_iters\t3500\t9', 'train_cfg.max_iters\t2400\t50', 'PyTorch', '9 of 9'):
+                assert words in text, words
+    assert [url for url in requested if not url.startswith(('file:', 'data:'))] == []
