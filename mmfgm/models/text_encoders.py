@@ -13,8 +13,8 @@ from mmfgm.errors import UsageError
 from mmfgm.registry import TASK_UTILS
 
 
-def load_or_explain(load: Callable[[], Any], model: str) -> Any:
-    """Call a ``from_pretrained`` and say what to do where it fails.
+def load_or_explain(load: Callable[[], Any], model: str, kind: str = 'Stable Diffusion 3') -> Any:
+    """Call a ``from_pretrained`` of ``model`` and say what to do where it fails.
 
     Raises:
         UsageError: If ``model`` is neither a folder nor a hub id, is gated, cannot be reached, or is not whole.
@@ -32,13 +32,23 @@ def load_or_explain(load: Callable[[], Any], model: str) -> Any:
             chain, error = f'{chain} {type(error).__name__} {error}', error.__cause__ or error.__context__
         reason = f'{type(e).__name__}: {str(e).strip()[:300]}'
         if osp.isdir(model):
-            raise UsageError(f'{model!r} is not a whole Stable Diffusion 3 folder of diffusers ({reason}); download all of '
+            raise UsageError(f'{model!r} is not a whole {kind} folder of diffusers ({reason}); download all of '
                              'it, with hf download OWNER/NAME --local-dir FOLDER') from e
         if re.search(r'gated|\b40[13]\b', chain, re.IGNORECASE):
             raise UsageError(f'{model!r} is gated ({reason}): accept its license at https://huggingface.co/{model}, log in '
                              'with hf auth login, and run again') from e
         raise UsageError(f'{model!r} cannot be had from the hub ({reason}); check its name and the connection, or download '
                          f'it where there is one, with hf download {model} --local-dir FOLDER, and name the folder') from e
+
+
+def quiet() -> None:
+    """Keep diffusers and transformers from drawing progress bars, and from warning at each batch."""
+    from diffusers.utils import logging
+    from transformers.utils import logging as transformers_logging
+    # CLIP cuts at 77 tokens, which is how SD3 works
+    for library in (logging, transformers_logging):
+        library.set_verbosity_error()
+        library.disable_progress_bar()
 
 
 def check_sd3(model: str) -> Dict[str, Any]:
@@ -49,16 +59,10 @@ def check_sd3(model: str) -> Dict[str, Any]:
     """
     try:
         from diffusers import StableDiffusion3Pipeline
-        from diffusers.utils import logging
-        from transformers.utils import logging as transformers_logging
+        quiet()
     except ImportError as e:
         raise UsageError(f'this needs diffusers and transformers, which do not import ({e}): pip install '
                          '"mmfgm[sd3]"') from e
-    # each batch would warn that CLIP cuts at 77 tokens, which is how SD3 works
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
     index = dict(load_or_explain(lambda: StableDiffusion3Pipeline.load_config(model), model))
     if not str(index.get('_class_name')).startswith('StableDiffusion3'):
         raise UsageError(f'{model!r} is a {index.get("_class_name")}, expected is a StableDiffusion3Pipeline')

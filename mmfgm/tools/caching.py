@@ -72,6 +72,30 @@ def on_main(function: Callable[[], Any]) -> Any:
     return result
 
 
+class Progress:
+    """Says every ten seconds, and at the end, how far the first process is with its part.
+
+    Args:
+        total (int): Items of this process.
+        unit (str): What an item is called.
+    """
+
+    def __init__(self, total: int, unit: str):
+        self.total, self.unit, self.done = total, unit, 0
+        self.began = self.said = time.perf_counter()
+
+    def step(self, count: int) -> None:
+        """Count items that are done."""
+        self.done += count
+        rank, world_size = get_dist_info()
+        now = time.perf_counter()
+        if rank == 0 and (now - self.said > 10 or self.done == self.total):
+            self.said, rate = now, self.done / (now - self.began)
+            eta = timedelta(seconds=round((self.total - self.done) / rate))
+            print(f'process 1 of {world_size}: {self.done:,} of {self.total:,} {self.unit}s, {rate:.1f} {self.unit}s/s, '
+                  f'ETA {eta}', flush=True)
+
+
 class ShardWriter:
     """Writes a cache shard by shard, so that what is finished stays finished.
 
@@ -188,9 +212,7 @@ def run_job(writer: ShardWriter, count: int, shard_size: int, batch_size: int, e
     mine = [number for number in numbers if writer.name(number) not in done][rank::world_size]
     if null is not None and rank == 0 and NULL not in done:
         writer.write(NULL, null(), 1)
-    total = sum(min(shard_size, count - number * shard_size) for number in mine)
-    began = said = time.perf_counter()
-    processed = 0
+    progress = Progress(sum(min(shard_size, count - number * shard_size) for number in mine), unit)
     for number in mine:
         items = list(range(number * shard_size, min(count, (number + 1) * shard_size)))
         parts, skipped = [], []
@@ -200,13 +222,7 @@ def run_job(writer: ShardWriter, count: int, shard_size: int, batch_size: int, e
             skipped += bad
             if tensors:
                 parts.append(tensors)
-            processed += len(batch)
-            now = time.perf_counter()
-            if rank == 0 and (now - said > 10 or processed == total):
-                said, rate = now, processed / (now - began)
-                eta = timedelta(seconds=round((total - processed) / rate))
-                print(f'process 1 of {world_size}: {processed:,} of {total:,} {unit}s, {rate:.1f} {unit}s/s, ETA {eta}',
-                      flush=True)
+            progress.step(len(batch))
         shard = {name: torch.cat([part[name] for part in parts]) for name in (parts[0] if parts else ())}
         writer.write(writer.name(number), shard, len(items) - len(skipped), **(dict(skipped=skipped) if skipped else {}))
     barrier()

@@ -153,7 +153,12 @@ def _check_clause(clause: dict, index: int, where: str, conditions: bool) -> Non
                              f'{target!r}')
 
 
-def _check_row(row: dict) -> None:
+def check_row(row: dict) -> None:
+    """As :func:`check_clauses`, and the prompt, and that GenEval knows the classes.
+
+    Raises:
+        UsageError: Names the key that is missing, or the one with a bad value.
+    """
     check_clauses(row)
     if 'prompt' not in row:
         raise UsageError(f"'prompt' is missing in {row}")
@@ -186,7 +191,7 @@ def read_metadata(path: Union[str, Path]) -> List[dict]:
             continue
         try:
             rows.append(json.loads(line))
-            _check_row(rows[-1])
+            check_row(rows[-1])
         except json.JSONDecodeError as error:
             raise UsageError(f'{path}, line {number}: not a JSON object: {error}') from error
         except UsageError as error:

@@ -1,0 +1,89 @@
+# Copyright (c) mmfgm authors.
+"""From images and their metadata rows to verdicts: detector, colour classifier and judge together."""
+from dataclasses import dataclass
+from typing import Dict, List, Optional, Sequence
+
+import numpy as np
+
+from mmfgm.errors import UsageError
+from mmfgm.registry import TASK_UTILS
+
+from .judge import Verdict, judge
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A verdict and the boxes it rests on.
+
+    Attributes:
+        verdict (Verdict): See :func:`~mmfgm.evaluation.geneval.judge`.
+        boxes (dict[str, list[list[float]]]): Class name -> ``x1, y1, x2, y2, score`` of the detections that count.
+    """
+
+    verdict: Verdict
+    boxes: Dict[str, List[List[float]]]
+
+
+class Scorer:
+    """Judges batches of images; the models are built on the CPU and stay there until :meth:`to`.
+
+    Args:
+        detector (dict): Config of the detector, for example ``dict(type='MMDetMask2Former', checkpoint=...)``.
+        colors (dict, optional): Config of the colour classifier, for example ``dict(type='ClipColors')``; not needed
+            for prompts without colours.
+        options (dict, optional): Options of :func:`~mmfgm.evaluation.geneval.judge`.
+
+    Attributes:
+        identity (dict): What the verdicts on an image depend on.
+        label (str): The detector, in words.
+        comparable (bool): Whether the scores compare with published ones.
+    """
+
+    def __init__(self, detector: dict, colors: Optional[dict] = None, options: Optional[dict] = None):
+        self.options = dict(options or {})
+        # the judge checks its options; before the models are loaded, which takes longer
+        judge(dict(tag='', include=[]), {}, lambda name, rows: [], self.options)
+        self.detector = TASK_UTILS.build(detector)
+        self.colors = TASK_UTILS.build(colors) if colors else None
+        self.label, self.comparable = self.detector.label, bool(self.detector.comparable and not self.options)
+        self.identity = dict(detector=detector, label=self.label, colors=colors, options=self.options)
+
+    def to(self, device) -> 'Scorer':
+        """Move the models; returns itself."""
+        for part in (self.detector, self.colors):
+            if part is not None:
+                part.to(device)
+        return self
+
+    def check(self, rows: Sequence[dict]) -> None:
+        """Hold metadata rows against what can be judged, before any image is looked at.
+
+        Raises:
+            UsageError: If a prompt asks for a colour and there is no colour classifier.
+        """
+        asking = next((row for row in rows for clause in row['include'] if 'color' in clause), None)
+        if asking is not None and self.colors is None:
+            raise UsageError(f'the prompt {asking.get("prompt")!r} asks for a colour, but no colour classifier is configured; '
+                             "set colors=dict(type='ClipColors') beside the detector")
+
+    def score(self, images: Sequence[np.ndarray], rows: Sequence[dict]) -> List[Judged]:
+        """Judge images ``(H, W, 3)`` uint8 RGB, each by its metadata row.
+
+        The judge asks for the colours of a clause whenever enough boxes are there, whatever it was told about other
+        clauses. So a first pass with empty answers asks for exactly the crops of the second, and the crops of all images
+        are classified together in between.
+        """
+        found = self.detector(images)
+        requests: List[tuple] = []
+        for image, row, detected in zip(images, rows, found):
+            def ask(name, indices):
+                requests.append((image, detected.boxes[name][indices], detected.masks(name, indices), name))
+                return [''] * len(indices)
+            judge(row, detected.boxes, ask, self.options)
+        answers = iter(self.colors.classify(requests) if requests else [])
+        judged = []
+        for row, detected in zip(rows, found):
+            verdict = judge(row, detected.boxes, lambda name, indices: next(answers), self.options)
+            boxes = {name: detected.boxes[name][kept].tolist() for name, kept in verdict.kept.items()}
+            judged.append(Judged(verdict, boxes))
+        return judged

@@ -1,0 +1,194 @@
+# Copyright (c) mmfgm authors.
+"""GenEval: write its prompts, score a folder of images, generate and score with a diffusers pipeline, print results.
+
+  prompts OUT.jsonl      the 553 prompts, for tools/cache_prompts.py or another generator
+  score FOLDER           images in the reference's layout: FOLDER/00000/metadata.jsonl and FOLDER/00000/samples/0000.png
+  run CONFIG             generate the images of a config's pipeline (configs/geneval), then score them
+  summary RESULTS.jsonl  the scores of finished results, ours or the reference's
+
+What a killed run finished is not repeated. Several processes share the work: torchrun ... --launcher pytorch.
+"""
+import argparse
+import gc
+import json
+import os
+import os.path as osp
+from datetime import timedelta
+from typing import Dict, List, Optional, Sequence
+
+import torch
+from mmengine.config import Config, DictAction
+from mmengine.device import get_device
+from mmengine.dist import is_main_process
+from mmengine.logging import MMLogger
+from mmengine.registry import init_default_scope
+
+from mmfgm.engine import init_processes
+from mmfgm.errors import UsageError
+from mmfgm.evaluation.geneval import Scorer, generate, read_metadata, summarize
+from mmfgm.evaluation.geneval.layout import read_results
+from mmfgm.evaluation.geneval.prompts import to_jsonl
+from mmfgm.registry import TASK_UTILS
+
+from .caching import on_main
+from .cli import CONFIG_HELP, add_common_arguments, building, load_config, run_tool, write_file
+from .geneval_jobs import generate_images, score_folder
+
+SCORING_CONFIG = 'mmfgm::_base_/evaluation/geneval.py'
+TASKS = dict(single_object='single object', two_object='two objects', counting='counting', colors='colors', position='position',
+             color_attr='color attribution')
+
+
+def _add_scoring_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument('--num-samples', type=int, default=4, help='images of each prompt (default: 4)')
+    parser.add_argument('--on-bad', choices=['fail', 'skip'], default='fail', help='count missing and unreadable images as '
+                        'wrong, or leave them out; either way they are named (default: fail)')
+    parser.add_argument('--batch-size', type=int, default=8, help='images judged at once, per process (default: 8)')
+    parser.add_argument('--num-workers', type=int, default=2, help='processes that read images, per process (default: 2)')
+    parser.add_argument('--sheet-prompts', type=int, default=20, help='prompts on the picture sheet of each task (default: 20)')
+
+
+def parse_args(argv: Optional[Sequence[str]]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest='command', required=True)
+    prompts = commands.add_parser('prompts', help='write the prompts')
+    prompts.add_argument('out', help='the .jsonl file to write')
+    prompts.add_argument('--seed', type=int, default=43, help="of the draw (default: 43, the paper's)")
+    prompts.add_argument('--n', type=int, default=100, help="prompts drawn for each task but the first (default: 100, the paper's)")
+    prompts.add_argument('--force', action='store_true', help='overwrite OUT')
+    score = commands.add_parser('score', help='score a folder of images')
+    score.add_argument('folder', help="images in the reference's layout")
+    score.add_argument('--config', default=SCORING_CONFIG, help=f'{CONFIG_HELP}; its GenEval metric names detector and colour '
+                       'classifier (default: %(default)s)')
+    score.add_argument('--work-dir', help='where results go (default: FOLDER)')
+    score.add_argument('--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE', help='override config values, e.g. '
+                       'evaluations.geneval.metrics.geneval.detector.checkpoint=FILE')
+    score.add_argument('--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'], default='none')
+    score.add_argument('--local_rank', '--local-rank', type=int, default=0, help=argparse.SUPPRESS)
+    _add_scoring_arguments(score)
+    run = commands.add_parser('run', help='generate with a diffusers pipeline, and score')
+    add_common_arguments(run)
+    run.add_argument('--prompts', default=None, metavar='FILE', help="a prompt file (default: GenEval's 553 prompts)")
+    run.add_argument('--seed', type=int, default=0, help='selects other noise (default: 0)')
+    _add_scoring_arguments(run)
+    summary = commands.add_parser('summary', help='print the scores of finished results')
+    summary.add_argument('results', help='a results.jsonl, ours or the reference\'s')
+    return parser.parse_args(argv)
+
+
+def find_metric(cfg: Config) -> dict:
+    """The config of the GenEval metric among the evaluations of a config.
+
+    Raises:
+        UsageError: If there is none.
+    """
+    found = [metric for evaluation in (cfg.get('evaluations') or {}).values() for metric in evaluation.get('metrics', {}).values()
+             if str(metric.get('type')).split('.')[-1] == 'GenEval']
+    if not found:
+        raise UsageError(f'the config has no metric of type GenEval among its evaluations; begin it with _base_ = '
+                         f'{SCORING_CONFIG!r}')
+    return found[0]
+
+
+def format_scores(scores: Dict[str, float], rows: List[dict], nfe: Optional[int] = None) -> str:
+    """A table of the scores, tasks in the paper's order."""
+    counts: Dict[str, int] = {}
+    for row in rows:
+        counts[row['tag']] = counts.get(row['tag'], 0) + 1
+    tags = sorted(counts, key=lambda tag: list(TASKS).index(tag) if tag in TASKS else len(TASKS))
+    lines = [(TASKS.get(tag, tag), f'{scores[tag]:.4f}', f'{counts[tag]:,} images') for tag in tags]
+    lines += [
+        ('overall', f'{scores["overall"]:.4f}', f'95% interval {scores["overall_low"]:.4f} to {scores["overall_high"]:.4f}'),
+        ('correct images', f'{100 * scores["images"]:.2f}%', f'of {len(rows):,}'),
+        ('prompts with one', f'{100 * scores["prompts"]:.2f}%', f'of {len({row["metadata"] for row in rows}):,}'),
+        ('NFE', '-' if nfe is None else str(nfe), 'not known' if nfe is None else 'network evaluations of an image, counted')]
+    widths = [max(len(line[i]) for line in lines) for i in range(2)]
+    return '\n'.join(f'{name.ljust(widths[0])}  {value.rjust(widths[1])}  {about}' for name, value, about in lines)
+
+
+def _prompts(args: argparse.Namespace) -> None:
+    if args.n < 1:
+        raise UsageError(f'--n must be at least 1, but is {args.n}')
+    if osp.exists(args.out) and not args.force:
+        raise UsageError(f'{args.out!r} exists; overwrite it with --force')
+    rows = generate(args.seed, args.n)
+    write_file(args.out, to_jsonl(rows).encode())
+    print(f'{args.out}: {len(rows)} prompts')
+
+
+def _start(args: argparse.Namespace) -> None:
+    for name, smallest in dict(num_samples=0 if args.command == 'score' else 1, batch_size=1, num_workers=0, sheet_prompts=0).items():
+        if getattr(args, name) < smallest:
+            raise UsageError(f'--{name.replace("_", "-")} must be at least {smallest}, but is {getattr(args, name)}')
+    init_default_scope('mmfgm')
+    MMLogger.get_instance('mmfgm')
+    # gloo, and patiently: processes meet at the start and at the end of long parts
+    init_processes(args.launcher, 'gloo', **(dict(timeout=timedelta(days=7)) if torch.cuda.is_available() else {}))
+
+
+def _score(args: argparse.Namespace, cfg: Config, folder: str, out_dir: str, nfe: Optional[int]) -> Optional[dict]:
+    metric = find_metric(cfg)
+    scorer = building(lambda: Scorer(metric.detector, metric.get('colors'), metric.get('options'))).to(get_device())
+    result = score_folder(folder, scorer, out_dir, args.num_samples, args.on_bad == 'skip', args.batch_size, args.num_workers,
+                          args.sheet_prompts, nfe)
+    if is_main_process():
+        _print(result, scorer, args.on_bad, out_dir, nfe)
+    return result
+
+
+def _print(result: dict, scorer: Scorer, on_bad: str, out_dir: str, nfe: Optional[int]) -> None:
+    bad = result['bad']
+    if bad:
+        shown = '\n  '.join(f'{name}: {reason}' for name, reason in list(bad.items())[:10])
+        print(f'\n{len(bad)} images are missing or unreadable and {"are left out" if on_bad == "skip" else "count as wrong"}; '
+              f'metrics.json lists them:\n  {shown}{f"{chr(10)}  ..." if len(bad) > 10 else ""}')
+    warning = '' if scorer.comparable else '\nNot comparable with published scores.'
+    print(f'\n{format_scores(result["scores"], result["rows"], nfe)}\n\nDetector: {scorer.label}.{warning}\nWritten to {out_dir}: '
+          'results.jsonl, metrics.json, and a picture sheet for each task in sheets.', flush=True)
+
+
+def _run(args: argparse.Namespace) -> Optional[dict]:
+    cfg = load_config(args)
+    if not cfg.get('pipeline'):
+        raise UsageError(f'the config {args.config!r} describes no pipeline; expected is pipeline=dict(type="DiffusersPipeline", '
+                         '...), as in configs/geneval/sd3.py')
+    metric = find_metric(cfg)
+    pipeline = building(lambda: TASK_UTILS.build(cfg.pipeline))
+    rows = on_main(lambda: read_metadata(args.prompts) if args.prompts else generate())
+    # on the CPU, and before hours of generating: whatever is wrong with the detector shows now
+    building(lambda: Scorer(metric.detector, metric.get('colors'), metric.get('options'))).check(rows)
+    pipeline.load(get_device())
+    nfe = generate_images(pipeline, rows, cfg.work_dir, args.num_samples, args.seed)
+    del pipeline
+    gc.collect()
+    torch.cuda.empty_cache()
+    return _score(args, cfg, cfg.work_dir, cfg.work_dir, nfe)
+
+
+def geneval(argv: Optional[Sequence[str]] = None) -> Optional[dict]:
+    """Do as the command line says; scoring returns ``scores``, ``rows`` and ``bad`` on the main process."""
+    args = parse_args(argv)
+    if args.command == 'prompts':
+        return _prompts(args)
+    if args.command == 'summary':
+        rows = read_results(args.results)
+        scores = summarize(rows)
+        about = osp.join(osp.dirname(args.results), 'metrics.json')
+        known = json.load(open(about)) if osp.isfile(about) else {}
+        print(format_scores(scores, rows, known.get('nfe')))
+        return dict(scores=scores, rows=rows, bad={})
+    os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
+    _start(args)
+    if args.command == 'run':
+        return _run(args)
+    cfg = load_config(args)
+    folder = args.folder.rstrip(os.sep) or args.folder
+    return _score(args, cfg, folder, args.work_dir or folder, None)
+
+
+def main(argv: Optional[Sequence[str]] = None) -> None:
+    run_tool(geneval, argv)
+
+
+if __name__ == '__main__':
+    main()
