@@ -37,6 +37,9 @@ def read_export(path: str) -> dict:
         export['kind'], export['network'], export['model']['network']
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise UsageError(f'{file!r} is damaged ({e!r}); export again') from e
+    if export['kind'] == 'lora':
+        raise UsageError(f"{path!r} holds adapters alone, for diffusers' load_lora_weights; name the training checkpoint, or "
+                         'an export without --lora')
     weights = osp.join(path, WEIGHTS_FILE if export['kind'] == 'generator' else PIPELINE_FILE)
     if not osp.isfile(weights):
         raise UsageError(f'the export {path!r} is not whole: {weights!r} is missing; export again')

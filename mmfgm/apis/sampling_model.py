@@ -6,9 +6,10 @@ from typing import Any, Dict, List, Optional
 from safetensors import safe_open
 from torch import nn
 
-from mmfgm.engine.strategies import _autocast_forward as autocast_forward
+from mmfgm.engine.strategies import autocast_forward
 from mmfgm.errors import UsageError
 from mmfgm.models import FGM, FlowMatching, FlowModel, OneStepGenerator, load_network
+from mmfgm.models.lora import LoRA
 from mmfgm.registry import MODELS, TASK_UTILS
 
 from .artifacts import WEIGHTS_FILE, check_checkpoint
@@ -46,6 +47,8 @@ class SamplingModel(FlowModel):
         self.ema_decays = {}   # an average is one network among the available ones here
         self.model, self.weights, self.export, self.precision, self._null = model, weights, export, precision, null
         self.distilled = issubclass(kind, FGM)
+        self._lora = LoRA(**model['lora']) if model.get('lora') and export is None else None
+        self._base: List[nn.Module] = []   # a list, as it is no network of its own
         source = kind.ema_source
         if export is not None:
             trained = [export['network']]
@@ -77,40 +80,45 @@ class SamplingModel(FlowModel):
             raise UsageError(f'there is no network {name!r} here; choose from {self.available}'
                              + ('' if name != 'teacher' else '; an export holds the generator alone: name the config too'))
         network = self._teacher() if name == 'teacher' else self._trained(name)
-        self._describe(network.network if isinstance(network, OneStepGenerator) else network)
+        described = network.network if isinstance(network, OneStepGenerator) else network
+        shape = getattr(self, 'event_shape', described.event_shape)
+        if described.event_shape != shape:
+            raise UsageError(f'the {name} of the config makes samples of shape {described.event_shape}, but {self.weights!r} of '
+                             f'shape {shape}: they do not belong together')
+        self._describe(described)
         if self.null is None:
             self.null = self._build_null()
-        network.requires_grad_(False).eval()
-        self.add_module(name, network.to(self.data_preprocessor.device))
+        device = self.data_preprocessor.device
+        if self.precision == 'bf16' and 'forward' not in vars(network):
+            # on what is never copied: the copy would call the original
+            autocast_forward(network, device.type)
+        self.add_module(name, network.eval().to(device))
 
     def _teacher(self) -> nn.Module:
-        network = MODELS.build(self.model['network'])
-        if self.model['teacher'].get('checkpoint') is not None:
-            load_network(network, **self.model['teacher'])
-        return self._in_precision(network)
+        """As the training had it; with LoRA, the weights under the adapters too."""
+        if not self._base:
+            network = MODELS.build(self.model['network'])
+            if self.model['teacher'].get('checkpoint') is not None:
+                load_network(network, **self.model['teacher'])
+            self._base.append(network)
+        return self._base[0]
 
     def _trained(self, name: str) -> nn.Module:
         held = [other for other in self.networks if other != 'teacher']
-        if held:
-            network = getattr(self, held[0])
-        else:
-            model = self.export['model'] if self.export else self.model
-            network = MODELS.build(model['network'])
-            if self.distilled:
-                network = OneStepGenerator(network, **(model.get('generator') or {}))
-            self._in_precision(network)
+        network = getattr(self, held[0]) if held else self._build()
         if self.export is None:
-            load_network(network, self.weights, '' if _merged_network(self.weights) else name)
+            adapters = {key for key, p in network.named_parameters() if p.requires_grad} if self._lora else None
+            load_network(network, self.weights, '' if _merged_network(self.weights) else name, names=adapters)
         elif self.export['kind'] == 'generator':
             load_network(network, osp.join(self.weights, WEIGHTS_FILE))
         if held:
             delattr(self, held[0])
         return network
 
-    def _in_precision(self, network: nn.Module) -> nn.Module:
-        if self.precision == 'bf16':
-            autocast_forward(network, self.data_preprocessor.device.type)
-        return network
+    def _build(self) -> nn.Module:
+        model = self.export['model'] if self.export else self.model
+        network = self._lora.adapted(self._teacher()) if self._lora else MODELS.build(model['network'])
+        return OneStepGenerator(network, **(model.get('generator') or {})) if self.distilled else network
 
     def _build_null(self) -> Optional[Any]:
         null = self.model.get('null_condition') or (self.model.get('guidance') or {}).get('null')

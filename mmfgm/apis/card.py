@@ -1,0 +1,86 @@
+# Copyright (c) mmfgm authors.
+"""Where an export comes from, and the model card that says so."""
+import hashlib
+import os.path as osp
+import re
+from glob import escape as glob_escape
+from glob import glob
+from typing import Any, Dict, Optional
+
+from mmengine.config import Config
+
+from mmfgm.datasets.files import sha256
+from mmfgm.engine.checkpoint import EXTRAS
+from mmfgm.models import latest_checkpoint
+from mmfgm.models.weights import read_pickle
+from mmfgm.version import __version__
+
+from .report_data import is_work_dir, read_run
+
+
+def describe_source(cfg: Config, checkpoint: str, network: str) -> Dict[str, Any]:
+    """Config and its hash, checkpoint, iterations, and what the run measured at that iteration."""
+    checkpoint = latest_checkpoint(checkpoint) or checkpoint
+    extras = osp.join(checkpoint, EXTRAS) if osp.isdir(checkpoint) else checkpoint
+    known = {} if extras.endswith('.safetensors') or not osp.isfile(extras) else read_pickle(extras)
+    last = known.get('message_hub', {}).get('runtime_info', {}).get('iter')
+    iterations, metrics, run = None if last is None else last + 1, {}, osp.dirname(osp.abspath(checkpoint))
+    if iterations and is_work_dir(run):
+        read = read_run(run)
+        measured = {name: entry['sampling']['network'] for name, entry in (read.cfg.get('evaluations') or {}).items()}
+        metrics = {name: read.scalars[name][iterations] for name in read.metrics
+                   if iterations in read.scalars[name] and measured[name.split('/')[0]] == network}
+    return dict(config=osp.basename(cfg.filename) if cfg.filename else None,
+                config_sha256=hashlib.sha256(cfg.pretty_text.encode()).hexdigest(), checkpoint=osp.basename(checkpoint),
+                network=network, iterations=iterations, metrics=metrics, mmfgm=__version__)
+
+
+def hash_weights(folder: str) -> Dict[str, str]:
+    """File to sha256 of every safetensors file of a folder."""
+    return {osp.basename(path): sha256(path) for path in sorted(glob(osp.join(glob_escape(folder), '*.safetensors')))}
+
+
+def find_licence(folder: str) -> Optional[str]:
+    """The licence that a model's card names, or that a LICENSE file lies beside it."""
+    card = osp.join(folder, 'README.md')
+    if osp.isfile(card):
+        with open(card, encoding='utf-8') as f:
+            head = re.match(r'---\n(.*?)\n---', f.read(), re.DOTALL)
+        fields = dict(re.findall(r'^(license\w*):\s*(\S.*)$', head.group(1), re.MULTILINE)) if head else {}
+        if fields:
+            return ', '.join(fields.get(key) for key in ('license_name', 'license', 'license_link') if fields.get(key))
+    files = sorted(glob(osp.join(glob_escape(folder), 'LICENSE*')))
+    return f'see {osp.basename(files[0])}' if files else None
+
+
+def write_card(usage: str, source: Dict[str, Any], weights: Dict[str, str], dtype: str, base: Optional[str] = None,
+               licence: Optional[str] = None) -> str:
+    """The README.md of an export.
+
+    Args:
+        usage (str): Python lines that make an image.
+        source (dict): See :func:`describe_source`.
+        weights (dict[str, str]): See :func:`hash_weights`.
+        dtype (str): Of the weights.
+        base (str, optional): Name of the pipeline that the other parts come from.
+        licence (str, optional): Of the base.
+    """
+    library = 'diffusers' if base else 'mmfgm'
+    head = [f'library_name: {library}', *([f'base_model: {base}'] if base and re.fullmatch(r'[\w.-]+/[\w.-]+', base) else []),
+            'tags: [one-step, flow-matching, flow-generator-matching]']
+    metrics = ''.join(f'| {name} | {value:.6g} |\n' for name, value in source['metrics'].items())
+    rows = {
+        'Network calls per image': 1,
+        'Config': f'`{source["config"]}`, sha256 of its content `{source["config_sha256"]}`',
+        'Checkpoint': f'`{source["checkpoint"]}`, network `{source["network"]}`',
+        'Iterations': source['iterations'] if source['iterations'] is not None else 'not recorded in the checkpoint',
+        'Weights': f'{dtype}; ' + ', '.join(f'`{name}` sha256 `{digest}`' for name, digest in weights.items()),
+        **({'Base': f'`{base}`', 'Licence of the base': licence or 'not stated there; it holds for these weights too'}
+           if base else {}),
+        'Made with': f'mmfgm {source["mmfgm"]}'}
+    table = ''.join(f'| {name} | {value} |\n' for name, value in rows.items())
+    return '\n'.join(['---', *head, '---', '', '# One-step generator', '',
+                      'Distilled from a flow-matching model by Flow Generator Matching (https://arxiv.org/abs/2410.19310).', '',
+                      '```python', usage.strip(), '```', '', '| | |', '| --- | --- |', table,
+                      *(['Measured in training at this iteration:', '', '| metric | value |', '| --- | --- |', metrics]
+                        if metrics else ['No metric was recorded in training at this iteration.', ''])])

@@ -1,0 +1,82 @@
+# Copyright (c) mmfgm authors.
+from dataclasses import dataclass
+from typing import List, Optional, Sequence, Union
+
+import torch
+from PIL import Image
+
+from mmfgm.errors import UsageError
+
+from .artifacts import read_export
+from .inferencer import FGMInferencer
+from .values import SEEDS
+
+
+@dataclass
+class OneStepOutput:
+    """What a pipeline of diffusers returns: ``images``."""
+
+    images: List[Image.Image]
+
+
+class OneStepPipeline:
+    """An exported generator in diffusers' calling manner; only pure torch is needed for those that are no SD3.
+
+    Not a ``DiffusionPipeline``, which would need diffusers for nothing that is used here; the export of an SD3 generator is
+    one, and opens with ``StableDiffusion3Pipeline``.
+
+    Examples:
+        >>> pipe = OneStepPipeline.from_pretrained('exports/digits')
+        >>> images = pipe(labels=[3, 1, 4], seeds=[0, 1, 2]).images
+    """
+
+    def __init__(self, inferencer: FGMInferencer):
+        self.inferencer = inferencer
+
+    @classmethod
+    def from_pretrained(cls, folder: str, device: Optional[str] = None, precision: str = 'fp32') -> 'OneStepPipeline':
+        """Open an export of ``tools/export_diffusers.py``.
+
+        Args:
+            folder (str): The export.
+            device (str, optional): Defaults to the GPU, if there is one.
+            precision (str): ``'fp32'`` or ``'bf16'`` for compute. Defaults to ``'fp32'``.
+
+        Raises:
+            UsageError: If the folder is something else, such as a training checkpoint.
+        """
+        read_export(folder)
+        return cls(FGMInferencer(folder, device=device, precision=precision))
+
+    def __call__(self,
+                 labels: Union[int, Sequence[int], None] = None,
+                 prompt: Union[str, Sequence[str], None] = None,
+                 num_images: Optional[int] = None,
+                 seeds: Union[int, Sequence[int], None] = None,
+                 generator: Optional[torch.Generator] = None,
+                 batch_size: int = 8,
+                 output_type: str = 'pil') -> OneStepOutput:
+        """Generate images.
+
+        Args:
+            labels, prompt, num_images: One of the three, whichever the generator takes.
+            seeds: One for each image, or the first of them.
+            generator (torch.Generator, optional): Draws the seeds, if none are given.
+            batch_size (int): Images per network call. Defaults to 8.
+            output_type (str): ``'pil'``, ``'numpy'`` or ``'tensor'``, see :class:`FGMInferencer`.
+
+        Raises:
+            UsageError: If arguments do not fit the generator or each other.
+        """
+        given = {name: value for name, value in dict(labels=labels, prompt=prompt, num_images=num_images).items()
+                 if value is not None}
+        expected = dict(labels='labels', prompts='prompt', nothing='num_images')[self.inferencer.condition]
+        if list(given) != [expected]:
+            raise UsageError(f'this generator takes {expected}, and got {list(given) or "nothing"}')
+        if seeds is not None and generator is not None:
+            raise UsageError('seeds and generator both choose the noise; give one of them')
+        if generator is not None:
+            value = given[expected]
+            count = value if expected == 'num_images' else len(value) if not isinstance(value, (int, str)) else 1
+            seeds = torch.randint(SEEDS, (count,), generator=generator, device=generator.device).tolist()
+        return OneStepOutput(self.inferencer(given[expected], seeds=seeds, batch_size=batch_size, out=output_type)['predictions'])
