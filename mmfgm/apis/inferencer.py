@@ -10,18 +10,16 @@ from mmengine.infer import BaseInferencer
 from mmengine.registry import DefaultScope
 from mmengine.structures import BaseDataElement
 from torch import Tensor
-from torchvision.utils import make_grid
 
 from mmfgm.datasets import collate
 from mmfgm.errors import UsageError
-from mmfgm.evaluation import to_uint8
 from mmfgm.models import Sampling
 from mmfgm.registry import TASK_UTILS
 
 from .artifacts import is_export, read_export
 from .config import read_config
 from .sampling_model import SamplingModel
-from .values import OUT_TYPES, as_seeds, check_images, convert, is_int
+from .values import OUT_TYPES, as_seeds, convert, draw_grid, is_int
 
 Inputs = Union[int, str, Sequence[int], Sequence[str], np.ndarray, Tensor]
 
@@ -187,8 +185,12 @@ class FGMInferencer(BaseInferencer):
         with self._lock:
             return super().__call__(inputs, return_datasamples, batch_size, seeds=seeds, sampling=sampling, grid=grid, out=out)
 
-    # the steps of BaseInferencer's call
-    def _inputs_to_list(self, inputs: Inputs) -> list:
+    def check_inputs(self, inputs: Inputs) -> list:
+        """Labels, prompts, or None for each unconditional sample.
+
+        Raises:
+            UsageError: If inputs are not what the model takes.
+        """
         if self.condition == 'nothing':
             if not is_int(inputs) or inputs < 1:
                 raise UsageError('this model has neither classes nor prompts: give the number of samples, at least 1, not '
@@ -210,8 +212,12 @@ class FGMInferencer(BaseInferencer):
         self.text_encoder.check(items)
         return items
 
+    # the steps of BaseInferencer's call
+    def _inputs_to_list(self, inputs: Inputs) -> list:
+        return self.check_inputs(inputs)
+
     def preprocess(self, inputs: list, batch_size: int = 1, seeds: Union[int, Sequence[int], None] = None) -> List[dict]:
-        """Batches ``dict(idx, seed, [labels | prompt])`` of inputs that :meth:`_inputs_to_list` made.
+        """Batches ``dict(idx, seed, [labels | prompt])`` of inputs that :meth:`check_inputs` made.
 
         Raises:
             UsageError: If there is not one seed for each input, or ``batch_size`` is not positive.
@@ -241,11 +247,7 @@ class FGMInferencer(BaseInferencer):
 
     def visualize(self, inputs: list, preds: List[BaseDataElement], grid: int = 0) -> Optional[np.ndarray]:
         """All images in a grid with ``grid`` in a row, uint8 ``(H, W, 3)``; None for 0."""
-        if not grid:
-            return None
-        check_images(preds[0].sample)
-        images = torch.stack([to_uint8(pred.sample) for pred in preds])
-        return make_grid(images, nrow=grid, padding=1, pad_value=255).permute(1, 2, 0).numpy()
+        return draw_grid([pred.sample for pred in preds], grid) if grid else None
 
     def postprocess(self, preds: List[BaseDataElement], visualization: Optional[np.ndarray], return_datasamples: bool = False,
                     out: str = 'pil') -> Dict[str, Any]:

@@ -3,8 +3,10 @@
 from typing import Any, List, Sequence, Union
 
 import numpy as np
+import torch
 from PIL import Image
 from torch import Tensor
+from torchvision.utils import make_grid
 
 from mmfgm.errors import UsageError
 from mmfgm.evaluation import to_uint8
@@ -15,10 +17,16 @@ OUT_TYPES = ('pil', 'numpy', 'tensor')
 
 
 def is_int(value: Any) -> bool:
+    """Whether a value is a whole number, numpy's too, and no bool."""
     return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
 
 
 def as_seeds(seeds: Union[int, Sequence[int], None], count: int) -> List[int]:
+    """One seed for each of ``count`` inputs; a number is that of the first.
+
+    Raises:
+        UsageError: If there are more or fewer, or they are no seeds.
+    """
     seeds = 0 if seeds is None else seeds
     if is_int(seeds):
         seeds = range(int(seeds), int(seeds) + count)
@@ -32,12 +40,14 @@ def as_seeds(seeds: Union[int, Sequence[int], None], count: int) -> List[int]:
 
 
 def check_images(sample: Tensor) -> None:
+    """Raise a UsageError unless a sample is a picture."""
     if sample.ndim != 3 or sample.shape[0] not in (1, 3):
         raise UsageError(f"samples of shape {tuple(sample.shape)} are no pictures of 1 or 3 channels; ask for out='numpy' or "
                          "out='tensor', and no grid")
 
 
 def convert(sample: Tensor, out: str) -> Any:
+    """A sample ``(C, H, W)`` or point as ``'pil'``, ``'numpy'`` or ``'tensor'``."""
     if out == 'tensor':
         return sample
     if sample.ndim != 3 and out == 'numpy':
@@ -45,3 +55,10 @@ def convert(sample: Tensor, out: str) -> Any:
     check_images(sample)
     image = to_uint8(sample).permute(1, 2, 0).numpy()
     return image if out == 'numpy' else Image.fromarray(image[..., 0] if image.shape[2] == 1 else image)
+
+
+def draw_grid(samples: Sequence[Tensor], nrow: int) -> np.ndarray:
+    """Pictures ``(C, H, W)`` in [-1, 1] side by side, ``nrow`` in a row: uint8 ``(H, W, 3)``."""
+    check_images(samples[0])
+    images = torch.stack([to_uint8(sample) for sample in samples])
+    return make_grid(images, nrow=nrow, padding=1, pad_value=255).permute(1, 2, 0).numpy()
