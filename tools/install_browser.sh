@@ -7,7 +7,8 @@ for name in "${CHROMIUM:-chromium}" chromium chromium-browser google-chrome goog
 done
 if [ "$(id -u)" = 0 ] && command -v apt-get > /dev/null; then
   echo 'Installing Chromium for the browser tests ...'
-  apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends chromium > /dev/null && exit 0
+  export DEBIAN_FRONTEND=noninteractive
+  apt-get update -qq && apt-get install -qq -y --no-install-recommends chromium > /dev/null && exit 0
 fi
 echo 'The browser tests need Chromium or Chrome. Install it (on Debian, as root: apt-get install chromium), or set' >&2
 echo 'CHROMIUM to its executable.' >&2

@@ -4,4 +4,6 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . tools/setup_venv.sh '.[test]'
+# where it cannot, it says what to install, and only the tests that need it fail
+bash tools/install_browser.sh || true
 exec "$VENV_PYTHON" -m pytest "$@"

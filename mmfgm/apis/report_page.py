@@ -43,7 +43,8 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
     head = ''.join(f'<th>{escape(name)}</th>' for name in header)
     body = ''.join('<tr>' + ''.join(f'<td>{cell(text)}</td>' for text in row) + '</tr>' for row in rows)
-    return f'<div class="table"><table>{f"<thead><tr>{head}</tr></thead>" if any(header) else ""}<tbody>{body}</tbody></table></div>'
+    head = f'<thead><tr>{head}</tr></thead>' if any(header) else ''
+    return f'<div class="table"><table>{head}<tbody>{body}</tbody></table></div>'
 
 
 def picture(path: str, caption: str) -> str:

@@ -1,0 +1,188 @@
+# Copyright (c) mmfgm authors.
+"""The demo page as visitors use it, in a headless browser."""
+import io
+import re
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mmfgm.apis import FGMInferencer
+from mmfgm.errors import UsageError
+from mmfgm.tools.demo import Demo, demo
+from tests.browser import open_browser
+from tests.conftest import ROOT, tool_env, train
+from tests.test_apis.conftest import SHAPES, TOY, make_problem
+
+
+@pytest.fixture(scope='module')
+def run(tiny, tmp_path_factory):
+    """Work dir of a short training of a digits generator."""
+    work_dir = tmp_path_factory.mktemp('generator')
+    train(tiny / 'fgm.py', work_dir, 'evaluations.fd.interval=0', 'default_hooks.samples=None')
+    return work_dir
+
+
+@pytest.fixture(scope='module')
+def url(tiny, run, tmp_path_factory):
+    """Where ``tools/demo.py`` serves that generator."""
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        port = s.getsockname()[1]
+    log = tmp_path_factory.mktemp('log') / 'log'
+    with open(log, 'w') as f:
+        server = subprocess.Popen([sys.executable, ROOT / 'tools' / 'demo.py', tiny / 'fgm.py', run, '--port', str(port),
+                                   '--gallery', '3'], env=tool_env(), stdout=f, stderr=subprocess.STDOUT)
+    try:
+        deadline = time.monotonic() + 120
+        while server.poll() is None and time.monotonic() < deadline:
+            try:
+                urllib.request.urlopen(f'http://127.0.0.1:{port}', timeout=5).close()
+                break
+            except OSError:
+                time.sleep(0.2)
+        else:
+            pytest.fail(f'the demo did not start:\n{log.read_text()[-3000:]}')
+        yield f'http://127.0.0.1:{port}'
+    finally:
+        server.kill()
+        server.wait()
+
+
+@pytest.fixture(scope='module')
+def browser():
+    with open_browser() as browser:
+        yield browser
+
+
+class Visitor:
+    """One visitor with cookies of their own."""
+
+    def __init__(self, browser, url):
+        self.requested = []
+        self.page = browser.new_context(viewport=dict(width=1200, height=900)).new_page()
+        self.page.set_default_timeout(60_000)
+        self.page.on('request', lambda request: self.requested.append(request.url))
+        self.page.goto(url)
+        self.page.wait_for_selector('#generate')
+
+    def fill(self, **values):
+        for name, value in values.items():
+            self.page.fill(f'#{name} input, #{name} textarea', str(value))
+
+    def source(self, box='image'):
+        images = self.page.locator(f'#{box} img')
+        return images.first.get_attribute('src') if images.count() else None
+
+    def picture(self, box='image', before=None):
+        """Pixels of a picture, once it is another than ``before``."""
+        self.page.wait_for_function('([box, before]) => {const i = document.querySelector(`#${box} img`); '
+                                    'return i && i.complete && i.naturalWidth && i.getAttribute("src") !== before}',
+                                    arg=[box, before])
+        return np.asarray(Image.open(io.BytesIO(self.page.request.get(self.source(box)).body())).convert('L'))
+
+    def generate(self, **values):
+        before = self.source()
+        self.fill(**values)
+        self.page.click('#generate')
+        return self.picture(before=before)
+
+
+@pytest.fixture(scope='module')
+def expected(tiny, run):
+    """What the inferencer makes of a class and a seed, each pixel repeated 40 times."""
+    inferencer = FGMInferencer(str(tiny / 'fgm.py'), str(run))
+
+    def make(label, seed, **kwargs):
+        return np.asarray(inferencer(label, seeds=[seed], **kwargs)['predictions'][0]).repeat(40, 0).repeat(40, 1)
+
+    return make
+
+
+@pytest.mark.slow
+def test_a_visitor_gets_what_the_inferencer_makes(browser, url, expected):
+    visitor = Visitor(browser, url)
+    first = visitor.generate(condition=3, seed=5)
+    assert np.array_equal(first, expected(3, 5)) and first.shape == (320, 320)
+    assert 'generator_ema, 1 NFE' in visitor.page.inner_text('#image') and ' ms' in visitor.page.inner_text('#image')
+    other = visitor.generate(seed=6)
+    assert np.array_equal(other, expected(3, 6)) and not np.array_equal(other, first)
+    assert np.array_equal(visitor.generate(seed=5), first)
+    assert np.array_equal(visitor.generate(condition=8), expected(8, 5))
+    # the teacher beside it, at as many calls as asked for
+    assert not visitor.page.is_visible('#compared')
+    visitor.page.check('#with-teacher input')
+    visitor.fill(nfe=7)
+    visitor.page.click('#generate')
+    assert np.array_equal(visitor.picture('compared'), expected(8, 5, network='teacher', nfe=7))
+    assert 'teacher, 7 NFE' in visitor.page.inner_text('#compared')
+    # the gallery's pictures are those of its seeds
+    visitor.page.click('#show-gallery')
+    assert np.array_equal(visitor.picture('gallery'), expected(8, 0))
+    assert visitor.page.locator('#gallery img').count() == 3
+    assert all(address.startswith((url, 'data:', 'blob:')) for address in visitor.requested), visitor.requested
+
+
+@pytest.mark.slow
+def test_a_mistake_is_shown_and_changes_nothing(browser, url):
+    visitor = Visitor(browser, url)
+    visitor.generate(condition=1, seed=1)
+    before = visitor.source()
+    visitor.fill(condition='', seed=1)
+    visitor.page.click('#generate')
+    visitor.page.wait_for_selector('text=fill in every field with a whole number')
+    assert visitor.source() == before
+
+
+@pytest.mark.slow
+def test_two_visitors_at_once_each_get_their_own(browser, url, expected):
+    visitors = [Visitor(browser, url) for _ in range(2)]
+    for round_ in range(3):
+        for i, visitor in enumerate(visitors):
+            visitor.fill(condition=4 + i, seed=10 * round_ + i)
+        sources = [visitor.source() for visitor in visitors]
+        for visitor in visitors:
+            visitor.page.click('#generate', no_wait_after=True)
+        for i, (visitor, before) in enumerate(zip(visitors, sources)):
+            assert np.array_equal(visitor.picture(before=before), expected(4 + i, 10 * round_ + i))
+
+
+@pytest.mark.slow
+def test_prompts(browser, tmp_path):
+    problem = make_problem(tmp_path, SHAPES)
+    page = Demo(FGMInferencer(problem.config, problem.weights), gallery=2)
+    page.warm_up()
+    blocks = page.build('about')
+    _, url, _ = blocks.launch(prevent_thread_lock=True, quiet=True, ssr_mode=False, share=False, server_name='127.0.0.1')
+    try:
+        visitor = Visitor(browser, url)
+        red = visitor.generate(condition='a red square', seed=3)
+        image, = page.inferencer('a red square', seeds=[3])['predictions']
+        assert np.array_equal(red, np.asarray(image.convert('L')).repeat(10, 0).repeat(10, 1))
+        assert not np.array_equal(visitor.generate(condition='a blue circle'), red)
+        visitor.fill(condition='a red elephant')
+        visitor.page.click('#generate')
+        visitor.page.wait_for_selector("text=the word 'elephant' of the prompt")
+    finally:
+        blocks.close()
+
+
+def test_bad_input(tiny, tmp_path, monkeypatch):
+    for argv, message in [(['--port', '0'], '--port in'), (['--gallery', '0'], '--gallery must be at least 1')]:
+        with pytest.raises(UsageError, match=message):
+            demo([str(tiny / 'fgm.py'), *argv])
+    with pytest.raises(UsageError, match='the teacher cannot be shown: .*--teacher none'):
+        problem = make_problem(tmp_path, SHAPES)
+        demo([problem.config, problem.weights, '--teacher', 'nowhere.pth'])
+    (tmp_path / 'toy').mkdir()
+    toy = make_problem(tmp_path / 'toy', TOY)
+    with pytest.raises(UsageError, match='the page shows pictures'):
+        demo([toy.config, toy.weights])
+    monkeypatch.setitem(sys.modules, 'gradio', None)
+    with pytest.raises(UsageError, match=re.escape('pip install "mmfgm[demo]"')):
+        demo([problem.config, problem.weights])
