@@ -93,7 +93,8 @@ class Demo:
         except UsageError as e:
             raise UsageError(f'the teacher cannot be shown: {e}; name it with --teacher, or write --teacher none') from e
 
-    def pictures(self, condition: Any, seeds: List[int], network: str, nfe: Optional[int] = None) -> Tuple[List[Image.Image], float]:
+    def pictures(self, condition: Any, seeds: List[int], network: str,
+                 nfe: Optional[int] = None) -> Tuple[List[Image.Image], float]:
         """One picture for each seed, enlarged, and the seconds it took to make them."""
         inputs = len(seeds) if self.inferencer.condition == 'nothing' else [condition] * len(seeds)
         start = time.perf_counter()
