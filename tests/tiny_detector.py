@@ -77,3 +77,37 @@ def smooth_images(*sizes, seed=0):
     images = [torch.nn.functional.interpolate(torch.rand(1, 3, 6, 6, generator=generator), size, mode='bicubic')
               for size in sizes]
     return [(image[0] * 255).clip(0, 255).to(torch.uint8).permute(1, 2, 0).numpy().copy() for image in images]
+
+
+def make_transformers_folder(folder, seed=0, num_labels=80):
+    """Save a random Mask2Former of the transformers library; returns the folder as a string."""
+    from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, SwinConfig
+    backbone = SwinConfig(embed_dim=16, depths=[1, 1, 1, 1], num_heads=[1, 2, 2, 4], window_size=4,
+                          out_features=['stage1', 'stage2', 'stage3', 'stage4'])
+    config = Mask2FormerConfig(
+        backbone_config=backbone, feature_size=32, mask_feature_size=32, hidden_dim=32, encoder_feedforward_dim=64,
+        dim_feedforward=64, encoder_layers=1, decoder_layers=3, num_attention_heads=4, num_queries=20, num_labels=num_labels)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        network = Mask2FormerForUniversalSegmentation(config)
+    module = network.model.pixel_level_module.decoder.mask_projection
+    embedder = network.model.transformer_module.decoder.mask_predictor.mask_embedder.get_submodule('2.0')
+    make_plausible(network.class_predictor, embedder, module, seed)
+    network.save_pretrained(folder)
+    return os.fspath(folder)
+
+
+def make_clip(folder, seed=0, quick_gelu=True):
+    """Teach open_clip a tiny model and save random weights for it; returns its name and the file of the weights."""
+    import open_clip
+    name = 'mmfgm-tiny-quickgelu' if quick_gelu else 'mmfgm-tiny'
+    config = dict(embed_dim=16, quick_gelu=quick_gelu,
+                  vision_cfg=dict(image_size=224, layers=2, width=32, head_width=16, patch_size=56),
+                  text_cfg=dict(context_length=77, vocab_size=49408, width=32, heads=2, layers=2))
+    (folder / f'{name}.json').write_text(json.dumps(config))
+    open_clip.add_model_config(folder / f'{name}.json')
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        network = open_clip.create_model(name)
+    torch.save(network.state_dict(), folder / f'{name}.pt')
+    return name, os.fspath(folder / f'{name}.pt')
