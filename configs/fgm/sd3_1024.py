@@ -1,9 +1,10 @@
 _base_ = [
     '../_base_/models/sd3_fgm.py', '../_base_/datasets/sd3_cached.py', '../_base_/schedules/sd3_fgm.py',
-    '../_base_/default_runtime.py'
+    '../_base_/evaluation/geneval.py', '../_base_/default_runtime.py'
 ]
 
 strategy = dict(type='FSDP2Strategy', block_types=('JointTransformerBlock', ), precision='bf16')
+evaluations = dict(geneval=dict(sampling=dict(network='generator_ema')))
 default_hooks = dict(
     checkpoint=dict(interval=500, max_keep_ckpts=3),
     samples=dict(
