@@ -136,6 +136,11 @@ def _write_pipeline(folder: str, generator: OneStepGenerator, base: str, index: 
         transformer.save_pretrained(osp.join(folder, 'transformer'), max_shard_size=max_shard_size)
     except ValueError as e:
         raise UsageError(f'max_shard_size={max_shard_size!r} is not understood ({e}); write 5GB or 500MB') from e
+    config_file = osp.join(folder, 'transformer', 'config.json')
+    with open(config_file) as f:
+        config = json.load(f)
+    config.pop('_name_or_path', None)   # a folder that others do not have
+    _write_text(config_file, json.dumps(config, indent=2, sort_keys=True) + '\n')
     local = base if osp.isdir(base) else load_or_explain(lambda: StableDiffusion3Pipeline.download(base), base)
     for name, part in index.items():
         if isinstance(part, (list, tuple)) and part[0] and name != 'transformer':
