@@ -29,7 +29,8 @@ class Run:
         work_dir (str): Where it lies.
         starts (list[tuple[str, int]]): Timestamp of each start that counts, and the iteration it went on from (0: afresh).
         scalars (dict[str, dict[int, float]]): Name to the value at each logged iteration; evaluations by ``NAME/METRIC``.
-        pictures (dict[int, str]): Iteration to the picture of the sample hook.
+        pictures (dict[str, dict[int, str]]): Name to the picture at each iteration; ``samples`` are the sample hook's, others
+            of evaluations.
         cfg (Config): The config of the last start.
         environment (dict[str, str]): What MMEngine wrote about machine and libraries at the last start.
         tables (dict): What ``tools/test.py`` measured, ``{metric: {network: {NFE: value}}}``; empty if it was not run.
@@ -39,7 +40,7 @@ class Run:
     work_dir: str
     starts: List[Tuple[str, int]]
     scalars: Dict[str, Series]
-    pictures: Dict[int, str]
+    pictures: Dict[str, Dict[int, str]]
     cfg: Config
     environment: Dict[str, str]
     tables: Dict[str, Dict[str, Dict[str, float]]]
@@ -58,13 +59,13 @@ class Run:
 
     @property
     def last_iteration(self) -> int:
-        return max([*self.pictures, *(step for series in self.scalars.values() for step in series)])
+        return max(step for series in [*self.scalars.values(), *self.pictures.values()] for step in series)
 
 
 def _starts(folder: str) -> List[str]:
     """Folders of the starts that logged something, oldest first."""
     found = glob(osp.join(glob_escape(folder), '*', 'vis_data', 'scalars.json'))
-    return sorted(osp.dirname(osp.dirname(path)) for path in found)
+    return sorted(osp.dirname(osp.dirname(path)) for path in found if osp.getsize(path))
 
 
 def is_work_dir(folder: str) -> bool:
@@ -86,25 +87,33 @@ def read_run(work_dir: str) -> Run:
         raise UsageError(_no_work_dir(work_dir))
     starts: List[Tuple[str, int]] = []
     scalars: Dict[str, Series] = {}
-    pictures: Dict[int, str] = {}
+    pictures: Dict[str, Dict[int, str]] = {}
     for folder in folders:
         log = _read_log(folder)
         resumed = re.search(r'resumed epoch: \d+, iter: (\d+)', log)
         start = int(resumed.group(1)) if resumed else 0
         starts = [*(starts if start else []), (osp.basename(folder), start)]
-        scalars = {name: {step: value for step, value in series.items() if step <= start} for name, series in scalars.items()}
-        pictures = {step: path for step, path in pictures.items() if step <= start}
+        scalars, pictures = _up_to(start, scalars), _up_to(start, pictures)
         for values in _read_scalars(osp.join(folder, 'vis_data', 'scalars.json')):
             for name, value in values.items():
                 if name not in COUNTERS and isinstance(value, (int, float)):
                     scalars.setdefault(name, {})[values['step']] = float(value)
-        for path in glob(osp.join(glob_escape(folder), 'vis_data', 'vis_image', 'samples_*.png')):
-            pictures[int(re.search(r'samples_(\d+)\.png', path).group(1))] = path
+        for path in glob(osp.join(glob_escape(folder), 'vis_data', 'vis_image', '*.png')):
+            if named := re.fullmatch(r'(.+)_(\d+)\.png', osp.basename(path)):
+                pictures.setdefault(named.group(1), {})[int(named.group(2))] = path
     tested = osp.join(work_dir, 'test', 'metrics.json')
-    return Run(work_dir=work_dir, starts=starts, scalars={name: dict(sorted(s.items())) for name, s in scalars.items() if s},
-               pictures=dict(sorted(pictures.items())), cfg=_read_config(folders[-1]), environment=read_environment(log),
+    return Run(work_dir=work_dir, starts=starts, scalars=_in_order(scalars), pictures=_in_order(pictures),
+               cfg=_read_config(folders[-1]), environment=read_environment(log),
                tables=read_json(tested) if osp.isfile(tested) else {},
                plots=sorted(glob(osp.join(glob_escape(work_dir), 'test', '*.png'))))
+
+
+def _up_to(start: int, series: Dict[str, dict]) -> Dict[str, dict]:
+    return {name: {step: value for step, value in values.items() if step <= start} for name, values in series.items()}
+
+
+def _in_order(series: Dict[str, dict]) -> Dict[str, dict]:
+    return {name: dict(sorted(values.items())) for name, values in series.items() if values}
 
 
 def _no_work_dir(folder: str) -> str:

@@ -129,14 +129,18 @@ def _throughput(run: Run) -> str:
 
 
 def _samples(run: Run, limit: int) -> str:
-    if not run.pictures:
-        return ''
-    steps = list(run.pictures)
-    count = min(limit, len(steps))
-    shown = sorted({steps[round(i * (len(steps) - 1) / max(count - 1, 1))] for i in range(count)} | {steps[-1]})[-count:]
-    figures = ''.join(picture(run.pictures[step], f'iteration {step}') for step in shown)
-    note = f'<p>{len(shown)} of {len(steps)} pictures.</p>' if len(shown) < len(steps) else ''
-    return f'<h3>Samples from fixed seeds</h3>{note}<div class="grid wide">{figures}</div>'
+    parts = []
+    if samples := run.pictures.get('samples'):
+        steps = list(samples)
+        count = min(limit, len(steps))
+        shown = [steps[-1]] if count == 1 else [steps[round(i * (len(steps) - 1) / (count - 1))] for i in range(count)]
+        parts += ['<h3>Samples from fixed seeds</h3>', f'<p>{count} of {len(steps)} pictures.</p>' if count < len(steps) else '',
+                  '<div class="grid wide">', *(picture(samples[step], f'iteration {step}') for step in shown), '</div>']
+    if others := {name: series for name, series in run.pictures.items() if name != 'samples'}:
+        last = {name: max(series) for name, series in others.items()}
+        parts += ['<h3>Pictures of evaluations</h3><div class="grid wide">',
+                  *(picture(others[name][step], f'{name}, iteration {step}') for name, step in last.items()), '</div>']
+    return ''.join(parts)
 
 
 def _config(cfg: Config, base: Tuple[str, Config]) -> str:

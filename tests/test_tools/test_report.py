@@ -28,7 +28,8 @@ def start(work_dir, stamp, lines, log='', config='fgm/digits.py', pictures=(), t
     cfg.merge_from_dict({'train_cfg.max_iters': 40, 'work_dir': 'x', 'param_scheduler.online.0.end_factor': 0.5})
     cfg.dump(folder / 'config.py')
     for step in pictures:
-        Image.new('RGB', (4, 4)).save(folder / 'vis_image' / f'samples_{step}.png')
+        for name in ('samples', 'geneval_sheet'):
+            Image.new('RGB', (4, 4)).save(folder / 'vis_image' / f'{name}_{step}.png')
     return work_dir
 
 
@@ -42,7 +43,7 @@ def test_a_resumed_start_replaces_what_it_trained_again(tmp_path):
           RESUMED.format(20), pictures=(40,), torn='{"online/lo')
     run = read_run(str(tmp_path))
     assert run.scalars == {'online/loss_fm': {10: 10., 20: 20., 30: 30.5, 40: 40.5}, 'fd/fd': {20: 2., 40: 3.}}
-    assert list(run.pictures) == [20, 40] and run.metrics == ['fd/fd'] and run.last_iteration == 40
+    assert list(run.pictures['samples']) == [20, 40] and run.metrics == ['fd/fd'] and run.last_iteration == 40
     assert run.starts == [('20260101_000000', 0), ('20260101_000100', 20)]
     assert run.environment == {'Python': '3.11', 'PyTorch': '2.14', 'seed': '0'}
 
@@ -89,6 +90,7 @@ def test_what_is_shown_of_many_pictures_and_of_markup(tmp_path):
     text.write_text(text.read_text().replace("work_dir = 'x'", "note = '<script>alert(1)</script>'"))
     page = open(report([str(tmp_path), '--pictures', '3', '--out', str(tmp_path / 'page.html')])).read()
     assert re.findall('<figcaption>iteration (.*?)<', page) == ['10', '50', '90'] and '3 of 9 pictures' in page
+    assert re.findall('<figcaption>(geneval.*?)<', page) == ['geneval_sheet, iteration 90']
     assert '<script' not in page and '&lt;script&gt;' in page and 'end_factor</code></td><td><code>0.1' in page
 
 
