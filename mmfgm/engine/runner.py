@@ -93,11 +93,11 @@ class FlowRunner(FlexibleRunner):
         self.call_hook('before_run')
 
     def prepare_to_sample(self, checkpoint: Optional[str]) -> None:
-        """Build the model alone, with the weights of ``checkpoint`` if one is given."""
+        """Build the model alone, with the weights of ``checkpoint``, or of a work dir's last one, if one is given."""
         self.strategy.prepare(self.model)
         self.model = self.strategy.model
         if checkpoint is not None:
-            self.strategy.load_checkpoint(checkpoint)
+            self.strategy.load_checkpoint(latest_checkpoint(checkpoint) or checkpoint)
         self.model.eval()
 
     def train(self):

@@ -24,7 +24,8 @@ Table = Dict[str, Dict[str, Dict[int, float]]]   # metric -> network -> NFE -> v
 def parse_args(argv: Optional[Sequence[str]]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     add_common_arguments(parser)
-    parser.add_argument('checkpoint', nargs='?', help='checkpoint of the config; not needed for its teacher alone')
+    parser.add_argument('checkpoint', nargs='?', help='checkpoint of the config, or a work dir, meaning its last one; '
+                        'not needed for its teacher alone')
     parser.add_argument('--network', nargs='+', default=None, metavar='NAME',
                         help='networks to test, e.g. teacher generator_ema (default: the one each evaluation names)')
     parser.add_argument('--nfe', nargs='+', type=int, default=[50], metavar='N',
