@@ -5,8 +5,8 @@
 #
 #     bash tools/install_mmcv_ops.sh [PYTHON]
 #
-# PYTHON defaults to .venv/bin/python if there is one, else python. MAX_JOBS sets how many files are compiled at once. Where
-# torch sees a GPU the ops are built for it, which needs the nvcc of torch's CUDA version.
+# PYTHON defaults to .venv/bin/python if there is one, else python. MAX_JOBS sets how many files are compiled at
+# once. Where torch sees a GPU the ops are built for it, which needs the nvcc of torch's CUDA version.
 set -euo pipefail
 python="${1:-.venv/bin/python}"
 if [ $# -eq 0 ] && [ ! -x "$python" ]; then python=python; fi
@@ -17,12 +17,10 @@ pip() { "$python" -m pip --disable-pip-version-check "$@"; }
 works() {
   "$python" -c '
 import sys, torch, mmcv.ops
-sys.exit(torch.cuda.is_available() and not mmcv.ops.get_compiling_cuda_version()[:1].isdigit())' > /dev/null 2>&1
+print("the ops of mmcv work with torch", torch.__version__)
+sys.exit(torch.cuda.is_available() and not mmcv.ops.get_compiling_cuda_version()[:1].isdigit())' 2> /dev/null
 }
-if works; then
-  echo "mmcv's ops work with $("$python" -c 'import torch; print("torch", torch.__version__)')"
-  exit 0
-fi
+if works; then exit 0; fi
 # version of mmcv, then what a build depends on
 if ! read -r version key cuda < <("$python" -c '
 import importlib.metadata, sys, torch
@@ -78,4 +76,3 @@ if ! works; then
   "$python" -c 'import torch, mmcv.ops' >&2 || true
   exit 1
 fi
-echo "mmcv's ops are installed"
