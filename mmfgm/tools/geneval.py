@@ -111,6 +111,7 @@ def _prompts(args: argparse.Namespace) -> None:
         raise UsageError(f'--n must be at least 1, but is {args.n}')
     if osp.exists(args.out) and not args.force:
         raise UsageError(f'{args.out!r} exists; overwrite it with --force')
+    os.makedirs(osp.dirname(osp.abspath(args.out)), exist_ok=True)
     rows = generate(args.seed, args.n)
     write_file(args.out, to_jsonl(rows).encode())
     print(f'{args.out}: {len(rows)} prompts')
