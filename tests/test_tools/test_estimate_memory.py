@@ -69,10 +69,12 @@ class MeasureHook(Hook):
         self.gradients = max(self.gradients, size(p.grad for p in runner.model.parameters() if p.grad is not None))
 
     def after_train(self, runner):
-        kinds = dict(parameters=0, EMA=0)
+        kinds, seen = dict(parameters=0, EMA=0), set()
         for name, network in runner.model.networks.items():
             kind = 'EMA' if name in runner.model.ema_decays else 'parameters'
-            kinds[kind] += size([*network.parameters(), *network.buffers()])
+            own = [tensor for tensor in (*network.parameters(), *network.buffers()) if id(tensor) not in seen]
+            kinds[kind] += size(own)
+            seen.update(map(id, own))
         states = [state for w in runner.optim_wrapper.values() for state in w.optimizer.state.values()]
         kinds.update(gradients=self.gradients, optimizer=sum(size(state.values()) for state in states),
                      activations=self.activations)
@@ -96,15 +98,18 @@ custom_imports = dict(imports=['tests.test_tools.test_estimate_memory'])
     return path
 
 
-def test_estimate_is_what_a_run_takes(config, tmp_path):
+@pytest.mark.parametrize('lora, least', [(None, 1e6), (dict(rank=8, alpha=8, target_modules=('mlp.0', 'mlp.2')), 1e5)],
+                         ids=['all weights', 'LoRA'])
+def test_estimate_is_what_a_run_takes(config, lora, least, tmp_path):
     cfg = Config.fromfile(config)
+    cfg.model.lora = lora
     memory = estimate(cfg, gpus=1)
     cfg.work_dir = str(tmp_path)
     FlowRunner.from_cfg(cfg).train()
     measured = json.load(open(tmp_path / 'rank_0.json'))
     activations = measured.pop('activations')
     assert {kind: memory.totals[kind] for kind in measured} == measured
-    assert min(measured.values()) > 1e6
+    assert min(measured.values()) > least
     assert memory.phase == max(activations, key=activations.get) == 'generator'
     assert memory.totals['activations'] == pytest.approx(activations['generator'], rel=0.15)
     assert memory.totals['gathered/cast'] == 0
