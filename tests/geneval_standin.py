@@ -1,6 +1,8 @@
 # Copyright (c) mmfgm authors.
 """A detector and a colour classifier that are exact functions of the image, and prompts of all tasks for them."""
 import json
+import os
+import signal
 
 import numpy as np
 import torch
@@ -49,13 +51,16 @@ class StandInDetector:
     devices = []   # where instances were moved to
 
     def __init__(self, salt=0.0):
-        self.salt = salt
+        self.salt, self.count = salt, 0
 
     def to(self, device):
         self.devices.append(str(device))
         return self
 
     def __call__(self, images):
+        self.count += len(images)
+        if self.count > float(os.environ.get('KILL_AFTER', 'inf')):   # images of this process
+            os.kill(os.getpid(), signal.SIGKILL)
         return [self._see(image) for image in images]
 
     def _see(self, image):
