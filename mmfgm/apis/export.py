@@ -11,11 +11,13 @@ import torch
 from mmengine.config import Config
 from mmengine.registry import DefaultScope
 from safetensors.torch import save_file
+from torch import nn
 
 from mmfgm.datasets.cached import differences
 from mmfgm.errors import UsageError
 from mmfgm.models import FGM, SD3, OneStepGenerator
 from mmfgm.models.lora import has_adapters, merge_adapters
+from mmfgm.models.networks.sd3 import diffusers_module
 from mmfgm.models.text_encoders import check_sd3, load_or_explain
 from mmfgm.registry import MODELS
 
@@ -80,7 +82,10 @@ def export_generator(cfg: Config,
         if sd3 and base:
             # before gigabytes are read
             index = check_sd3(base)
-            step = PipelineStep.of(_scheduler(base))
+            step = PipelineStep.of(_scheduler(base, index))
+            step.check(_bare(model))
+            if lora:
+                _check_lora(model, base, step)
         # neither the decoder nor guidance is needed
         trained = SamplingModel({key: value for key, value in model.items() if key not in ('decoder', 'guidance')}, checkpoint)
         name = network or trained.available[0]
@@ -90,7 +95,7 @@ def export_generator(cfg: Config,
         generator = getattr(trained, name)
         source = describe_source(cfg, checkpoint, name)
         if lora:
-            made, about = 'lora', _write_lora(folder, generator, model, base, step, dtype, source)
+            made, about = 'lora', _write_lora(folder, generator, base, dtype, source)
         elif sd3 and base:
             made, about = 'pipeline', _write_pipeline(folder, generator, base, index, step, dtype, max_shard_size, source)
         else:
@@ -105,12 +110,26 @@ def _write_text(path: str, text: str) -> None:
         f.write(text)
 
 
-def _scheduler(base: str) -> Any:
-    from diffusers import StableDiffusion3Pipeline
-    import diffusers
-    index = dict(StableDiffusion3Pipeline.load_config(base))
-    cls = getattr(diffusers, index['scheduler'][1])
+def _scheduler(base: str, index: Dict[str, Any]) -> Any:
+    cls = getattr(diffusers_module(), index['scheduler'][1])
     return load_or_explain(lambda: cls.from_pretrained(base, subfolder='scheduler'), base)
+
+
+def _bare(model: dict) -> OneStepGenerator:
+    """The generator's coefficients, without its network."""
+    return OneStepGenerator(nn.Identity(), **(model.get('generator') or {}))
+
+
+def _check_lora(model: dict, base: str, step: PipelineStep) -> None:
+    generator = _bare(model)
+    if not step.is_generator(generator):
+        raise UsageError(
+            f'adapters alone cannot hold what is folded into other weights: t_star={generator.t_star}, c_in={generator.c_in}, '
+            f'c_out={generator.c_out}, c_skip={generator.c_skip}, and the pipeline\'s step has 1.0 for each; leave --lora out to '
+            'export the merged transformer')
+    if model['teacher'].get('checkpoint') is not None:
+        raise UsageError(f'the adapters belong to the teacher of {model["teacher"]["checkpoint"]!r}, not to {base!r}; leave '
+                         '--lora out to export the merged transformer')
 
 
 def _merged(generator: OneStepGenerator) -> OneStepGenerator:
@@ -162,17 +181,8 @@ image.save('image.png')
                 weights_sha256=weights)
 
 
-def _write_lora(folder: str, generator: OneStepGenerator, model: dict, base: str, step: PipelineStep, dtype: str,
-                source: Dict[str, Any]) -> Dict[str, Any]:
+def _write_lora(folder: str, generator: OneStepGenerator, base: str, dtype: str, source: Dict[str, Any]) -> Dict[str, Any]:
     from diffusers import StableDiffusion3Pipeline
-    if not step.is_generator(generator):
-        raise UsageError(
-            f'adapters alone cannot hold what is folded into other weights: t_star={generator.t_star}, c_in={generator.c_in}, '
-            f'c_out={generator.c_out}, c_skip={generator.c_skip}, and the pipeline\'s step has 1.0 for each; leave --lora out to '
-            'export the merged transformer')
-    if model['teacher'].get('checkpoint') is not None:
-        raise UsageError(f'the adapters belong to the teacher of {model["teacher"]["checkpoint"]!r}, not to {base!r}; leave '
-                         '--lora out to export the merged transformer')
     layers, tensors = dict(generator.network.named_modules()), {}
     for name, p in generator.network.named_parameters():
         if p.requires_grad:

@@ -45,6 +45,13 @@ class PipelineStep(NamedTuple):
         skip, scale = step(1.0, 0.0), -step(0.0, 1.0)
         return cls(float(scheduler.timesteps[0]), skip, scale)
 
+    def check(self, generator: OneStepGenerator) -> None:
+        """Raise a UsageError if no change of weights turns the step into the generator."""
+        if generator.c_skip != self.skip:
+            raise UsageError(f'the generator has c_skip={generator.c_skip}, but the one step of the stock pipeline keeps '
+                             f'{self.skip} of the noise, which no change of weights turns into the other; train with '
+                             f'model.generator.c_skip={self.skip}, or sample this one with FGMInferencer')
+
     def is_generator(self, generator: OneStepGenerator) -> bool:
         """Whether the step is the generator's own, with nothing to fold."""
         return (self.timestep, self.skip, self.scale, 1.0) == (
@@ -68,10 +75,7 @@ def fold_generator(generator: OneStepGenerator, step: PipelineStep, dtype: torch
     Raises:
         UsageError: If ``c_skip`` is not the pipeline's.
     """
-    if generator.c_skip != step.skip:
-        raise UsageError(f'the generator has c_skip={generator.c_skip}, but the one step of the stock pipeline keeps {step.skip} '
-                         'of the noise, which no change of weights turns into the other; train with '
-                         f'model.generator.c_skip={step.skip}, or sample this one with FGMInferencer')
+    step.check(generator)
     transformer = generator.network.transformer
     time = transformer.time_text_embed
     first = time.timestep_embedder.linear_1

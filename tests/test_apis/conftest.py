@@ -28,15 +28,14 @@ model = dict(
 
 
 def randomised(config, seed=0):
-    """A built model in which every trained network has weights of its own, and none are zero."""
+    """A built model in which every network has weights of its own, and none are zero."""
     cfg = Config.fromfile(config)
     torch.manual_seed(seed)
     with DefaultScope.overwrite_default_scope('mmfgm'):
         model = MODELS.build({**cfg.model, 'teacher': dict(checkpoint=None)}).eval()
-    for name, network in model.networks.items():
-        if name != 'teacher':
-            for p in network.parameters():
-                p.data = p.data + 0.1 * torch.randn_like(p)
+    for network in model.networks.values():
+        for p in network.parameters():
+            p.data = p.data + 0.1 * torch.randn_like(p)
     return model
 
 

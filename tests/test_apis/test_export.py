@@ -14,9 +14,9 @@ from safetensors.torch import load_file
 
 from mmfgm.apis import FGMInferencer, OneStepPipeline, export_generator, read_config
 from mmfgm.errors import UsageError
-from mmfgm.models import SD3
-from tests.conftest import tool_env
-from tests.test_apis.conftest import make_problem, save_checkpoint, sd3_config
+from mmfgm.models import Sampling
+from tests.conftest import ROOT, tool_env
+from tests.test_apis.conftest import make_problem, sd3_config
 from tests.tiny_sd3 import make_tiny_sd3
 
 PROMPTS = ['a red cat', 'the blue house on a green tree']
@@ -171,6 +171,21 @@ def test_class_generator(digits, tmp_path, dtype, tolerance):
     assert both.networks == ['generator_ema', 'teacher']
     own = FGMInferencer(cfg)(labels, seeds, out='tensor', nfe=3)['predictions']
     assert torch.equal(torch.stack(both(labels, seeds, out='tensor', network='teacher', nfe=3)['predictions']), torch.stack(own))
+
+
+def test_unconditional_unet(tmp_path):
+    """CIFAR-10's network, made small."""
+    (tmp_path / 'run').mkdir()
+    unet = dict(img_resolution=8, model_channels=32, channel_mult=(1, 2), num_blocks=1, attn_resolutions=(4, ))
+    problem = make_problem(tmp_path / 'run', f"""
+_base_ = [{str(ROOT / 'configs/fgm/cifar10_uncond.py')!r}]
+model = dict(network=dict(unet={unet}), teacher=dict(checkpoint='TEACHER'))
+""")
+    export_generator(read_config(problem.config), problem.weights, str(tmp_path / 'out'), network='generator_ema_9999')
+    images = OneStepPipeline.from_pretrained(str(tmp_path / 'out'))(num_images=3, seeds=5, output_type='tensor').images
+    batch = dict(idx=torch.arange(3), seed=torch.arange(3) + 5)
+    expected = problem.model.sample(batch, Sampling('generator_ema_9999'))
+    torch.testing.assert_close(torch.stack(images), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_words_go_with_their_generator(shapes, tmp_path):

@@ -1,7 +1,10 @@
 # Copyright (c) mmfgm authors.
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from mmengine.config import Config
 from PIL import Image
 
@@ -11,6 +14,7 @@ from mmfgm.errors import UsageError
 from mmfgm.evaluation import to_uint8
 from mmfgm.models import Sampling
 from mmfgm.registry import MODELS
+from mmfgm.tools.merge_checkpoint import merge
 
 
 @pytest.fixture(scope='module')
@@ -54,6 +58,36 @@ def test_one_generator_and_no_teacher_unless_asked(digits, monkeypatch):
     assert inferencer.networks == ['generator_ema', 'generator', 'teacher'] and inferencer.condition == 'labels'
     assert inferencer.default_sampling('teacher') == Sampling('teacher', 50)   # as the config's pictures do
     assert inferencer.default_sampling() == Sampling('generator_ema')
+
+
+def test_checkpoints_of_every_kind(digits, inferencer, tmp_path):
+    """A work dir with a sharded checkpoint, and a file of tools/merge_checkpoint.py."""
+    expected = torch.stack(inferencer([1, 2], out='tensor')['predictions'])
+    state = torch.load(digits.weights)['state_dict']
+    dcp.save(dict(state_dict=state), checkpoint_id=tmp_path / 'run' / 'iter_1')
+    (tmp_path / 'run' / 'last_checkpoint').write_text('/elsewhere/iter_1')
+    merge([digits.weights, str(tmp_path / 'merged.safetensors')])
+    for weights in ('run', 'run/iter_1', 'merged.safetensors'):
+        other = FGMInferencer(digits.config, str(tmp_path / weights))
+        assert torch.equal(torch.stack(other([1, 2], out='tensor')['predictions']), expected)
+    assert other.networks == ['generator_ema', 'teacher']
+
+
+def test_bf16(digits, inferencer):
+    rounded = FGMInferencer(digits.config, digits.weights, precision='bf16')
+    for sampling in (dict(), dict(network='teacher', nfe=3)):
+        exact, off = (torch.stack(each(range(10), out='tensor', **sampling)['predictions']) for each in (inferencer, rounded))
+        assert off.dtype == torch.float32 and 0 < (off - exact).abs().mean() < 0.02
+
+
+def test_threads_take_turns(digits, inferencer):
+    """Two users at once, of different networks: each gets what it would alone."""
+    options = [dict(network=network, out='tensor') for network in ('generator_ema', 'generator')] * 8
+    alone = [inferencer([3, 4], **option)['predictions'] for option in options[:2]] * 8
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(lambda option: inferencer([3, 4], **option)['predictions'], options))
+    for ours, theirs in zip(alone, together):
+        assert torch.equal(torch.stack(ours), torch.stack(theirs))
 
 
 def test_kinds_of_output(inferencer):
