@@ -50,16 +50,31 @@ def test_flow_is_pure_torch():
     assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout.strip() == 'False'
 
 
-CONFIGS = sorted(str(path.relative_to(ROOT)) for folder in ('reflow', 'fgm') for path in (ROOT / 'configs' / folder).glob('*.py'))
+def configs_of(*folders):
+    return sorted(str(path.relative_to(ROOT)) for folder in folders for path in (ROOT / 'configs' / folder).glob('*.py'))
+
+
+CONFIGS = configs_of('reflow', 'fgm')
+
+
+def check_listed(path):
+    metafile = yaml.safe_load((ROOT / path).with_name('metafile.yml').read_text())
+    assert path in [model['Config'] for model in metafile['Models']]
+    assert path.split('/')[-1].removesuffix('.py') in (ROOT / path).with_name('README.md').read_text()
 
 
 @pytest.mark.parametrize('path', CONFIGS)
 def test_configs_parse_and_are_listed(path):
     cfg = Config.fromfile(ROOT / path)
-    assert cfg.model.type in ('FlowMatching', 'FGM') and (cfg.get('evaluations') or 'sd3' in path)
-    metafile = yaml.safe_load((ROOT / path).with_name('metafile.yml').read_text())
-    assert path in [model['Config'] for model in metafile['Models']]
-    assert path.split('/')[-1].removesuffix('.py') in (ROOT / path).with_name('README.md').read_text()
+    assert cfg.model.type in ('FlowMatching', 'FGM') and cfg.get('evaluations')
+    check_listed(path)
+
+
+@pytest.mark.parametrize('path', configs_of('geneval'))
+def test_geneval_configs_parse_and_are_listed(path):
+    cfg = Config.fromfile(ROOT / path)
+    assert cfg.pipeline.type == 'DiffusersPipeline' and cfg.evaluations.geneval.metrics.geneval.type == 'GenEval'
+    check_listed(path)
 
 
 def test_fgm_configs_share_the_teachers_network():
