@@ -10,11 +10,8 @@ SIZE = (96, 64)   # in place of (1333, 800)
 
 def mmdet_config(tiny=True):
     """The config of GenEval's Mask2Former in mmdet, or the same classes with little of everything."""
-    import mmdet
-    from mmengine.config import Config
-
-    from mmfgm.evaluation.geneval.mmdet_detector import CONFIG
-    cfg = Config.fromfile(os.path.join(os.path.dirname(mmdet.__file__), f'.mim/configs/mask2former/{CONFIG}.py'))
+    from mmfgm.evaluation.geneval.mmdet_detector import reference_config
+    cfg = reference_config()
     if tiny:
         model, head = cfg.model, cfg.model.panoptic_head
         model.backbone.update(embed_dims=16, depths=[1, 1, 2, 1], num_heads=[1, 2, 2, 4], window_size=4)

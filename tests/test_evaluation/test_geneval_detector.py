@@ -97,10 +97,10 @@ def test_detections_above_the_threshold_are_those_of_mmdet(weights):
 def test_swin_s_is_that_of_mmdet(weights, tmp_path):
     cfg = mmdet_config(tiny=False)
     checkpoint = make_mmdet_checkpoint(cfg, tmp_path / 'full.pth')
-    images = smooth_images((256, 256), (128, 192))
+    images = smooth_images((256, 256))
     detector = MMDetMask2Former(checkpoint)
     assert detector.comparable and detector.label == 'Mask2Former Swin-S (mmdet)'
-    assert sum(check(*pair, threshold=0.3) for pair in zip(detector(images), reference(cfg, checkpoint, images))) > 20
+    assert sum(check(*pair, threshold=0.3) for pair in zip(detector(images), reference(cfg, checkpoint, images))) > 10
 
 
 def test_prefilter_changes_nothing_above_the_threshold(weights):

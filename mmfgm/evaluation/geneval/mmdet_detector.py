@@ -78,6 +78,12 @@ def rename_v2(state: Dict[str, Tensor]) -> Dict[str, Tensor]:
     return renamed
 
 
+def reference_config() -> Config:
+    """mmdet's config of the reference's network, out of its own package."""
+    import mmdet
+    return Config.fromfile(osp.join(osp.dirname(mmdet.__file__), '.mim', 'configs', 'mask2former', f'{CONFIG}.py'))
+
+
 def build_network(cfg: Config) -> nn.Module:
     """The network of a config of mmdet, without weights.
 
@@ -131,15 +137,13 @@ class MMDetMask2Former(Mask2FormerDetector):
                  prefilter: bool = True, batch_size: int = 8, device: Optional[Union[str, torch.device]] = None,
                  weights_only: bool = True):
         check_ops()
-        import mmdet
         self.comparable = config is None
-        path = osp.join(osp.dirname(mmdet.__file__), '.mim', 'configs', 'mask2former', f'{CONFIG}.py')
-        cfg = config if isinstance(config, Config) else Config.fromfile(config or path)
+        cfg = reference_config() if config is None else config if isinstance(config, Config) else Config.fromfile(config)
         with DefaultScope.overwrite_default_scope('mmdet'):
             network, self.pipeline = build_network(cfg), build_pipeline(cfg)
         self._load(network, checkpoint, weights_only)
-        name = 'Mask2Former Swin-S (mmdet)' if self.comparable else f'Mask2Former (mmdet, {osp.basename(cfg.filename or "config")})'
-        self.label = name if self.comparable else f'{name}, not comparable with published GenEval scores'
+        other = f'Mask2Former (mmdet, {osp.basename(cfg.filename or "config")}), not comparable with published GenEval scores'
+        self.label = 'Mask2Former Swin-S (mmdet)' if self.comparable else other
         self._tested = False
         super().__init__(network, score_threshold, prefilter, batch_size, device, network.test_cfg.get('max_per_image', 100))
 
