@@ -1,7 +1,9 @@
 # Copyright (c) mmfgm authors.
 """Curves of a run: panels of scalars over iterations, as SVG for a page or as one PNG for a document."""
+import math
+import os.path as osp
 from io import BytesIO, StringIO
-from typing import Dict, List
+from typing import Dict, List, Sequence
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -21,8 +23,13 @@ PANEL = (4.4, 2.5)   # inches
 FROM_ZERO = ('learning rate', 'samples per second', 'seconds per iteration', 'share of the time', 'GPU memory, MB')
 
 
-def group_scalars(run: Run) -> Dict[str, Dict[str, Dict[str, Series]]]:
-    """Section to panel to curve: metrics, losses, gradient norms, learning rates and throughput of a run."""
+def group_scalars(run: Run, beside: Sequence[Run] = ()) -> Dict[str, Dict[str, Dict[str, Series]]]:
+    """Section to panel to curve: metrics, losses, gradient norms, learning rates and throughput of a run.
+
+    Args:
+        run (Run): See :func:`~mmfgm.apis.report_data.read_run`.
+        beside (Sequence[Run]): Other runs whose curves of the same metrics and losses are drawn in the same panels.
+    """
     left = dict(run.scalars)
 
     def take(names: List[str]) -> Dict[str, Series]:
@@ -32,8 +39,16 @@ def group_scalars(run: Run) -> Dict[str, Dict[str, Dict[str, Series]]]:
         curves = take([name for name in left if name.endswith(suffix)])
         return {name.removesuffix(suffix): series for name, series in curves.items()}
 
+    drawn_runs = (run, *beside)
+    labels = [osp.basename(osp.abspath(each.work_dir)) for each in drawn_runs]
+    if len(set(labels)) < len(labels):
+        labels = [each.work_dir for each in drawn_runs]
+
+    def together(name: str) -> Dict[str, Series]:
+        return {label: each.scalars.get(name, {}) for label, each in zip(labels, drawn_runs)}
+
     sections = {
-        'Metrics': {name: {name: series} for name, series in take(run.metrics).items()},
+        'Metrics': {name: together(name) for name in take(run.metrics)},
         'Optimization': {'gradient norm, before clipping': ending('/grad_norm'), 'learning rate': ending('.lr')},
         'Throughput': {
             'samples per second': {'samples': left.pop('samples_per_second', {})},
@@ -43,7 +58,7 @@ def group_scalars(run: Run) -> Dict[str, Dict[str, Dict[str, Series]]]:
         },
     }
     # what is left is what the phases log of their own
-    sections['Losses'] = {name: {name: series} for name, series in left.items()}
+    sections['Losses'] = {name: together(name) for name in left}
     order = ('Metrics', 'Losses', 'Optimization', 'Throughput')
     return {name: panels for name in order if (panels := {
         title: drawn for title, curves in sections[name].items() if (drawn := {k: v for k, v in curves.items() if v})})}
@@ -53,9 +68,9 @@ def _draw(ax: Axes, title: str, curves: Dict[str, Series]) -> None:
     for colour, (label, series) in zip(COLOURS * len(curves), curves.items()):
         ax.plot(list(series), list(series.values()), color=colour, linewidth=1.4, label=label,
                 marker='o' if len(series) < 15 else None, markersize=3)
-    values = [value for series in curves.values() for value in series.values()]
+    values = [value for series in curves.values() for value in series.values() if math.isfinite(value)] or [0]
     if title in FROM_ZERO:
-        ax.set_ylim(0, 1.1 * max(values))
+        ax.set_ylim(0, 1.1 * max(values) or 1)
     elif min(values) > 0 and max(values) > 20 * min(values):
         ax.set_yscale('log')
     ax.set_title(title, fontsize=10, loc='left')

@@ -66,16 +66,18 @@ def page(title: str, about: str, sections: Dict[str, str]) -> str:
             f'<footer><p>Written by mmfgm {__version__} on {time.strftime("%Y-%m-%d %H:%M")}.</p></footer></body></html>\n')
 
 
-def run_section(run: Run, base: Optional[Tuple[str, Config]] = None, max_pictures: int = 12) -> str:
+def run_section(run: Run, base: Optional[Tuple[str, Config]] = None, max_pictures: int = 12,
+                beside: Sequence[Run] = ()) -> str:
     """Everything about one run.
 
     Args:
         run (Run): See :func:`~mmfgm.apis.report_data.read_run`.
         base (tuple[str, Config], optional): Name and config to show the differences from. Defaults to the closest packaged one.
         max_pictures (int): At most so many of the sample hook's pictures, evenly spaced. Defaults to 12.
+        beside (Sequence[Run]): Other runs, whose metrics and losses are drawn in the same panels.
     """
     parts = [_facts(run), _results(run)]
-    for name, panels in group_scalars(run).items():
+    for name, panels in group_scalars(run, beside).items():
         figures = ''.join(f'<figure>{curves_svg(title, curves)}</figure>' for title, curves in panels.items())
         parts.append(f'<h3>{name}</h3>{_throughput(run) if name == "Throughput" else ""}<div class="grid">{figures}</div>')
     parts += [_samples(run, max_pictures), _config(run.cfg, base or closest_packaged_config(run.cfg)), _environment(run)]

@@ -18,6 +18,8 @@ def parse_args(argv: Optional[Sequence[str]]) -> argparse.Namespace:
     parser.add_argument('--out', metavar='FILE', help='the HTML file to write, or to replace (default: WORK_DIR/report.html)')
     parser.add_argument('--base', metavar='CONFIG', help=f'show what differs from this config: {CONFIG_HELP} (default: the '
                         'packaged config that differs in the fewest values)')
+    parser.add_argument('--beside', nargs='+', default=[], metavar='WORK_DIR', help='draw metrics and losses of these runs in the '
+                        'same panels')
     parser.add_argument('--pictures', type=int, default=12, metavar='N', help='sample pictures of a run (default: 12)')
     parser.add_argument('--curves', metavar='FILE.png', help='also draw metrics and losses into one picture')
     return parser.parse_args(argv)
@@ -36,13 +38,14 @@ def report(argv: Optional[Sequence[str]] = None) -> str:
     else:
         runs, sections = {'Run': read_run(args.work_dir)}, {}
     base = (args.base, read_config(args.base)) if args.base else None
-    sections.update({name: run_section(run, base, args.pictures) for name, run in runs.items()})
+    beside = [read_run(folder) for folder in args.beside]
+    sections.update({name: run_section(run, base, args.pictures, beside) for name, run in runs.items()})
     last = list(runs.values())[-1]
     title = f'mmfgm: {osp.basename(osp.abspath(args.work_dir))}' if len(runs) > 1 else f'mmfgm: {last.name}'
     out = args.out or osp.join(args.work_dir, 'report.html')
     write_file(out, page(title, _about(runs), sections).encode())
     if args.curves:
-        groups = group_scalars(last)
+        groups = group_scalars(last, beside)
         write_file(args.curves, curves_png({**groups.get('Metrics', {}), **groups.get('Losses', {})}))
     print(f'{out}: {osp.getsize(out) / 2**20:.1f} MB; open it in any browser')
     return out

@@ -7,6 +7,7 @@ import pytest
 from mmengine.config import Config
 from PIL import Image
 
+from mmfgm.apis.report_curves import group_scalars
 from mmfgm.apis.report_data import closest_packaged_config, config_difference, read_run
 from mmfgm.errors import UsageError
 from mmfgm.tools.report import report
@@ -67,6 +68,17 @@ def test_config_is_held_against_the_packaged_one_it_came_from(tmp_path):
     # keys are those of --cfg-options, also inside lists
     cfg.merge_from_dict({'param_scheduler.online.0.end_factor': 0.5, 'model.extra': 1})
     assert config_difference(cfg, base)[:2] == [('model.extra', None, '1'), ('param_scheduler.online.0.end_factor', '0.1', '0.5')]
+
+
+def test_runs_beside_each_other_share_panels(tmp_path):
+    runs = [start(tmp_path / name, '20260101_000000', losses(10, 20, offset=i) + [{'fd/fd': 1. + i, 'step': 20}])
+            for i, name in enumerate(('a', 'b'))]
+    first, second = (read_run(str(run)) for run in runs)
+    groups = group_scalars(first, [second])
+    assert groups['Losses'] == {'online/loss_fm': {'a': {10: 10., 20: 20.}, 'b': {10: 11., 20: 21.}}}
+    assert groups['Metrics'] == {'fd/fd': {'a': {20: 1.}, 'b': {20: 2.}}}
+    page = open(report([str(runs[0]), '--beside', str(runs[1])])).read()
+    assert page.count('>b</text>') == 2
 
 
 BAD = {
