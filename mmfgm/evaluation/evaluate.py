@@ -116,6 +116,8 @@ class Evaluation:
                 eta = (last - start) / (i + 1) * (len(self.loader) - i - 1)
                 MMLogger.get_current_instance().info(
                     f'{self.name}: {(i + 1) * self.batch_size * get_world_size()}/{self.num_samples} samples, eta {eta:.0f} s')
+        # whoever goes through the items next wants all of them
+        self.loader.sampler.skip = frozenset()
         results = {}
         for key, metric in self.built.items():
             for name, value in metric.evaluate(self.num_samples).items():

@@ -25,7 +25,8 @@ from mmengine.registry import init_default_scope
 
 from mmfgm.engine import init_processes
 from mmfgm.errors import UsageError
-from mmfgm.evaluation.geneval import Scorer, generate, read_metadata, summarize
+from mmfgm.evaluation.geneval import Scorer, generate, summarize
+from mmfgm.evaluation.geneval.dataset import metadata_rows
 from mmfgm.evaluation.geneval.layout import read_results
 from mmfgm.evaluation.geneval.prompts import to_jsonl
 from mmfgm.registry import TASK_UTILS
@@ -127,11 +128,14 @@ def _start(args: argparse.Namespace) -> None:
     init_processes(args.launcher, 'gloo', **(dict(timeout=timedelta(days=7)) if torch.cuda.is_available() else {}))
 
 
-def _score(args: argparse.Namespace, cfg: Config, folder: str, out_dir: str, nfe: Optional[int]) -> Optional[dict]:
+def _build_scorer(cfg: Config) -> Scorer:
     metric = find_metric(cfg)
-    scorer = building(lambda: Scorer(metric.detector, metric.get('colors'), metric.get('options'))).to(get_device())
-    result = score_folder(folder, scorer, out_dir, args.num_samples, args.on_bad == 'skip', args.batch_size, args.num_workers,
-                          args.sheet_prompts, nfe)
+    return building(lambda: Scorer(metric.detector, metric.get('colors'), metric.get('options')))
+
+
+def _score(args: argparse.Namespace, scorer: Scorer, folder: str, out_dir: str, nfe: Optional[int] = None) -> Optional[dict]:
+    result = score_folder(folder, scorer.to(get_device()), out_dir, args.num_samples, args.on_bad == 'skip', args.batch_size,
+                          args.num_workers, args.sheet_prompts, nfe)
     if is_main_process():
         _print(result, scorer, args.on_bad, out_dir, nfe)
     return result
@@ -153,17 +157,17 @@ def _run(args: argparse.Namespace) -> Optional[dict]:
     if not cfg.get('pipeline'):
         raise UsageError(f'the config {args.config!r} describes no pipeline; expected is pipeline=dict(type="DiffusersPipeline", '
                          '...), as in configs/geneval/sd3.py')
-    metric = find_metric(cfg)
     pipeline = building(lambda: TASK_UTILS.build(cfg.pipeline))
-    rows = on_main(lambda: read_metadata(args.prompts) if args.prompts else generate())
+    rows = on_main(lambda: metadata_rows(args.prompts))
     # on the CPU, and before hours of generating: whatever is wrong with the detector shows now
-    building(lambda: Scorer(metric.detector, metric.get('colors'), metric.get('options'))).check(rows)
+    scorer = _build_scorer(cfg)
+    scorer.check(rows)
     pipeline.load(get_device())
     nfe = generate_images(pipeline, rows, cfg.work_dir, args.num_samples, args.seed)
     del pipeline
     gc.collect()
     torch.cuda.empty_cache()
-    return _score(args, cfg, cfg.work_dir, cfg.work_dir, nfe)
+    return _score(args, scorer, cfg.work_dir, cfg.work_dir, nfe)
 
 
 def geneval(argv: Optional[Sequence[str]] = None) -> Optional[dict]:
@@ -182,9 +186,8 @@ def geneval(argv: Optional[Sequence[str]] = None) -> Optional[dict]:
     _start(args)
     if args.command == 'run':
         return _run(args)
-    cfg = load_config(args)
     folder = args.folder.rstrip(os.sep) or args.folder
-    return _score(args, cfg, folder, args.work_dir or folder, None)
+    return _score(args, _build_scorer(load_config(args)), folder, args.work_dir or folder)
 
 
 def main(argv: Optional[Sequence[str]] = None) -> None:

@@ -119,7 +119,9 @@ def test_an_interrupted_evaluation_repeats_nothing(tmp_path):
     assert build().run(lost, SAMPLING, str(tmp_path / 'parts')) == whole and lost.generated == [7]
     # nothing is left to do
     none = Echo()
-    assert build().run(none, SAMPLING, str(tmp_path / 'parts')) == whole and none.generated == []
+    evaluation = build()
+    assert evaluation.run(none, SAMPLING, str(tmp_path / 'parts')) == whole and none.generated == []
+    assert sum(len(batch['idx']) for batch in evaluation.loader) == 18
 
 
 def other_weights():
@@ -178,9 +180,13 @@ def test_pictures_and_what_else_is_left(tmp_path):
     assert about['comparable'] is False and about['detector'] == 'stand-in' and 'not comparable' in about['note']
 
 
-def test_bad_input():
+def test_bad_input(monkeypatch):
     with pytest.raises(UsageError, match='unknown GenEval option .tresh.'):
         build(metric=dict(METRIC, options=dict(tresh=0.3)))
+    monkeypatch.setattr(StandInDetector, 'threshold', 0.3, raising=False)
+    build(metric=dict(METRIC, options=dict(threshold=0.3)))
+    with pytest.raises(UsageError, match='leaves out those below 0.3; set detector.score_threshold=0.2'):
+        build(metric=dict(METRIC, options=dict(threshold=0.2)))
     with pytest.raises(UsageError, match='GenEval needs a dataset that knows its prompts'), \
             DefaultScope.overwrite_default_scope('mmfgm'):
         Evaluation(name='e', sampling={}, metrics=dict(m=METRIC), dataset=dict(type='GenerationDataset', num_samples=4))

@@ -97,6 +97,11 @@ def test_trains_evaluates_resumes_and_draws(recipe, tmp_path):
     assert not scores['comparable'] and f'geneval/overall: {scores["scores"]["overall"]:.4f}' in logs[-1]
     assert 'not comparable with published scores' in logs[-1]
     assert list((tmp_path / 'whole').glob('best_geneval_overall_iter_*'))
+    # the test tool measures the same, up to what sharding and batches do to bf16
+    run_module('mmfgm.tools.test', recipe[0], tmp_path / 'whole', '--work-dir', tmp_path / 'tested', '--cfg-options', *recipe[1])
+    table = json.loads((tmp_path / 'tested' / 'test' / 'metrics.json').read_text())
+    assert abs(table['geneval/overall']['generator_ema']['1'] - scores['scores']['overall']) < 0.2
+    assert (tmp_path / 'tested' / 'test' / 'geneval' / 'generator_ema_1_nfe' / 'results.jsonl').is_file()
     assert len(list((tmp_path / 'whole').glob('*/vis_data/vis_image/geneval_*_4.png'))) == len(ROWS)
 
 

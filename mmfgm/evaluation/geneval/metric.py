@@ -64,13 +64,13 @@ class GenEval(SampleMetric):
         detector (dict): Config of the detector, ``dict(type='MMDetMask2Former', ...)`` for comparable scores.
         colors (dict, optional): Config of the colour classifier, ``dict(type='ClipColors', ...)``.
         options (dict, optional): Options of :func:`~mmfgm.evaluation.geneval.judge` other than the reference's.
-        sheet_prompts (int): Prompts on the picture sheet of each task; 0 for no sheets. Defaults to 20.
+        sheet_prompts (int): Prompts on the picture sheet of each task; 0 for no sheets. Defaults to 10.
         keep_images (bool): False removes the images, about 3 GB at 1024 pixels, once they are judged.
     """
 
     saves = True
 
-    def __init__(self, detector: dict, colors: Optional[dict] = None, options: Optional[dict] = None, sheet_prompts: int = 20,
+    def __init__(self, detector: dict, colors: Optional[dict] = None, options: Optional[dict] = None, sheet_prompts: int = 10,
                  keep_images: bool = True):
         super().__init__()
         self.scorer = Scorer(detector, colors, options)

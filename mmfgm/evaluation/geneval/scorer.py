@@ -1,5 +1,6 @@
 # Copyright (c) mmfgm authors.
 """From images and their metadata rows to verdicts: detector, colour classifier and judge together."""
+import math
 from dataclasses import dataclass
 from typing import Dict, List, Optional, Sequence
 
@@ -33,6 +34,9 @@ class Scorer:
             for prompts without colours.
         options (dict, optional): Options of :func:`~mmfgm.evaluation.geneval.judge`.
 
+    Raises:
+        UsageError: If an option is unknown or bad, or the detector leaves out what the options count.
+
     Attributes:
         identity (dict): What the verdicts on an image depend on.
         label (str): The detector, in words.
@@ -44,6 +48,10 @@ class Scorer:
         # the judge checks its options; before the models are loaded, which takes longer
         judge(dict(tag='', include=[]), {}, lambda name, rows: [], self.options)
         self.detector = TASK_UTILS.build(detector)
+        lowest = min(self.options.get(name, math.inf) for name in ('threshold', 'counting_threshold'))
+        if lowest < (getattr(self.detector, 'threshold', None) or 0):
+            raise UsageError(f'the options count detections from a score of {lowest}, but the detector leaves out those below '
+                             f'{self.detector.threshold}; set detector.score_threshold={lowest}')
         self.colors = TASK_UTILS.build(colors) if colors else None
         self.label, self.comparable = self.detector.label, bool(self.detector.comparable and not self.options)
         self.identity = dict(detector=detector, label=self.label, colors=colors, options=self.options)
