@@ -1,0 +1,128 @@
+# Copyright (c) mmfgm authors.
+"""What tests/test_docs.py does with each command of the docs."""
+import json
+from dataclasses import dataclass
+from typing import Callable, Tuple, Union
+
+import numpy as np
+from mmengine.config import Config
+from mmengine.registry import DefaultScope
+from PIL import Image
+
+from mmfgm.registry import MODELS
+from tests.conftest import ROOT
+from tests.test_apis.conftest import save_checkpoint
+from tests.tiny_sd3 import make_tiny_sd3
+
+SD3 = 'stabilityai/stable-diffusion-3-medium-diffusers'
+
+
+@dataclass(frozen=True)
+class Run:
+    """A command that is run: what after it makes it short, what must be there before, and what it leaves."""
+    small: str = ''
+    makes: str = ''
+    needs: Tuple[Union[str, Callable], ...] = ()
+
+
+@dataclass(frozen=True)
+class Serve(Run):
+    """A command that serves a page until it is stopped."""
+
+
+class Parse:
+    """A command that is only parsed."""
+
+
+def sd3_inputs(folder):
+    """A tiny pipeline, prompts, images and captions where the SD3 commands look for them."""
+    make_tiny_sd3(folder / SD3)
+    (folder / 'prompts.txt').write_text('a red cat\na blue dog\n')
+    (folder / 'images').mkdir()
+    for i in range(2):
+        Image.fromarray(np.full((20, 20, 3), 80 * i, np.uint8)).save(folder / 'images' / f'{i}.png')
+    captions = [json.dumps(dict(file_name=f'{i}.png', text='a house')) for i in range(2)]
+    (folder / 'captions.jsonl').write_text('\n'.join(captions))
+
+
+def sd3_checkpoint(folder):
+    """What a training of configs/fgm/sd3_1024.py with the tiny pipeline would keep."""
+    cfg = Config.fromfile(ROOT / 'configs/fgm/sd3_1024.py')
+    cfg.merge_from_dict({'model.network.latent_size': 8, 'model.network.pretrained': str(folder / SD3)})
+    model = dict(cfg.model, decoder=None, guidance=None, gan=None, teacher=dict(checkpoint=None))
+    with DefaultScope.overwrite_default_scope('mmfgm'):
+        (folder / 'work_dirs/fgm/sd3_1024').mkdir(parents=True)
+        save_checkpoint(MODELS.build(model), folder / 'work_dirs/fgm/sd3_1024/iter_1.pth')
+    (folder / 'work_dirs/fgm/sd3_1024/last_checkpoint').write_text('iter_1.pth')
+
+
+def geneval_results(folder):
+    """Results of one image, as GenEval's scripts write them."""
+    (folder / 'FOLDER').mkdir()
+    row = dict(filename='0.png', tag='single_object', prompt='a photo of a dog', correct=True, reason='', metadata='{}',
+               details='{}')
+    (folder / 'FOLDER/results.jsonl').write_text(json.dumps(row) + '\n')
+
+
+TRAIN_TEACHER, TRAIN = (f'python tools/train.py configs/{name}/digits.py' for name in ('reflow', 'fgm'))
+SHORT = '--cfg-options train_cfg.max_iters=2'
+FEW = '--cfg-options evaluations.fd.dataset.num_samples=100'
+TINY_SD3 = '--cfg-options model.network.latent_size=8'
+DIGITS = 'configs/fgm/digits.py work_dirs/fgm/digits'
+SD3_RUN = 'configs/fgm/sd3_1024.py work_dirs/fgm/sd3_1024'
+MY = 'python -m mmfgm.tools'
+
+COMMANDS = {
+    TRAIN_TEACHER: Run(SHORT, 'work_dirs/reflow/digits/iter_2.pth'),
+    TRAIN: Run(SHORT, 'work_dirs/fgm/digits/iter_2.pth', (TRAIN_TEACHER, )),
+    f'{TRAIN} --resume': Run('--cfg-options train_cfg.max_iters=3', 'work_dirs/fgm/digits/iter_3.pth', (TRAIN, )),
+    f'python tools/test.py {DIGITS} --network teacher generator_ema --nfe 1 10 50 100 --solver euler':
+        Run(FEW, 'work_dirs/fgm/digits/test/metrics.json', (TRAIN, )),
+    f'python tools/test.py {DIGITS} --network teacher generator_ema --nfe 1 10 50 100':
+        Run(FEW, 'work_dirs/fgm/digits/test/metrics.json', (TRAIN, )),
+    'python tools/test.py configs/reflow/digits.py work_dirs/reflow/digits --nfe 1 10 50 100':
+        Run(FEW, 'work_dirs/reflow/digits/test/metrics.json', (TRAIN_TEACHER, )),
+    'python tools/report.py work_dirs/fgm/digits': Run('', 'work_dirs/fgm/digits/report.html', (TRAIN, )),
+    'python tools/report.py work_dirs/fgm/digits --curves docs/losses_digits.png': Run('', 'docs/losses_digits.png', (TRAIN, )),
+    f'python tools/generate.py {DIGITS} --labels 0 1 2 3 --compare 50 --out digits': Run('', 'digits/compare.png', (TRAIN, )),
+    f'python tools/demo.py {DIGITS}': Serve(needs=(TRAIN, )),
+    f'python tools/export_diffusers.py {DIGITS} exports/digits': Run('', 'exports/digits', (TRAIN, )),
+    'tools/dist_train.sh configs/fgm/digits.py 2': Run(
+        f'--work-dir work_dirs/two {SHORT}', 'work_dirs/two/iter_2.pth', (TRAIN_TEACHER, )),
+    f'tools/dist_test.sh {DIGITS} 2': Run(FEW, 'work_dirs/fgm/digits/test/metrics.json', (TRAIN, )),
+    f'{MY}.train my_digits.py': Run(SHORT, 'work_dirs/my_project/my_digits/iter_2.pth', (TRAIN_TEACHER, )),
+    f'{MY}.test my_digits.py work_dirs/my_project/my_digits': Run(
+        FEW, 'work_dirs/my_project/my_digits/test/metrics.json', (f'{MY}.train my_digits.py', )),
+    f'{MY}.train my_teacher.py': Run(SHORT, 'work_dirs/my_project/my_teacher/iter_2.pth'),
+    f'{MY}.train my_generator.py': Run(
+        SHORT, 'work_dirs/my_project/my_generator/iter_2.pth', (f'{MY}.train my_teacher.py', )),
+    f'{MY}.test my_generator.py work_dirs/my_project/my_generator --network teacher generator_ema': Run(
+        FEW, 'work_dirs/my_project/my_generator/test/metrics.json', (f'{MY}.train my_generator.py', )),
+    f'python tools/cache_prompts.py prompts.txt data/sd3/prompts --model {SD3}': Run('', 'data/sd3/prompts', (sd3_inputs, )),
+    f'python tools/cache_latents.py images data/sd3/latents --model {SD3} --resolution 1024 --captions captions.jsonl': Run(
+        '--resolution 16', 'data/sd3/latents', (sd3_inputs, )),
+    'python tools/estimate_memory.py configs/fgm/sd3_1024.py --gpus 8 --gpu H100-80GB': Run(TINY_SD3, '', (sd3_inputs, )),
+    f'python tools/generate.py {SD3_RUN} --prompt "a red cat" --precision bf16 --out cats': Run(
+        TINY_SD3, 'cats/grid.png', (sd3_inputs, sd3_checkpoint)),
+    f'python tools/export_diffusers.py {SD3_RUN} exports/sd3_1024': Run(
+        TINY_SD3, 'exports/sd3_1024/model_index.json', (sd3_inputs, sd3_checkpoint)),
+    'python tools/merge_checkpoint.py work_dirs/fgm/sd3_1024 generator.safetensors --network generator_ema': Run(
+        '', 'generator.safetensors', (sd3_inputs, sd3_checkpoint)),
+    'python tools/geneval.py prompts data/geneval/prompts.jsonl': Run('', 'data/geneval/prompts.jsonl'),
+    f'python tools/cache_prompts.py data/geneval/prompts.jsonl data/geneval/prompts --model {SD3}': Run(
+        '', 'data/geneval/prompts', (sd3_inputs, 'python tools/geneval.py prompts data/geneval/prompts.jsonl')),
+    'python tools/geneval.py summary FOLDER/results.jsonl': Run('', '', (geneval_results, )),
+    **{command: Parse() for command in (
+        'bash tools/quickstart.sh', 'bash tools/run_tests.sh', 'bash tools/install_mmcv_ops.sh',
+        'bash tools/run_tests.sh -k uninterrupted --kills 20',
+        'pip install -e . -c requirements/constraints.txt',
+        *(f'pip install -e ".[{extra}]" -c requirements/constraints.txt' for extra in ('eval', 'sd3', 'sd3,geneval')),
+        *(f'tools/dist_train.sh configs/{name}.py 8' for name in ('reflow/cifar10_cond', 'fgm/cifar10_cond', 'fgm/sd3_1024')),
+        'GPUS=16 tools/slurm_train.sh PARTITION JOB configs/fgm/digits.py work_dirs/fgm/digits',
+        'python tools/test.py configs/reflow/cifar10_uncond.py work_dirs/reflow/cifar10_uncond --nfe 10 20 50 100 --solver heun',
+        'python tools/test.py configs/fgm/cifar10_cond.py work_dirs/fgm/cifar10_cond --network teacher generator_ema '
+        'generator_ema_9999 --nfe 10 20 50 100',
+        f'python tools/test.py {SD3_RUN}/iter_20000.pth --evaluation geneval',
+        'python tools/geneval.py score FOLDER', 'python tools/geneval.py run configs/geneval/sd3.py',
+        'tools/dist_geneval.sh 8 run configs/geneval/hyper_sd3.py')},
+}
