@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import os.path as osp
+from concurrent.futures import ThreadPoolExecutor
 from typing import Dict, List, Optional, Tuple
 
 import numpy as np
@@ -83,8 +84,9 @@ def generate_images(pipeline: DiffusersPipeline, rows: List[dict], folder: str, 
     for first in range(0, len(mine), pipeline.batch_size):
         part = mine[first:first + pipeline.batch_size]
         images = pipeline.generate([entries[i].row['prompt'] for i in part], [item_seed(i, seed) for i in part])
-        for i, image in zip(part, images):
-            write_image(folder, entries[i], encode_png(image))
+        with ThreadPoolExecutor() as pool:
+            for i, content in zip(part, pool.map(encode_png, images)):
+                write_image(folder, entries[i], content)
         if rank == 0 and origin.get('nfe') != pipeline.nfe:
             origin['nfe'] = pipeline.nfe
             write_file(osp.join(folder, ORIGIN), json.dumps(origin, indent=1).encode())

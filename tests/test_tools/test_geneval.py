@@ -6,15 +6,18 @@ import sys
 
 import numpy as np
 import pytest
+from mmengine.registry import DefaultScope
 
 from mmfgm.errors import UsageError
-from mmfgm.evaluation import to_uint8
+from mmfgm.evaluation import Evaluation, to_uint8
 from mmfgm.evaluation.geneval import DiffusersPipeline, Scorer, generate, summarize
-from mmfgm.evaluation.geneval.layout import Entry, encode_png, image_name, read_results, write_image
-from mmfgm.tools.cache_prompts import read_prompts
+from mmfgm.evaluation.geneval.layout import Entry, encode_png, image_name, read_image, read_results, write_image
+from mmfgm.tools.cache_prompts import cache_prompts, read_prompts
+from mmfgm.tools.export_diffusers import export_diffusers
 from mmfgm.tools.geneval import geneval
 from tests.conftest import ROOT, run_module, tool_env
-from tests.geneval_standin import ROWS, Echo, write_prompts
+from tests.geneval_standin import METRIC, ROWS, Echo, write_prompts
+from tests.test_apis.conftest import sd3, sd3_folder  # noqa: F401 - fixtures
 from tests.tiny_sd3 import make_tiny_sd3
 
 SMALL = ('--num-samples', '3', '--num-workers', '0', '--batch-size', '4')
@@ -109,6 +112,29 @@ def test_a_pipeline_on_two_processes_equals_one(config, tmp_path, counted, capsy
     for other in (['--seed', '1'], ['--cfg-options', 'pipeline.call.guidance_scale=3']):
         with pytest.raises(UsageError, match='holds images of something else: .*(seed is 0|guidance_scale is 7.0)'):
             run(config, tmp_path / 'two', *other)
+
+
+@pytest.mark.slow
+def test_an_exported_generator_makes_the_images_of_the_training(config, sd3, sd3_folder, tmp_path):  # noqa: F811
+    """Both ways to a GenEval score of ours, ``tools/geneval.py run configs/geneval/fgm_sd3.py`` and the metric, image by image."""
+    prompts = str(config.with_name('prompts.jsonl'))
+    export_diffusers([sd3.config, sd3.weights, str(tmp_path / 'export')])
+    (tmp_path / 'ours.py').write_text(config.read_text().replace('geneval/sd3.py', 'geneval/fgm_sd3.py').replace(
+        str(config.with_name('model')), str(tmp_path / 'export')).replace('num_inference_steps=2, ', ''))
+    geneval(['run', str(tmp_path / 'ours.py'), '--prompts', prompts, '--work-dir', str(tmp_path / 'exported'), *SMALL])
+    assert json.loads((tmp_path / 'exported' / 'metrics.json').read_text())['nfe'] == 1
+
+    cache_prompts([prompts, str(tmp_path / 'cache'), '--model', sd3_folder, '--max-length', '32', '--dtype', 'fp32'])
+    with DefaultScope.overwrite_default_scope('mmfgm'):
+        evaluation = Evaluation(
+            name='geneval', sampling=dict(network='generator_ema'), batch_size=5, metrics=dict(geneval=METRIC),
+            dataset=dict(type='GenEvalPrompts', path=str(tmp_path / 'cache'), metadata=prompts, samples_per_prompt=3))
+    evaluation.run(sd3.model, out_dir=str(tmp_path / 'trained'))
+    pairs = [[read_image(str(tmp_path / which / row['filename'].lstrip('/'))).astype(int) for which in ('exported', 'trained')]
+             for row in results(tmp_path / 'exported')]
+    # uint8 by two rules, half a step apart
+    assert len(pairs) == 18 and max(np.abs(a - b).max() for a, b in pairs) <= 1
+    assert min(np.abs(a - pairs[i - 1][0]).max() for i, (a, _) in enumerate(pairs)) > 5
 
 
 @pytest.mark.slow
