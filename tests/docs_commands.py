@@ -65,7 +65,7 @@ def geneval_results(folder):
 
 
 TRAIN_TEACHER, TRAIN = (f'python tools/train.py configs/{name}/digits.py' for name in ('reflow', 'fgm'))
-SHORT = '--cfg-options train_cfg.max_iters=2'
+SHORT = '--cfg-options train_cfg.max_iters=2 default_hooks.logger.interval=1'
 FEW = '--cfg-options evaluations.fd.dataset.num_samples=100'
 TINY_SD3 = '--cfg-options model.network.latent_size=8'
 DIGITS = 'configs/fgm/digits.py work_dirs/fgm/digits'
@@ -75,7 +75,7 @@ MY = 'python -m mmfgm.tools'
 COMMANDS = {
     TRAIN_TEACHER: Run(SHORT, 'work_dirs/reflow/digits/iter_2.pth'),
     TRAIN: Run(SHORT, 'work_dirs/fgm/digits/iter_2.pth', (TRAIN_TEACHER, )),
-    f'{TRAIN} --resume': Run('--cfg-options train_cfg.max_iters=3', 'work_dirs/fgm/digits/iter_3.pth', (TRAIN, )),
+    f'{TRAIN} --resume': Run(SHORT.replace('2', '3'), 'work_dirs/fgm/digits/iter_3.pth', (TRAIN, )),
     f'python tools/test.py {DIGITS} --network teacher generator_ema --nfe 1 10 50 100 --solver euler':
         Run(FEW, 'work_dirs/fgm/digits/test/metrics.json', (TRAIN, )),
     f'python tools/test.py {DIGITS} --network teacher generator_ema --nfe 1 10 50 100':

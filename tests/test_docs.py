@@ -52,6 +52,10 @@ def python_files():
     return {block.splitlines()[0][2:]: block for block in shown}
 
 
+def of_kind(kind):
+    return [command for command, entry in COMMANDS.items() if isinstance(entry, kind)]
+
+
 class Sandbox:
     """A folder like a clone in which commands are run, each once, after those it needs."""
 
@@ -140,7 +144,7 @@ def test_links_lead_somewhere():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('command', [command for command, entry in COMMANDS.items() if isinstance(entry, Run)])
+@pytest.mark.parametrize('command', of_kind(Run), ids=lambda c: c[:90])
 def test_command_runs(command, sandbox):
     (sandbox.serve if isinstance(COMMANDS[command], Serve) else sandbox.run)(command)
 
@@ -156,7 +160,7 @@ def arguments(command):
                 dist_geneval=('geneval', [*words[2:], '--launcher', 'pytorch']), slurm_train=('train', slurm))[name]
 
 
-@pytest.mark.parametrize('command', [command for command, entry in COMMANDS.items() if isinstance(entry, Parse)])
+@pytest.mark.parametrize('command', of_kind(Parse), ids=lambda c: c[:90])
 def test_command_parses(command, sandbox, monkeypatch):
     monkeypatch.chdir(sandbox.folder)
     monkeypatch.setenv('LOCAL_RANK', '0')
