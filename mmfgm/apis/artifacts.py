@@ -7,6 +7,8 @@ import shutil
 from contextlib import contextmanager
 from typing import Iterator, Optional
 
+from safetensors import SafetensorError
+
 from mmfgm.errors import UsageError
 
 # lies in every export of ours and says what it is; a diffusers pipeline ignores it
@@ -108,7 +110,7 @@ def whole_folder(out: str, force: bool, marker: str) -> Iterator[str]:
             if osp.lexists(out):   # moved aside first: there is never a moment without a whole one on disk
                 os.rename(out, f'{unfinished}.old')
             os.rename(unfinished, out)
-        except OSError as e:
+        except (OSError, SafetensorError) as e:
             raise UsageError(f'{out!r} cannot be written: {e}; make room, or name a folder where you may write') from e
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)

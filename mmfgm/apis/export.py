@@ -5,7 +5,7 @@ import os.path as osp
 import shutil
 from glob import escape as glob_escape
 from glob import glob
-from typing import Any, Dict, Optional
+from typing import Any, Dict, List, Optional
 
 import torch
 from mmengine.config import Config
@@ -82,7 +82,8 @@ def export_generator(cfg: Config,
         if sd3 and base:
             # before gigabytes are read
             index = check_sd3(base)
-            step = PipelineStep.of(_scheduler(base, index))
+            local = _base_folder(base, index)
+            step = PipelineStep.of(_scheduler(local, index))
             step.check(_bare(model))
             if lora:
                 _check_lora(model, base, step)
@@ -97,7 +98,8 @@ def export_generator(cfg: Config,
         if lora:
             made, about = 'lora', _write_lora(folder, generator, base, dtype, source)
         elif sd3 and base:
-            made, about = 'pipeline', _write_pipeline(folder, generator, base, index, step, dtype, max_shard_size, source)
+            made, about = 'pipeline', _write_pipeline(
+                folder, generator, base, local, index, step, dtype, max_shard_size, source)
         else:
             made, about = 'generator', _write_generator(folder, generator, cfg, dtype, source)
         _write_text(osp.join(folder, EXPORT_FILE), json.dumps(
@@ -108,6 +110,21 @@ def export_generator(cfg: Config,
 def _write_text(path: str, text: str) -> None:
     with open(path, 'w', encoding='utf-8') as f:
         f.write(text)
+
+
+def _base_folder(base: str, index: Dict[str, Any]) -> str:
+    """Where the base lies, downloaded if it is a hub id; with all parts that its index names."""
+    from diffusers import StableDiffusion3Pipeline
+    local = base if osp.isdir(base) else load_or_explain(lambda: StableDiffusion3Pipeline.download(base), base)
+    missing = [name for name in _parts(index) if not osp.isdir(osp.join(local, name))]
+    if missing:
+        raise UsageError(f'{base!r} is not whole: {", ".join(missing)} is missing; download all of it, with hf download '
+                         'OWNER/NAME --local-dir FOLDER')
+    return local
+
+
+def _parts(index: Dict[str, Any]) -> List[str]:
+    return [name for name, part in index.items() if isinstance(part, (list, tuple)) and part[0]]
 
 
 def _scheduler(base: str, index: Dict[str, Any]) -> Any:
@@ -137,10 +154,9 @@ def _merged(generator: OneStepGenerator) -> OneStepGenerator:
     return merge_adapters(generator.float()) if has_adapters(generator) else generator
 
 
-def _write_pipeline(folder: str, generator: OneStepGenerator, base: str, index: Dict[str, Any], step: PipelineStep, dtype: str,
-                    max_shard_size: str, source: Dict[str, Any]) -> Dict[str, Any]:
-    from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
-    expected = load_or_explain(lambda: SD3Transformer2DModel.load_config(base, subfolder='transformer'), base)
+def _write_pipeline(folder: str, generator: OneStepGenerator, base: str, local: str, index: Dict[str, Any],
+                    step: PipelineStep, dtype: str, max_shard_size: str, source: Dict[str, Any]) -> Dict[str, Any]:
+    expected = load_or_explain(lambda: type(generator.network.transformer).load_config(local, subfolder='transformer'), base)
     latent_size, config = generator.network.event_shape[-1], dict(generator.network.transformer.config)
     same = [key for key in config if not key.startswith('_') and key != 'sample_size']
     differs = list(differences({key: _plain(expected.get(key)) for key in same}, {key: _plain(config[key]) for key in same}))
@@ -160,9 +176,8 @@ def _write_pipeline(folder: str, generator: OneStepGenerator, base: str, index: 
         config = json.load(f)
     config.pop('_name_or_path', None)   # a folder that others do not have
     _write_text(config_file, json.dumps(config, indent=2, sort_keys=True) + '\n')
-    local = base if osp.isdir(base) else load_or_explain(lambda: StableDiffusion3Pipeline.download(base), base)
-    for name, part in index.items():
-        if isinstance(part, (list, tuple)) and part[0] and name != 'transformer':
+    for name in _parts(index):
+        if name != 'transformer':
             shutil.copytree(osp.join(local, name), osp.join(folder, name))
     for file in [osp.join(local, PIPELINE_FILE), *glob(osp.join(glob_escape(local), 'LICENSE*'))]:
         shutil.copy(file, folder)

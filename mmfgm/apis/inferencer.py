@@ -77,6 +77,9 @@ class FGMInferencer(BaseInferencer):
         self.precision, self._lock = precision, threading.Lock()
         self._encoder_cfg, self._encoder = text_encoder or _text_encoder(cfg, self.export, precision), None
         super().__init__(cfg, weights, device, scope='mmfgm', show_progress=show_progress)
+        if self.model.num_classes is None and not self._encoder_cfg:
+            raise UsageError('this network takes prompts, and nothing says how they are encoded: set text_encoder in the config, '
+                             "for example dict(type='SD3TextEncoder', pretrained=...)")
 
     # what BaseInferencer builds
     def _init_model(self, cfg: Config, weights: Optional[str], device: str = 'cpu') -> SamplingModel:

@@ -3,7 +3,6 @@
 from typing import Dict
 
 import torch
-from mmengine.device import get_device
 from torch import Tensor
 from torch.nn.functional import pad
 
@@ -32,7 +31,7 @@ class LatentDecoder:
     @torch.no_grad()
     def __call__(self, latents: Tensor) -> Tensor:
         """Latents ``(N, C, h, w)`` to float32 images ``(N, 3, H, W)`` in [-1, 1] up to overshoot."""
-        vae = self.vae.to(get_device())
+        vae = self.vae.to(latents.device)
         z = latents.to(vae.device, vae.dtype) / vae.config.scaling_factor + (vae.config.shift_factor or 0)
         return torch.cat([vae.decode(part).sample.float() for part in z.split(self.batch_size)])
 

@@ -99,6 +99,11 @@ def test_stock_diffusers_makes_our_image(exports, case):
     torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-5)
     # and so does FGMInferencer, of the folder alone
     torch.testing.assert_close(images_of(str(folder / 'fp32')), ours, rtol=0, atol=1e-5)
+    # with the config beside it, it compares with the teacher
+    both = FGMInferencer(problem.config, str(folder / 'fp32'))
+    teacher = to_unit(both(PROMPTS, seeds=SEEDS, out='tensor', network='teacher', nfe=2, guidance=3.0)['predictions'])
+    expected = images_of(problem.config, problem.weights, network='teacher', nfe=2, guidance=3.0)
+    assert both.networks == ['generator_ema', 'teacher'] and torch.equal(teacher, expected)
 
 
 @pytest.mark.slow
@@ -154,7 +159,7 @@ def test_other_sizes_shards_and_cards(sd3_folder, tmp_path):
     assert len(shards) > 2 and all(digest in card for digest in shards.values())
 
 
-@pytest.mark.parametrize('dtype, tolerance', [('fp32', 0), ('bf16', 0.05)])
+@pytest.mark.parametrize('dtype, tolerance', [('fp32', 0), ('bf16', 0.05), ('fp16', 0.005)])
 def test_class_generator(digits, tmp_path, dtype, tolerance):
     cfg, out = read_config(digits.config), str(tmp_path / 'out')
     assert export_generator(cfg, digits.weights, out, dtype=dtype) == 'generator'

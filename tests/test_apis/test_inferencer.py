@@ -183,8 +183,16 @@ def test_bad_models(digits, shapes, tmp_path):
         FGMInferencer('nowhere.py', digits.weights)
     with pytest.raises(UsageError, match='has no network .*generator_ema'):
         FGMInferencer(digits.config, str(digits.folder / 'teacher.pth'))
-    with pytest.raises(UsageError, match='needs diffusers|cannot be loaded|nowhere'):
+    with pytest.raises(UsageError, match="'/nowhere/teacher' does not exist"):
         FGMInferencer(_with(digits.config, {'model.teacher.checkpoint': '/nowhere/teacher'}))
+    with pytest.raises(UsageError, match='nothing says how they are encoded: set text_encoder'):
+        FGMInferencer(_with(shapes.config, {'text_encoder': None}), shapes.weights)
+    with pytest.raises(UsageError, match="model.type is 'Generator'; expected is FGM"):
+        FGMInferencer(_with(digits.config, {'model.type': 'Generator'}), digits.weights)
+    with pytest.raises(UsageError, match='FlowMatching has no network without weights'):
+        FGMInferencer('mmfgm::reflow/digits.py')
+    with pytest.raises(UsageError, match="precision must be 'fp32' or 'bf16', but is 'fp8'"):
+        FGMInferencer(digits.config, digits.weights, precision='fp8')
 
 
 def _with(config, options):

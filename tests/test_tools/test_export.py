@@ -21,11 +21,13 @@ def names(digits, sd3, sd3_folder, tmp_path_factory):  # noqa: F811
     shutil.copytree(sd3_folder, folder / 'deeper')
     config = folder / 'deeper' / 'transformer' / 'config.json'
     config.write_text(json.dumps({**json.loads(config.read_text()), 'num_layers': 3}))
+    shutil.copytree(sd3_folder, folder / 'half', ignore=lambda *args: ['vae'])
     (folder / 'run').mkdir()
     shutil.copy(digits.weights, folder / 'run' / 'iter_1.pth')
     (folder / 'run' / 'last_checkpoint').write_text('iter_1.pth')
     return dict(CONFIG=digits.config, WEIGHTS=digits.weights, EXPORT=folder / 'export', SD3=sd3.config, SD3_WEIGHTS=sd3.weights,
-                BASE=sd3_folder, DEEPER=folder / 'deeper', RUN=folder / 'run', REFLOW=ROOT / 'configs/reflow/digits.py',
+                BASE=sd3_folder, DEEPER=folder / 'deeper', HALF=folder / 'half', RUN=folder / 'run',
+                REFLOW=ROOT / 'configs/reflow/digits.py',
                 TEACHER=digits.folder / 'teacher.pth')
 
 
@@ -45,6 +47,7 @@ def names(digits, sd3, sd3_folder, tmp_path_factory):  # noqa: F811
     ('SD3 SD3_WEIGHTS --base DEEPER', 'is of another architecture than the transformer of'),
     ('SD3 SD3_WEIGHTS --base nowhere', "there is no folder 'nowhere', and it is no id on the hub"),
     ('SD3 SD3_WEIGHTS --base EXPORT', 'is not a whole Stable Diffusion 3 folder'),
+    ('SD3 SD3_WEIGHTS --base HALF', "is not whole: vae is missing"),
     ('SD3 SD3_WEIGHTS --max-shard-size big', "max_shard_size='big' is not understood"),
     ('nowhere.py WEIGHTS', "there is no config 'nowhere.py'"),
 ])

@@ -3,7 +3,7 @@ r"""What FGMInferencer costs above the calls of the networks, and what one step 
 
 The bare side calls text encoders, generator and VAE by hand, with noise drawn beforehand. Both sides take turns, so that
 other load on the machine meets both alike, and must make the same images. Then the teacher makes the batch with guidance.
-Prints median seconds of each, and the ratios.
+Prints median seconds of each, and the ratios; without a GPU those are of the process's CPU time, which other load is not in.
 
 Without CONFIG, a Stable Diffusion 3 of random weights is made: --width, --depth and --latent-size set how long a call takes;
 its VAE and text encoders stay tiny.
@@ -12,7 +12,6 @@ its VAE and text encoders stay tiny.
 """
 import argparse
 import os.path as osp
-import statistics
 import sys
 import tempfile
 import time
@@ -46,13 +45,15 @@ def random_sd3(folder, args):
 
 
 def seconds_of(call, device):
+    """Wall time, the time to compare by, and the result."""
+    clocks = (time.perf_counter, time.perf_counter if device.type == 'cuda' else time.process_time)
     if device.type == 'cuda':
         torch.cuda.synchronize()
-    start = time.perf_counter()
+    start = [clock() for clock in clocks]
     result = call()
     if device.type == 'cuda':
         torch.cuda.synchronize()
-    return time.perf_counter() - start, result
+    return torch.tensor([clock() - began for clock, began in zip(clocks, start)]), result
 
 
 def main():
@@ -102,20 +103,21 @@ def measure(inferencer, args):
         times['encoders'].append(spent)
         times['network'].append(seconds_of(lambda: bare(cond), device)[0])
         times['inferencer'].append(seconds_of(ours, device)[0])
-    median = {key: statistics.median(values) for key, values in times.items()}
+    median = {key: torch.stack(values).median(0).values for key, values in times.items()}
     parameters = sum(p.numel() for p in generator.parameters())
     print(f'{name}, {parameters / 1e6:.1f} M parameters, batch of {n}, {args.precision}, {device}, torch {torch.__version__}, '
           f'{torch.get_num_threads()} threads, median of {args.repeats}')
-    print(f'  network and VAE by hand          {median["network"]:8.4f} s')
-    print(f'  text encoders by hand            {median["encoders"]:8.4f} s')
-    print(f'  FGMInferencer, to PIL images     {median["inferencer"]:8.4f} s')
+    print(f'  network and VAE by hand          {median["network"][0]:8.4f} s')
+    print(f'  text encoders by hand            {median["encoders"][0]:8.4f} s')
+    print(f'  FGMInferencer, to PIL images     {median["inferencer"][0]:8.4f} s')
     for title, base in (('network and VAE', median['network']), ('all three by hand', median['network'] + median['encoders'])):
-        print(f'  overhead above {title + ":":18s} {100 * (median["inferencer"] / base - 1):8.2f} %')
+        print(f'  overhead above {title + ":":18s} {100 * float(median["inferencer"][1] / base[1] - 1):8.2f} %')
     if 'teacher' in inferencer.networks:
         steps = dict(network='teacher', nfe=args.nfe, shift=args.shift, guidance=args.guidance)
         ours(**{**steps, 'nfe': 1})   # builds and loads
-        slow = statistics.median(seconds_of(lambda: ours(**steps), device)[0] for _ in range(max(1, args.repeats // 3)))
-        print(f'  teacher, {args.nfe} steps with guidance {slow:8.4f} s: {slow / median["inferencer"]:.1f} times one step')
+        slow, _ = seconds_of(lambda: ours(**steps), device)
+        print(f'  teacher, {args.nfe} steps with guidance {slow[0]:8.4f} s: {float(slow[1] / median["inferencer"][1]):.1f} times '
+              'one step')
 
 
 if __name__ == '__main__':
