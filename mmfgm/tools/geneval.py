@@ -27,7 +27,7 @@ from mmfgm.engine import init_processes
 from mmfgm.errors import UsageError
 from mmfgm.evaluation.geneval import Scorer, generate, summarize
 from mmfgm.evaluation.geneval.dataset import metadata_rows
-from mmfgm.evaluation.geneval.layout import read_results
+from mmfgm.evaluation.geneval.layout import read_results, scan_folder
 from mmfgm.evaluation.geneval.prompts import to_jsonl
 from mmfgm.registry import TASK_UTILS
 
@@ -187,6 +187,8 @@ def geneval(argv: Optional[Sequence[str]] = None) -> Optional[dict]:
     if args.command == 'run':
         return _run(args)
     folder = args.folder.rstrip(os.sep) or args.folder
+    # before the models are loaded, and perhaps downloaded
+    on_main(lambda: scan_folder(folder, args.num_samples))
     return _score(args, _build_scorer(load_config(args)), folder, args.work_dir or folder)
 
 

@@ -125,6 +125,11 @@ def test_images_that_are_not_there(tmp_path):
     assert [entry.name for entry in missing] == [image_name(0, 1), *(image_name(2, sample) for sample in range(4))]
     assert len(entries) == 7 and missing[-1].row == ROWS[2]
     assert scan_folder(str(tmp_path), 0)[1] == []
+    (tmp_path / 'empty' / '00000').mkdir(parents=True)
+    (tmp_path / 'empty' / '00000' / 'metadata.jsonl').write_text(json.dumps(ROWS[0]))
+    assert len(scan_folder(str(tmp_path / 'empty'))[1]) == 4
+    with pytest.raises(UsageError, match='hold no images'):
+        scan_folder(str(tmp_path / 'empty'), 0)
     with pytest.raises(UsageError, match="00000/samples' has 3 images, expected are 2.*--num-samples"):
         scan_folder(str(tmp_path), 2)
     (tmp_path / '00002' / 'metadata.jsonl').unlink()

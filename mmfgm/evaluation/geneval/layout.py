@@ -123,6 +123,8 @@ def scan_folder(folder: str, num_samples: int = 4) -> Tuple[List[Entry], List[En
         taken = {int(re.match(r'\d+', file)[0]) for file in files}
         free = (i for i in range(num_samples) if i not in taken)
         missing += [Entry(f'{name}/{SAMPLES}/{i:04d}.png', row) for i, _ in zip(free, range(num_samples - len(files)))]
+    if not entries and not missing:
+        raise UsageError(f'the folders of {folder!r} hold no images; expected are {osp.join(folder, image_name(0, 0))} and so on')
     return entries, missing
 
 
