@@ -61,6 +61,8 @@ class FGMInferencer(BaseInferencer):
                  precision: str = 'fp32',
                  text_encoder: Optional[dict] = None,
                  show_progress: bool = False):
+        if model is None and weights is None:
+            raise UsageError('FGMInferencer needs a config and a checkpoint, or the folder of an export')
         if isinstance(model, str) and is_export(model):
             if weights is not None:
                 raise UsageError(f'{model!r} is an export, which holds its weights; leave {weights!r} out, or give a config '

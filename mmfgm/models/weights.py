@@ -173,7 +173,8 @@ def load_network(network: nn.Module, checkpoint: str, prefix: str = '', into: st
     if prefix:
         state = {key[len(prefix) + 1:]: value for key, value in state.items() if key.startswith(f'{prefix}.')}
         if not state:
-            raise UsageError(f'checkpoint {checkpoint!r} has no network {prefix!r}; it holds {found}; set the prefix')
+            raise UsageError(f'checkpoint {checkpoint!r} has no network {prefix!r}; it holds {found}; set the prefix, '
+                             'or name the checkpoint of this config')
     try:
         part = network.get_submodule(into)
     except AttributeError as e:

@@ -191,6 +191,8 @@ def test_bad_models(digits, shapes, tmp_path):
         FGMInferencer(_with(digits.config, {'model.type': 'Generator'}), digits.weights)
     with pytest.raises(UsageError, match='FlowMatching has no network without weights'):
         FGMInferencer('mmfgm::reflow/digits.py')
+    with pytest.raises(UsageError, match='needs a config and a checkpoint, or the folder of an export'):
+        FGMInferencer()
     with pytest.raises(UsageError, match="precision must be 'fp32' or 'bf16', but is 'fp8'"):
         FGMInferencer(digits.config, digits.weights, precision='fp8')
 
