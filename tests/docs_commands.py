@@ -71,6 +71,8 @@ TINY_SD3 = '--cfg-options model.network.latent_size=8'
 DIGITS = 'configs/fgm/digits.py work_dirs/fgm/digits'
 SD3_RUN = 'configs/fgm/sd3_1024.py work_dirs/fgm/sd3_1024'
 MY = 'python -m mmfgm.tools'
+SLOW = (f'{TRAIN} --work-dir work_dirs/slow_online --cfg-options train_cfg.max_iters=600 '
+        'optim_wrapper.online.optimizer.lr=1e-4')
 
 COMMANDS = {
     TRAIN_TEACHER: Run(SHORT, 'work_dirs/reflow/digits/iter_2.pth'),
@@ -84,6 +86,9 @@ COMMANDS = {
         Run(FEW, 'work_dirs/reflow/digits/test/metrics.json', (TRAIN_TEACHER, )),
     'python tools/report.py work_dirs/fgm/digits': Run('', 'work_dirs/fgm/digits/report.html', (TRAIN, )),
     'python tools/report.py work_dirs/fgm/digits --curves docs/losses_digits.png': Run('', 'docs/losses_digits.png', (TRAIN, )),
+    SLOW: Run('train_cfg.max_iters=2 default_hooks.logger.interval=1', 'work_dirs/slow_online/iter_2.pth', (TRAIN_TEACHER, )),
+    'python tools/report.py work_dirs/fgm/digits --beside work_dirs/slow_online --curves docs/losses_compared.png': Run(
+        '', 'docs/losses_compared.png', (TRAIN, SLOW)),
     f'python tools/generate.py {DIGITS} --labels 0 1 2 3 --compare 50 --out digits': Run('', 'digits/compare.png', (TRAIN, )),
     f'python tools/demo.py {DIGITS}': Serve(needs=(TRAIN, )),
     f'python tools/export_diffusers.py {DIGITS} exports/digits': Run('', 'exports/digits', (TRAIN, )),
@@ -106,6 +111,8 @@ COMMANDS = {
         TINY_SD3, 'cats/grid.png', (sd3_inputs, sd3_checkpoint)),
     f'python tools/export_diffusers.py {SD3_RUN} exports/sd3_1024': Run(
         TINY_SD3, 'exports/sd3_1024/model_index.json', (sd3_inputs, sd3_checkpoint)),
+    f'python tools/export_diffusers.py {SD3_RUN} work_dirs/fgm/sd3_1024/diffusers --dtype bf16': Run(
+        TINY_SD3, 'work_dirs/fgm/sd3_1024/diffusers/model_index.json', (sd3_inputs, sd3_checkpoint)),
     'python tools/merge_checkpoint.py work_dirs/fgm/sd3_1024 generator.safetensors --network generator_ema': Run(
         '', 'generator.safetensors', (sd3_inputs, sd3_checkpoint)),
     'python tools/geneval.py prompts data/geneval/prompts.jsonl': Run('', 'data/geneval/prompts.jsonl'),
@@ -124,5 +131,6 @@ COMMANDS = {
         'generator_ema_9999 --nfe 10 20 50 100',
         f'python tools/test.py {SD3_RUN}/iter_20000.pth --evaluation geneval',
         'python tools/geneval.py score FOLDER', 'python tools/geneval.py run configs/geneval/sd3.py',
+        'python tools/geneval.py run configs/geneval/fgm_sd3.py',
         'tools/dist_geneval.sh 8 run configs/geneval/hyper_sd3.py')},
 }
