@@ -55,7 +55,8 @@ def parse_args(argv: Optional[Sequence[str]]) -> argparse.Namespace:
     prompts = commands.add_parser('prompts', help='write the prompts')
     prompts.add_argument('out', help='the .jsonl file to write')
     prompts.add_argument('--seed', type=int, default=43, help="of the draw (default: 43, the paper's)")
-    prompts.add_argument('--n', type=int, default=100, help="prompts drawn for each task but the first (default: 100, the paper's)")
+    prompts.add_argument('--n', type=int, default=100,
+                         help="prompts drawn for each task but the first (default: 100, the paper's)")
     prompts.add_argument('--force', action='store_true', help='overwrite OUT')
     score = commands.add_parser('score', help='score a folder of images')
     score.add_argument('folder', help="images in the reference's layout")
@@ -119,7 +120,8 @@ def _prompts(args: argparse.Namespace) -> None:
 
 
 def _start(args: argparse.Namespace) -> None:
-    for name, smallest in dict(num_samples=0 if args.command == 'score' else 1, batch_size=1, num_workers=0, sheet_prompts=0).items():
+    limits = dict(num_samples=0 if args.command == 'score' else 1, batch_size=1, num_workers=0, sheet_prompts=0)
+    for name, smallest in limits.items():
         if getattr(args, name) < smallest:
             raise UsageError(f'--{name.replace("_", "-")} must be at least {smallest}, but is {getattr(args, name)}')
     init_default_scope('mmfgm')
@@ -148,8 +150,8 @@ def _print(result: dict, scorer: Scorer, on_bad: str, out_dir: str, nfe: Optiona
         print(f'\n{len(bad)} images are missing or unreadable and {"are left out" if on_bad == "skip" else "count as wrong"}; '
               f'metrics.json lists them:\n  {shown}{f"{chr(10)}  ..." if len(bad) > 10 else ""}')
     warning = '' if scorer.comparable else '\nNot comparable with published scores.'
-    print(f'\n{format_scores(result["scores"], result["rows"], nfe)}\n\nDetector: {scorer.label}.{warning}\nWritten to {out_dir}: '
-          'results.jsonl, metrics.json, and a picture sheet for each task in sheets.', flush=True)
+    print(f'\n{format_scores(result["scores"], result["rows"], nfe)}\n\nDetector: {scorer.label}.{warning}\n'
+          f'Written to {out_dir}: results.jsonl, metrics.json, and a picture sheet for each task in sheets.', flush=True)
 
 
 def _run(args: argparse.Namespace) -> Optional[dict]:

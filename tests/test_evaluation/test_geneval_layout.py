@@ -206,6 +206,7 @@ def test_sheets(tmp_path):
     # frames of both verdicts, and the image's own pixels
     colors = {tuple(color) for color in sheets['single_object'].reshape(-1, 3).tolist()}
     assert {(24, 128, 56), (192, 32, 32), tuple(IMAGE[3, 4].tolist())} <= colors
-    many = [dict(row, tag='t', metadata=json.dumps(dict(include=[], i=i)), filename=image_name(i, 0)) for i, row in enumerate(rows)]
+    many = [dict(row, tag='t', metadata=json.dumps(dict(include=[], i=i)), filename=image_name(i, 0))
+            for i, row in enumerate(rows)]
     assert draw_sheets(many, folder, 3)['t'].shape[0] == 3 * heights['counting']
     assert draw_sheets(rows, folder, 0) == {}

@@ -52,7 +52,8 @@ def images(tmp_path):
 
 
 def run(config, out, *more):
-    return geneval(['run', str(config), '--prompts', str(config.with_name('prompts.jsonl')), '--work-dir', str(out), *SMALL, *more])
+    prompts = str(config.with_name('prompts.jsonl'))
+    return geneval(['run', str(config), '--prompts', prompts, '--work-dir', str(out), *SMALL, *more])
 
 
 def score(config, folder, *more):
@@ -116,7 +117,7 @@ def test_a_pipeline_on_two_processes_equals_one(config, tmp_path, counted, capsy
 
 @pytest.mark.slow
 def test_an_exported_generator_makes_the_images_of_the_training(config, sd3, sd3_folder, tmp_path):  # noqa: F811
-    """Both ways to a GenEval score of ours, ``tools/geneval.py run configs/geneval/fgm_sd3.py`` and the metric, image by image."""
+    """Both ways to a score of ours, ``tools/geneval.py run configs/geneval/fgm_sd3.py`` and the metric, image by image."""
     prompts = str(config.with_name('prompts.jsonl'))
     export_diffusers([sd3.config, sd3.weights, str(tmp_path / 'export')])
     (tmp_path / 'ours.py').write_text(config.read_text().replace('geneval/sd3.py', 'geneval/fgm_sd3.py').replace(

@@ -46,13 +46,14 @@ evaluations = dict(geneval=dict(
                               colors=dict(_delete_=True, type='StandInColors')))))
 ''')
     real = 'train_dataloader.dataset.real'
-    return folder / 'sd3.py', [f'model.network.pretrained={model}', f'model.decoder.pretrained={model}', 'model.network.latent_size=8',
-            f'model.guidance.null.path={folder / "prompts"}', f'train_dataloader.dataset.conditions.path={folder / "prompts"}',
-            f'{real}.path={folder / "latents"}', f'{real}.latent_shape=[16,8,8]', 'train_dataloader.batch_size=2',
-            'train_dataloader.num_workers=0', 'train_cfg.accumulation=2', 'train_cfg.max_iters=4',
-            'default_hooks.checkpoint.interval=2', 'default_hooks.checkpoint.save_best=geneval/overall',
-            'default_hooks.checkpoint.rule=greater', 'default_hooks.logger.interval=1', 'default_hooks.samples.interval=4',
-            f'default_hooks.samples.dataset.path={folder / "prompts"}', 'default_hooks.samples.dataset.num_samples=4']
+    return folder / 'sd3.py', [
+        f'model.network.pretrained={model}', f'model.decoder.pretrained={model}', 'model.network.latent_size=8',
+        f'model.guidance.null.path={folder / "prompts"}', f'train_dataloader.dataset.conditions.path={folder / "prompts"}',
+        f'{real}.path={folder / "latents"}', f'{real}.latent_shape=[16,8,8]', 'train_dataloader.batch_size=2',
+        'train_dataloader.num_workers=0', 'train_cfg.accumulation=2', 'train_cfg.max_iters=4',
+        'default_hooks.checkpoint.interval=2', 'default_hooks.checkpoint.save_best=geneval/overall',
+        'default_hooks.checkpoint.rule=greater', 'default_hooks.logger.interval=1', 'default_hooks.samples.interval=4',
+        f'default_hooks.samples.dataset.path={folder / "prompts"}', 'default_hooks.samples.dataset.num_samples=4']
 
 
 def dist_train(work_dir, recipe, *more):
@@ -116,5 +117,6 @@ def test_trains_evaluates_resumes_and_draws(recipe, tmp_path):
 def test_bad_input(recipe, tmp_path, wrong, message):
     config = tmp_path / 'config.py'
     config.write_text(f'_base_ = [{str(recipe[0])!r}]\nstrategy = dict(_delete_=True, type="SingleDeviceStrategy")\n')
-    result = run_module('mmfgm.tools.train', config, '--work-dir', tmp_path / 'out', '--cfg-options', *recipe[1], wrong, codes=(2,))
+    result = run_module('mmfgm.tools.train', config, '--work-dir', tmp_path / 'out', '--cfg-options', *recipe[1], wrong,
+                        codes=(2,))
     assert message in result.stderr and 'Traceback' not in result.stderr

@@ -51,8 +51,8 @@ class GenEvalPrompts(CachedPrompts):
         source = self.manifest['source']
         if source['sha256'] != hashlib.sha256('\n'.join(prompts).encode()).hexdigest():
             raise UsageError(f'{self.path!r} holds {source["count"]} other prompts than {metadata or "those of GenEval"} '
-                             f'({len(prompts)}): write them with python tools/geneval.py prompts FILE.jsonl, and encode FILE.jsonl '
-                             'with tools/cache_prompts.py')
+                             f'({len(prompts)}): write them with python tools/geneval.py prompts FILE.jsonl, and encode '
+                             'FILE.jsonl with tools/cache_prompts.py')
         self.identity = dict(shards=[shard['sha256'] for shard in self.shards])
 
     def __len__(self) -> int:

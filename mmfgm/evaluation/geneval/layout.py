@@ -85,7 +85,7 @@ def _read_metadata(path: str) -> dict:
     except json.JSONDecodeError as e:
         raise UsageError(f'{path}, line {e.lineno}: expected is one JSON object in this file, but: {e.msg}') from e
     except (OSError, UnicodeDecodeError) as e:
-        raise UsageError(f'{path} cannot be read: {e}; expected is FOLDER/00000/metadata.jsonl beside FOLDER/00000/samples') from e
+        raise UsageError(f'{path} cannot be read: {e}; expected is it beside the folder {SAMPLES}') from e
     except UsageError as e:
         raise UsageError(f'{path}, line 1: {e}') from None
 

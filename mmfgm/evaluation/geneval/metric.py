@@ -66,7 +66,7 @@ class GenEval(SampleMetric):
         colors (dict, optional): Config of the colour classifier, ``dict(type='ClipColors', ...)``.
         options (dict, optional): Options of :func:`~mmfgm.evaluation.geneval.judge` other than the reference's.
         sheet_prompts (int): Prompts on the picture sheet of each task; 0 for no sheets. Defaults to 10.
-        keep_images (bool): False removes the images, about 3 GB at 1024 pixels, once they are judged.
+        keep_images (bool): False removes the images, gigabytes at 1024 pixels, once they are judged.
     """
 
     saves = True

@@ -72,8 +72,10 @@ class DiffusersPipeline:
         self.pipeline = load_or_explain(
             lambda: diffusers.DiffusionPipeline.from_pretrained(
                 self.pretrained, torch_dtype=getattr(torch, self.dtype), **self.load_args), self.pretrained, 'pipeline')
-        # what diffusers calls the network that it calls at each step
-        self.network = getattr(self.pipeline, 'transformer', None) or self.pipeline.unet
+        components = self.pipeline.components
+        self.network = components.get('transformer') or components.get('unet')
+        if self.network is None:
+            raise UsageError(f'{type(self.pipeline).__name__} has neither a transformer nor a unet, whose calls are counted')
         if self.lora:
             self._fuse(**self.lora)
         if self.peft:
@@ -119,7 +121,7 @@ class DiffusersPipeline:
         calls = []
         handle = self.network.register_forward_hook(lambda *args: calls.append(None))
         scheduler, step = self.pipeline.scheduler, self.pipeline.scheduler.step
-        # SD3's pipeline leaves the noise of a stochastic scheduler to the global generator
+        # SD3's pipeline lets a stochastic scheduler draw from the global generator
         if 'generator' in inspect.signature(step).parameters:
             scheduler.step = partial(step, generator=generators)
         try:
