@@ -178,6 +178,23 @@ def test_class_generator(digits, tmp_path, dtype, tolerance):
     assert torch.equal(torch.stack(both(labels, seeds, out='tensor', network='teacher', nfe=3)['predictions']), torch.stack(own))
 
 
+def test_card_says_what_the_run_measured(digits, tmp_path):
+    """At the checkpoint's iteration, of the network that is exported."""
+    start = tmp_path / 'run' / '20260101_000000'
+    (start / 'vis_data').mkdir(parents=True)
+    (start / 'vis_data' / 'config.py').write_text(read_config(digits.config).pretty_text)
+    (start / 'vis_data' / 'scalars.json').write_text(
+        ''.join(json.dumps({'fd/fd': value, 'step': step}) + '\n' for step, value in ((2, 0.75), (4, 0.5), (6, 0.25))))
+    content = torch.load(digits.weights)
+    torch.save({**content, 'message_hub': dict(runtime_info=dict(iter=3))}, tmp_path / 'run' / 'iter_4.pth')
+    (tmp_path / 'run' / 'last_checkpoint').write_text('iter_4.pth')
+    for network, metrics in (('generator_ema', {'fd/fd': 0.5}), ('generator', {})):
+        export_generator(read_config(digits.config), str(tmp_path / 'run'), str(tmp_path / network), network=network)
+        source = json.loads((tmp_path / network / 'mmfgm_export.json').read_text())['source']
+        assert (source['checkpoint'], source['iterations'], source['metrics']) == ('iter_4.pth', 4, metrics)
+        assert ('| fd/fd | 0.5 |' in (tmp_path / network / 'README.md').read_text()) == bool(metrics)
+
+
 def test_unconditional_unet(tmp_path):
     """CIFAR-10's network, made small."""
     (tmp_path / 'run').mkdir()
