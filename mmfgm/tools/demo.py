@@ -89,7 +89,8 @@ class Demo:
         self.pictures(condition, [0], self.network)
         try:
             if self.teacher:
-                self.pictures(condition, [0], self.teacher)
+                # few steps: both solvers take an even number
+                self.pictures(condition, [0], self.teacher, 2)
         except UsageError as e:
             raise UsageError(f'the teacher cannot be shown: {e}; name it with --teacher, or write --teacher none') from e
 
@@ -97,8 +98,11 @@ class Demo:
                  nfe: Optional[int] = None) -> Tuple[List[Image.Image], float]:
         """One picture for each seed, enlarged, and the seconds it took to make them."""
         inputs = len(seeds) if self.inferencer.condition == 'nothing' else [condition] * len(seeds)
+        # solver, time grid and guidance as the config samples this network, whatever the number of steps
+        sampling = vars(self.inferencer.default_sampling(network))
+        sampling = {**sampling, 'nfe': nfe or sampling['nfe']}
         start = time.perf_counter()
-        images = self.inferencer(inputs, seeds=seeds, network=network, nfe=nfe, batch_size=len(seeds))['predictions']
+        images = self.inferencer(inputs, seeds=seeds, batch_size=len(seeds), **sampling)['predictions']
         return [enlarge(image) for image in images], time.perf_counter() - start
 
     def generate(self, condition: Any, seed: Any, with_teacher: bool, nfe: Any) -> list:

@@ -164,6 +164,12 @@ def test_prompts(browser, tmp_path):
         red = visitor.generate(condition='a red square', seed=3)
         image, = page.inferencer('a red square', seeds=[3])['predictions']
         assert np.array_equal(red, np.asarray(image.convert('L')).repeat(10, 0).repeat(10, 1))
+        # the teacher at any number of steps, with the guidance that the config samples it with
+        visitor.page.check('#with-teacher input')
+        visitor.fill(nfe=3)
+        visitor.page.click('#generate')
+        image, = page.inferencer('a red square', seeds=[3], network='teacher', nfe=3, guidance=2.0)['predictions']
+        assert np.array_equal(visitor.picture('compared'), np.asarray(image.convert('L')).repeat(10, 0).repeat(10, 1))
         assert not np.array_equal(visitor.generate(condition='a blue circle'), red)
         visitor.fill(condition='a red elephant')
         visitor.page.click('#generate')
