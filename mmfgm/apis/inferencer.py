@@ -1,7 +1,7 @@
 # Copyright (c) mmfgm authors.
 import copy
 import threading
-from typing import Any, Dict, List, Optional, Sequence, Union
+from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
 
 import numpy as np
 import torch
@@ -77,6 +77,7 @@ class FGMInferencer(BaseInferencer):
             raise UsageError(f'the config has no model, but {list(cfg)}; start from one of ours, for example '
                              "'mmfgm::fgm/digits.py'")
         self.precision, self._lock = precision, threading.Lock()
+        self._encoded: Tuple[Tuple[str, ...], Dict[str, Tensor]] = ((), {})
         self._encoder_cfg, self._encoder = text_encoder or _text_encoder(cfg, self.export, precision), None
         super().__init__(cfg, weights, device, scope='mmfgm', show_progress=show_progress)
         if self.model.num_classes is None and not self._encoder_cfg:
@@ -242,7 +243,7 @@ class FGMInferencer(BaseInferencer):
             self.model.load(sampling.network)
         batch = dict(inputs)
         if 'prompt' in batch:
-            batch.update(self.text_encoder.encode(batch.pop('prompt')))
+            batch.update(self._encode(tuple(batch.pop('prompt'))))
         samples = self.model.sample(batch, sampling).cpu()
         meta = [dict(seed=int(seed)) for seed in inputs['seed']]
         for name, key in dict(labels='label', prompt='prompt').items():
@@ -260,6 +261,15 @@ class FGMInferencer(BaseInferencer):
         if not return_datasamples:
             preds = [convert(pred.sample, out) for pred in preds]
         return dict(predictions=preds, visualization=visualization)
+
+    def _encode(self, prompts: Tuple[str, ...]) -> Dict[str, Tensor]:
+        """Each prompt of a batch once; and not again for the teacher's turn, or for other seeds."""
+        if self._encoded[0] != prompts:
+            unique = list(dict.fromkeys(prompts))
+            rows = torch.tensor([unique.index(prompt) for prompt in prompts])
+            self._encoded = prompts, {name: value[rows.to(value.device)]
+                                      for name, value in self.text_encoder.encode(unique).items()}
+        return self._encoded[1]
 
     def _empty_prompt(self, cond: Dict[str, Tensor]) -> Dict[str, Tensor]:
         """The condition that means "no prompt", for guidance."""

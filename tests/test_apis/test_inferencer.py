@@ -132,6 +132,20 @@ def test_words_of_shapes(shapes):
         inferencer('a red dragon')
 
 
+def test_prompts_are_encoded_once(shapes, monkeypatch):
+    inferencer, encoded = FGMInferencer(shapes.config, shapes.weights), []
+    encode = WordEncoder.encode
+    monkeypatch.setattr(WordEncoder, 'check', lambda self, prompts: None)
+    monkeypatch.setattr(WordEncoder, 'encode', lambda self, prompts: encoded.append(list(prompts)) or encode(self, prompts))
+    prompts = ['a red circle', 'two squares', 'a red circle']
+    together = inferencer(prompts, seeds=5, out='tensor')['predictions']
+    inferencer(prompts, seeds=9, network='teacher', nfe=2)
+    assert encoded == [['a red circle', 'two squares']]
+    for i, prompt in enumerate(prompts):
+        alone, = inferencer(prompt, seeds=5 + i, out='tensor')['predictions']
+        torch.testing.assert_close(alone, together[i], rtol=1e-5, atol=1e-5)
+
+
 def test_prompts_of_sd3(sd3, sd3_folder):
     from diffusers import StableDiffusion3Pipeline
     pipeline = StableDiffusion3Pipeline.from_pretrained(sd3_folder)
