@@ -182,7 +182,7 @@ def enlarge(image: Image.Image) -> Image.Image:
 
 def caption(network: str, nfe: int, seconds: float) -> str:
     """What stands above a picture."""
-    return f'{network}, {nfe} NFE, {1000 * seconds:.4g} ms'
+    return f'{network}, {nfe} NFE, {1000 * seconds:.1f} ms'
 
 
 def demo(argv: Optional[Sequence[str]] = None) -> None:
