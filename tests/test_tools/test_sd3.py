@@ -1,6 +1,7 @@
 # Copyright (c) mmfgm authors.
 """The SD3 recipe as a user starts it, with a tiny pipeline in place of the real one: caches, training, GenEval, resume."""
 import json
+import re
 import subprocess
 import sys
 
@@ -56,12 +57,12 @@ evaluations = dict(geneval=dict(
         f'default_hooks.samples.dataset.path={folder / "prompts"}', 'default_hooks.samples.dataset.num_samples=4']
 
 
-def dist_train(work_dir, recipe, *more):
+def dist_train(work_dir, recipe, *more, codes=(0,), **env):
     config, options = recipe
     command = ['bash', 'tools/dist_train.sh', str(config), '2', '--work-dir', str(work_dir), *more, '--cfg-options', *options]
     path = f'{sys.executable.rsplit("/", 1)[0]}:{tool_env()["PATH"]}'
-    result = subprocess.run(command, cwd=ROOT, env=tool_env(PATH=path), capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, f'{result.stdout[-3000:]}\n{result.stderr[-6000:]}'
+    result = subprocess.run(command, cwd=ROOT, env=tool_env(PATH=path, **env), capture_output=True, text=True, timeout=300)
+    assert result.returncode in codes, f'{result.stdout[-3000:]}\n{result.stderr[-6000:]}'
 
 
 def verdicts(work_dir, iteration):
@@ -77,6 +78,9 @@ def test_trains_evaluates_resumes_and_draws(recipe, tmp_path):
     run_module('mmfgm.tools.train', recipe[0], '--work-dir', tmp_path / 'parts', '--launcher', 'pytorch',
                '--cfg-options', *recipe[1], *kill, nproc=2, codes=None)
     assert (tmp_path / 'parts' / 'last_checkpoint').read_text().endswith('iter_2.pth')
+    # stopped again, in the middle of the evaluation that follows the last iteration
+    dist_train(tmp_path / 'parts', recipe, '--resume', codes=(1,), KILL_AFTER='4')
+    assert (tmp_path / 'parts' / 'last_checkpoint').read_text().endswith('iter_4.pth')
     dist_train(tmp_path / 'parts', recipe, '--resume')
     whole, parts = (read_state_dict(str(tmp_path / name)) for name in ('whole', 'parts'))
     assert {key.split('.')[0] for key in whole} == {'online', 'discriminator', 'generator', 'generator_ema'}
@@ -86,14 +90,14 @@ def test_trains_evaluates_resumes_and_draws(recipe, tmp_path):
     picture = next((tmp_path / 'whole').glob('*/vis_data/vis_image/samples_4.png'))
     assert Image.open(picture).size[0] > 100
 
-    # GenEval of the average, at both evaluations; the resumed run takes up what the killed one had judged
+    # GenEval of the average, at both evaluations; a resumed run takes up what the killed one had judged
     for iteration in (2, 4):
         rows = verdicts(tmp_path / 'whole', iteration)
         assert len(rows) == 3 * len(ROWS) and rows == verdicts(tmp_path / 'parts', iteration)
         assert any(row['correct'] for row in rows) and not all(row['correct'] for row in rows)
     assert verdicts(tmp_path / 'whole', 2) != verdicts(tmp_path / 'whole', 4)
     logs = [path.read_text() for path in sorted((tmp_path / 'parts').glob('*/*.log'))]
-    assert ['18 of 18 images are judged already' in log for log in logs] == [False, True]
+    assert [re.findall(r'GenEval: (.*) images are judged already', log) for log in logs] == [[], ['18 of 18'], ['8 of 18']]
     scores = json.loads((tmp_path / 'whole' / 'geneval' / 'iter_4' / 'metrics.json').read_text())
     assert not scores['comparable'] and f'geneval/overall: {scores["scores"]["overall"]:.4f}' in logs[-1]
     assert 'not comparable with published scores' in logs[-1]
