@@ -76,7 +76,7 @@ def export_generator(cfg: Config,
     if base and not sd3:
         raise UsageError(f'a network of type {model["network"]["type"]} is no part of {base!r}, and is exported without a base; '
                          'leave --base out')
-    if lora and not (sd3 and model.get('lora')):
+    if lora and not (sd3 and base and model.get('lora')):
         raise UsageError('a LoRA file comes from a training with model.lora of a pre-trained SD3; leave --lora out')
     with whole_folder(out, force, EXPORT_FILE) as folder, DefaultScope.overwrite_default_scope('mmfgm'):
         if sd3 and base:

@@ -37,7 +37,7 @@ class SamplingModel(FlowModel):
 
     def __init__(self, model: dict, weights: Optional[str] = None, export: Optional[dict] = None, precision: str = 'fp32',
                  null: Optional[Any] = None):
-        super().__init__(decoder=(export or {}).get('model', model).get('decoder'))
+        super().__init__()
         kind = MODELS.get(model.get('type', 'FGM'))
         if kind is None or not issubclass(kind, (FGM, FlowMatching)):
             raise UsageError(f'model.type is {model.get("type")!r}; expected is FGM or FlowMatching, or a class of yours that '
@@ -62,6 +62,8 @@ class SamplingModel(FlowModel):
         self.one_step = tuple(trained) if self.distilled else ()
         if not self.available:
             raise UsageError(f'{kind.__name__} has no network without weights: name a checkpoint')
+        decoder = (export or {}).get('model', model).get('decoder')
+        self.decoder = TASK_UTILS.build(decoder) if decoder else None
 
     @property
     def networks(self) -> Dict[str, nn.Module]:

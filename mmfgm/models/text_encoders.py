@@ -4,7 +4,7 @@ import os.path as osp
 import re
 import warnings
 from types import SimpleNamespace
-from typing import Any, Callable, Dict, List, Sequence, Tuple
+from typing import Any, Callable, Dict, List, Sequence
 
 import torch
 from torch import Tensor
