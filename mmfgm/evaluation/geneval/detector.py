@@ -12,8 +12,8 @@ from mmfgm.errors import UsageError
 from ..features import full_precision
 from .prompts import OBJECT_NAMES
 
-# masks that are enlarged at once: 16 of 1024 x 1024 pixels take 64 MiB
-CHUNK = 16
+# masks that are enlarged at once: four of 1024 x 1024 pixels take 16 MiB, which glibc still reuses
+CHUNK = 4
 
 
 class Frame(NamedTuple):

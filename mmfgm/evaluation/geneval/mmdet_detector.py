@@ -3,6 +3,7 @@
 import copy
 import os.path as osp
 import re
+from functools import partial
 from typing import Dict, List, Optional, Tuple, Union
 
 import numpy as np
@@ -18,6 +19,7 @@ from mmfgm.registry import TASK_UTILS
 
 from ..features import download
 from .detector import Frame, Mask2FormerDetector
+from .mmdet_speed import fast_deformable_attention, forward_head
 from .prompts import OBJECT_NAMES
 
 CONFIG = 'mask2former_swin-s-p4-w7-224_8xb2-lsj-50e_coco'
@@ -142,6 +144,7 @@ class MMDetMask2Former(Mask2FormerDetector):
         with DefaultScope.overwrite_default_scope('mmdet'):
             network, self.pipeline = build_network(cfg), build_pipeline(cfg)
         self._load(network, checkpoint, weights_only)
+        network.panoptic_head._forward_head = partial(forward_head, network.panoptic_head)
         other = f'Mask2Former (mmdet, {osp.basename(cfg.filename or "config")}), not comparable with published GenEval scores'
         self.label = 'Mask2Former Swin-S (mmdet)' if self.comparable else other
         self._tested = False
@@ -177,7 +180,8 @@ class MMDetMask2Former(Mask2FormerDetector):
         data = [self.pipeline(dict(img=np.ascontiguousarray(image[..., ::-1]), img_id=0)) for image in images]
         batch = self.network.data_preprocessor({key: [item[key] for item in data] for key in data[0]}, False)
         samples = batch['data_samples']
-        class_logits, mask_logits = self.network.panoptic_head(self.network.extract_feat(batch['inputs']), samples)
+        with fast_deformable_attention():
+            class_logits, mask_logits = self.network.panoptic_head(self.network.extract_feat(batch['inputs']), samples)
         frame = Frame(samples[0].batch_input_shape, samples[0].img_shape, samples[0].ori_shape)
         # those of the layers before are for training
         return class_logits[-1], mask_logits[-1], frame
