@@ -1,12 +1,20 @@
 # Copyright (c) mmfgm authors.
-"""A headless browser for the tests of pages."""
+"""A headless browser for the tests of pages, and a port to serve them at."""
 import os
 import shutil
+import socket
 from contextlib import contextmanager
 
 import pytest
 
 NAMES = ('chromium', 'chromium-browser', 'google-chrome', 'google-chrome-stable')
+
+
+def free_port():
+    """A port that nothing listens on."""
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        return s.getsockname()[1]
 
 
 @contextmanager

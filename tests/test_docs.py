@@ -13,7 +13,6 @@ import importlib
 import os
 import re
 import shlex
-import socket
 import subprocess
 import sys
 import time
@@ -26,6 +25,7 @@ from mmengine.registry import DefaultScope
 from mmfgm.engine.runner import check_config
 from mmfgm.registry import MODELS
 from mmfgm.tools.cli import load_config, read_config
+from tests.browser import free_port
 from tests.conftest import ROOT, tool_env
 from tests.docs_commands import COMMANDS, TRAIN, Parse, Run, Serve, sd3_inputs
 
@@ -108,12 +108,6 @@ class Sandbox:
         finally:
             server.kill()
             server.wait()
-
-
-def free_port():
-    with socket.socket() as s:
-        s.bind(('127.0.0.1', 0))
-        return s.getsockname()[1]
 
 
 @pytest.fixture(scope='module')

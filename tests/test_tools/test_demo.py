@@ -2,7 +2,6 @@
 """The demo page as visitors use it, in a headless browser."""
 import io
 import re
-import socket
 import subprocess
 import sys
 import time
@@ -15,7 +14,7 @@ from PIL import Image
 from mmfgm.apis import FGMInferencer
 from mmfgm.errors import UsageError
 from mmfgm.tools.demo import Demo, demo
-from tests.browser import open_browser
+from tests.browser import free_port, open_browser
 from tests.conftest import ROOT, tool_env, train
 from tests.test_apis.conftest import SHAPES, TOY, make_problem
 
@@ -31,10 +30,7 @@ def run(tiny, tmp_path_factory):
 @pytest.fixture(scope='module')
 def url(tiny, run, tmp_path_factory):
     """Where ``tools/demo.py`` serves that generator."""
-    with socket.socket() as s:
-        s.bind(('127.0.0.1', 0))
-        port = s.getsockname()[1]
-    log = tmp_path_factory.mktemp('log') / 'log'
+    port, log = free_port(), tmp_path_factory.mktemp('log') / 'log'
     with open(log, 'w') as f:
         server = subprocess.Popen([sys.executable, ROOT / 'tools' / 'demo.py', tiny / 'fgm.py', run, '--port', str(port),
                                    '--gallery', '3'], env=tool_env(), stdout=f, stderr=subprocess.STDOUT)
@@ -158,7 +154,8 @@ def test_prompts(browser, tmp_path):
     page = Demo(FGMInferencer(problem.config, problem.weights), gallery=2)
     page.warm_up()
     blocks = page.build('about')
-    _, url, _ = blocks.launch(prevent_thread_lock=True, quiet=True, ssr_mode=False, share=False, server_name='127.0.0.1')
+    _, url, _ = blocks.launch(prevent_thread_lock=True, quiet=True, ssr_mode=False, share=False, server_name='127.0.0.1',
+                              server_port=free_port())
     try:
         visitor = Visitor(browser, url)
         red = visitor.generate(condition='a red square', seed=3)
