@@ -10,6 +10,7 @@ A config's ``evaluations`` maps a name to::
          metrics=dict(fd=dict(type='FrechetDistance', reference=dict(type='Digits'))))
 """
 import os
+import os.path as osp
 import time
 from dataclasses import asdict, dataclass, field
 from typing import Dict, List, Optional
@@ -76,17 +77,20 @@ class Evaluation:
 
     def pictures(self) -> Dict[str, np.ndarray]:
         """What there is to look at after :meth:`run`, on the main process: name to RGB ``(H, W, 3)`` uint8."""
-        return {self._name(key, title).replace('/', '_'): picture for key, metric in self.built.items()
-                for title, picture in metric.pictures.items()}
+        return {f'{self.name}_{title}' if key == self.name else f'{self.name}_{key}_{title}': picture
+                for key, metric in self.built.items() for title, picture in metric.pictures.items()}
 
     def _reset(self, model, sampling: Sampling, out_dir: Optional[str], config: Optional[dict]) -> None:
-        origin = None
-        if out_dir and any(metric.saves for metric in self.built.values()):
-            os.makedirs(out_dir, exist_ok=True)
+        origin, saving = None, [key for key, metric in self.built.items() if metric.saves]
+        if out_dir and saving:
             origin = dict(sampling=asdict(sampling), weights=fingerprint(getattr(model, sampling.network)), config=config,
                           dataset=self.dataset, data=getattr(self.loader.dataset, 'identity', None))
-        for metric in self.built.values():
-            metric.reset(self.num_samples, out_dir, origin)
+        for key, metric in self.built.items():
+            # one metric has the folder to itself, several share it
+            folder = osp.join(out_dir, key) if out_dir and saving != [key] else out_dir
+            if origin and key in saving:
+                os.makedirs(folder, exist_ok=True)
+            metric.reset(self.num_samples, folder, origin)
         self.loader.sampler.skip = frozenset.intersection(*(frozenset(metric.finished()) for metric in self.built.values()))
 
     @torch.no_grad()

@@ -50,10 +50,15 @@ def start(args: argparse.Namespace) -> str:
         if value < 1 or (largest and value > largest):
             raise UsageError(f'--{name.replace("_", "-")} must be at least 1{f" and at most {largest}" if largest else ""}, '
                              f'but is {value}')
-    os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
-    # gloo, and patiently: processes meet at the start and at the end only, hours apart
-    init_processes(args.launcher, 'gloo', **(dict(timeout=timedelta(days=7)) if torch.cuda.is_available() else {}))
+    connect(args)
     return 'cuda' if torch.cuda.is_available() else 'cpu'
+
+
+def connect(args: argparse.Namespace) -> None:
+    """Connect the processes of ``args.launcher``, which may be hours apart."""
+    os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
+    # gloo, and patiently: processes meet at the start and at the end of long parts only
+    init_processes(args.launcher, 'gloo', **(dict(timeout=timedelta(days=7)) if torch.cuda.is_available() else {}))
 
 
 def on_main(function: Callable[[], Any]) -> Any:

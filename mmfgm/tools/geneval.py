@@ -13,7 +13,6 @@ import gc
 import json
 import os
 import os.path as osp
-from datetime import timedelta
 from typing import Dict, List, Optional, Sequence
 
 import torch
@@ -23,7 +22,6 @@ from mmengine.dist import is_main_process
 from mmengine.logging import MMLogger
 from mmengine.registry import init_default_scope
 
-from mmfgm.engine import init_processes
 from mmfgm.errors import UsageError
 from mmfgm.evaluation.geneval import Scorer, generate, summarize
 from mmfgm.evaluation.geneval.dataset import metadata_rows
@@ -31,7 +29,7 @@ from mmfgm.evaluation.geneval.layout import read_results, scan_folder
 from mmfgm.evaluation.geneval.prompts import to_jsonl
 from mmfgm.registry import TASK_UTILS
 
-from .caching import on_main
+from .caching import connect, on_main
 from .cli import CONFIG_HELP, add_common_arguments, building, load_config, run_tool, write_file
 from .geneval_jobs import generate_images, score_folder
 
@@ -113,7 +111,10 @@ def _prompts(args: argparse.Namespace) -> None:
         raise UsageError(f'--n must be at least 1, but is {args.n}')
     if osp.exists(args.out) and not args.force:
         raise UsageError(f'{args.out!r} exists; overwrite it with --force')
-    os.makedirs(osp.dirname(osp.abspath(args.out)), exist_ok=True)
+    try:
+        os.makedirs(osp.dirname(osp.abspath(args.out)), exist_ok=True)
+    except OSError as e:
+        raise UsageError(f'the folder of {args.out!r} cannot be made: {e}') from e
     rows = generate(args.seed, args.n)
     write_file(args.out, to_jsonl(rows).encode())
     print(f'{args.out}: {len(rows)} prompts')
@@ -126,8 +127,7 @@ def _start(args: argparse.Namespace) -> None:
             raise UsageError(f'--{name.replace("_", "-")} must be at least {smallest}, but is {getattr(args, name)}')
     init_default_scope('mmfgm')
     MMLogger.get_instance('mmfgm')
-    # gloo, and patiently: processes meet at the start and at the end of long parts
-    init_processes(args.launcher, 'gloo', **(dict(timeout=timedelta(days=7)) if torch.cuda.is_available() else {}))
+    connect(args)
 
 
 def _build_scorer(cfg: Config) -> Scorer:
@@ -172,19 +172,23 @@ def _run(args: argparse.Namespace) -> Optional[dict]:
     return _score(args, scorer, cfg.work_dir, cfg.work_dir, nfe)
 
 
+def _summary(args: argparse.Namespace) -> dict:
+    rows = read_results(args.results)
+    scores, nfe, about = summarize(rows), None, osp.join(osp.dirname(args.results), 'metrics.json')
+    if osp.isfile(about):
+        with open(about, encoding='utf-8') as f:
+            nfe = json.load(f).get('nfe')
+    print(format_scores(scores, rows, nfe))
+    return dict(scores=scores, rows=rows, bad={})
+
+
 def geneval(argv: Optional[Sequence[str]] = None) -> Optional[dict]:
     """Do as the command line says; scoring returns ``scores``, ``rows`` and ``bad`` on the main process."""
     args = parse_args(argv)
     if args.command == 'prompts':
         return _prompts(args)
     if args.command == 'summary':
-        rows = read_results(args.results)
-        scores = summarize(rows)
-        about = osp.join(osp.dirname(args.results), 'metrics.json')
-        known = json.load(open(about)) if osp.isfile(about) else {}
-        print(format_scores(scores, rows, known.get('nfe')))
-        return dict(scores=scores, rows=rows, bad={})
-    os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
+        return _summary(args)
     _start(args)
     if args.command == 'run':
         return _run(args)

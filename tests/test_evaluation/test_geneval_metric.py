@@ -177,7 +177,23 @@ def test_pictures_and_what_else_is_left(tmp_path):
         assert np.array_equal(read_image(str(tmp_path / 'sheets' / f'{row["tag"]}.png')), pictures[f'geneval_{row["tag"]}'])
     assert sorted(path.name for path in tmp_path.iterdir()) == ['metrics.json', 'results.jsonl', 'sheets']
     about = json.loads((tmp_path / 'metrics.json').read_text())
-    assert about['comparable'] is False and about['detector'] == 'stand-in' and 'not comparable' in about['note']
+    assert about['nfe'] == 1 and about['network'] == 'generator_ema' and about['comparable'] is False and about['detector'] == 'stand-in' and 'not comparable' in about['note']
+
+
+def test_two_detectors_beside_each_other(tmp_path):
+    other = dict(METRIC, detector=dict(type='StandInDetector', salt=1.0))
+    with DefaultScope.overwrite_default_scope('mmfgm'):
+        evaluation = Evaluation(name='both', sampling=dict(network='generator_ema'), batch_size=4, metrics=dict(a=METRIC, b=other),
+                                dataset=dict(type='StandInPrompts'))
+    values = evaluation.run(Echo(), SAMPLING, str(tmp_path))
+    for key, metric in dict(a=METRIC, b=other).items():
+        alone = build(metric=metric).run(Echo(), SAMPLING)
+        assert {name.replace('geneval/', f'both/{key}_'): value for name, value in alone.items()}.items() <= values.items()
+        assert len(read_results(str(tmp_path / key / 'results.jsonl'))) == 18
+    a, b = ([row['correct'] for row in read_results(str(tmp_path / key / 'results.jsonl'))] for key in 'ab')
+    assert a != b and f'both_a_{ROWS[0]["tag"]}' in evaluation.pictures()
+    model = Echo()
+    assert evaluation.run(model, SAMPLING, str(tmp_path)) == values and model.generated == []
 
 
 def test_bad_input(monkeypatch):

@@ -98,6 +98,7 @@ class GenEval(SampleMetric):
         super().reset(num_samples, out_dir, origin)
         self.rows: Dict[int, dict] = {}
         self.out_dir, self.log, done = out_dir, None, [{}]
+        self.sampling = (origin or {}).get('sampling', {})
         if out_dir:
             # images belong to their origin, so verdicts of another one do not count
             self.log = VerdictLog(out_dir, dict(scorer=self.scorer.identity, origin=origin), get_rank())
@@ -159,7 +160,7 @@ class GenEval(SampleMetric):
     def _publish(self, rows: List[dict]) -> Dict[str, float]:
         if not self.out_dir:
             return summarize(rows)
-        scores, self.pictures = publish(self.out_dir, self.out_dir, rows, self.scorer, self.sheet_prompts)
+        scores, self.pictures = publish(self.out_dir, self.out_dir, rows, self.scorer, self.sheet_prompts, **self.sampling)
         if not self.keep_images:
             self._clear()
         return scores
