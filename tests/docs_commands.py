@@ -78,8 +78,6 @@ COMMANDS = {
     TRAIN_TEACHER: Run(SHORT, 'work_dirs/reflow/digits/iter_2.pth'),
     TRAIN: Run(SHORT, 'work_dirs/fgm/digits/iter_2.pth', (TRAIN_TEACHER, )),
     f'{TRAIN} --resume': Run(SHORT.replace('2', '3'), 'work_dirs/fgm/digits/iter_3.pth', (TRAIN, )),
-    f'python tools/test.py {DIGITS} --network teacher generator_ema --nfe 1 10 50 100 --solver euler':
-        Run(FEW, 'work_dirs/fgm/digits/test/metrics.json', (TRAIN, )),
     f'python tools/test.py {DIGITS} --network teacher generator_ema --nfe 1 10 50 100':
         Run(FEW, 'work_dirs/fgm/digits/test/metrics.json', (TRAIN, )),
     'python tools/test.py configs/reflow/digits.py work_dirs/reflow/digits --nfe 1 10 50 100':
