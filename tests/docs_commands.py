@@ -121,7 +121,7 @@ COMMANDS = {
         'bash tools/quickstart.sh', 'bash tools/run_tests.sh', 'bash tools/install_mmcv_ops.sh',
         'bash tools/run_tests.sh -k uninterrupted --kills 20',
         'pip install -e . -c requirements/constraints.txt',
-        *(f'pip install -e ".[{extra}]" -c requirements/constraints.txt' for extra in ('eval', 'sd3', 'sd3,geneval')),
+        *(f'pip install -e ".[{extra}]" -c requirements/constraints.txt' for extra in ('eval', 'sd3', 'sd3,geneval', 'demo')),
         *(f'tools/dist_train.sh configs/{name}.py 8' for name in ('reflow/cifar10_cond', 'fgm/cifar10_cond', 'fgm/sd3_1024')),
         'GPUS=16 tools/slurm_train.sh PARTITION JOB configs/fgm/digits.py work_dirs/fgm/digits',
         'python tools/test.py configs/reflow/cifar10_uncond.py work_dirs/reflow/cifar10_uncond --nfe 10 20 50 100 --solver heun',
