@@ -6,7 +6,7 @@ import pickle
 import re
 import zipfile
 import zlib
-from typing import Collection, Dict, Optional
+from typing import Collection, Dict, Iterable, Optional
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -30,7 +30,7 @@ def latest_checkpoint(work_dir: str) -> Optional[str]:
         return osp.join(work_dir, osp.basename(f.read().strip()))
 
 
-def read_state_dict(checkpoint: str, weights_only: bool = True) -> Dict[str, Tensor]:
+def read_state_dict(checkpoint: str, weights_only: bool = True, network: str = '') -> Dict[str, Tensor]:
     """Read the model's tensors from a checkpoint, on the CPU.
 
     Args:
@@ -38,23 +38,37 @@ def read_state_dict(checkpoint: str, weights_only: bool = True) -> Dict[str, Ten
             key), a directory that a sharded run saved, or a work directory, meaning its last checkpoint.
         weights_only (bool): Refuse pickles that hold anything but tensors and plain containers.
             ``False`` runs whatever code the file contains: only for files you trust.
+        network (str): Only the tensors of this network, by their names in it; no others are read. Defaults to all.
 
     Raises:
-        UsageError: If the file does not exist, cannot be read, or needs ``weights_only=False``.
+        UsageError: If the file does not exist, cannot be read, needs ``weights_only=False``, or has no such network.
     """
     if not osp.exists(checkpoint):
         raise UsageError(f'checkpoint {checkpoint!r} does not exist (looked in {os.getcwd()}); train it first, '
                          'or name an existing file')
     checkpoint = latest_checkpoint(checkpoint) or checkpoint
     if osp.isdir(checkpoint):
-        return _read_sharded(checkpoint)
+        return _read_sharded(checkpoint, network)
     if checkpoint.endswith('.safetensors'):
         try:
-            return load_file(checkpoint)
+            state = load_file(checkpoint)
         except (SafetensorError, OSError) as e:
             raise UsageError(f'{checkpoint!r} cannot be read as a safetensors file: {e}') from e
-    content = read_pickle(checkpoint, weights_only)
-    return content.get('state_dict', content)
+    else:
+        content = read_pickle(checkpoint, weights_only)
+        state = content.get('state_dict', content)
+    return {name: state[key] for name, key in _select(state, network, checkpoint).items()}
+
+
+def _select(keys: Iterable[str], network: str, checkpoint: str) -> Dict[str, str]:
+    """Name inside the network to name in the checkpoint, of a network's tensors; of all, without a network."""
+    if not network:
+        return {key: key for key in keys}
+    found = {key[len(network) + 1:]: key for key in keys if key.startswith(f'{network}.')}
+    if not found:
+        raise UsageError(f'checkpoint {checkpoint!r} has no network {network!r}; it holds '
+                         f'{sorted({key.split(".")[0] for key in keys})}; set the prefix, or name the checkpoint of this config')
+    return found
 
 
 def read_pickle(filename: str, weights_only: bool = True) -> dict:
@@ -126,17 +140,16 @@ def sharded_shapes(directory: str) -> Dict[str, torch.Size]:
     return {key: meta.size for key, meta in metadata.items() if hasattr(meta, 'size')}
 
 
-def _read_sharded(directory: str) -> Dict[str, Tensor]:
+def _read_sharded(directory: str, network: str) -> Dict[str, Tensor]:
     if not osp.isfile(osp.join(directory, '.metadata')):
         raise UsageError(f'the folder {directory!r} holds no checkpoint: neither a last_checkpoint (a work dir whose training '
                          'has saved one) nor a .metadata (a sharded checkpoint); train it first, or name another')
     metadata = SafeReader(directory).read_metadata().state_dict_metadata
-    tensors = {
-        key: torch.empty(meta.size, dtype=meta.properties.dtype)
-        for key, meta in metadata.items() if key.startswith(STATE_DICT)
-    }
+    keys = [key[len(STATE_DICT):] for key in metadata if key.startswith(STATE_DICT)]
+    names = {f'{STATE_DICT}{key}': name for name, key in _select(keys, network, directory).items()}
+    tensors = {key: torch.empty(metadata[key].size, dtype=metadata[key].properties.dtype) for key in names}
     dcp.load(tensors, storage_reader=SafeReader(directory), planner=SafePlanner(), no_dist=True)
-    return {key[len(STATE_DICT):]: value for key, value in tensors.items()}
+    return {names[key]: value for key, value in tensors.items()}
 
 
 def fingerprint(network: nn.Module) -> str:
@@ -168,13 +181,7 @@ def load_network(network: nn.Module, checkpoint: str, prefix: str = '', into: st
     Raises:
         UsageError: Names the first tensor that is missing, superfluous or of another shape.
     """
-    state = read_state_dict(checkpoint, weights_only)
-    found = sorted({key.split('.')[0] for key in state})
-    if prefix:
-        state = {key[len(prefix) + 1:]: value for key, value in state.items() if key.startswith(f'{prefix}.')}
-        if not state:
-            raise UsageError(f'checkpoint {checkpoint!r} has no network {prefix!r}; it holds {found}; set the prefix, '
-                             'or name the checkpoint of this config')
+    state = read_state_dict(checkpoint, weights_only, prefix)
     try:
         part = network.get_submodule(into)
     except AttributeError as e:

@@ -32,13 +32,8 @@ def merge(argv: Optional[Sequence[str]] = None) -> None:
         raise UsageError(f'OUT must be a .safetensors file, but is {args.out!r}')
     if osp.exists(args.out) and not args.force:
         raise UsageError(f'{args.out!r} exists; overwrite it with --force')
-    state = read_state_dict(args.checkpoint)
-    prefix = f'{args.network}.'
-    tensors = {key[len(prefix):]: value.to(DTYPES[args.dtype]) if value.is_floating_point() else value
-               for key, value in state.items() if key.startswith(prefix)}
-    if not tensors:
-        raise UsageError(f'{args.checkpoint!r} has no network {args.network!r}; it holds '
-                         f'{sorted({key.split(".")[0] for key in state})}')
+    tensors = {key: value.to(DTYPES[args.dtype]) if value.is_floating_point() else value
+               for key, value in read_state_dict(args.checkpoint, network=args.network).items()}
     content = save({key: value.contiguous() for key, value in tensors.items()}, metadata=dict(format='pt', network=args.network))
     write_file(args.out, content)
     print(f'{args.out}: {args.network}, {len(tensors)} tensors, {sum(value.numel() for value in tensors.values()):,} numbers')
