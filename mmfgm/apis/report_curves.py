@@ -71,7 +71,7 @@ def _draw(ax: Axes, title: str, curves: Dict[str, Series]) -> None:
     values = [value for series in curves.values() for value in series.values() if math.isfinite(value)] or [0]
     if title in FROM_ZERO:
         ax.set_ylim(0, 1.1 * max(values) or 1)
-    elif min(values) > 0 and max(values) > 20 * min(values):
+    elif min(values) > 0 and max(values) > 10 * min(values):
         ax.set_yscale('log')
     ax.set_title(title, fontsize=10, loc='left')
     ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))

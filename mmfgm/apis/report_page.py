@@ -123,8 +123,8 @@ def _throughput(run: Run) -> str:
     rows = [[what, median(name)] for what, name in (
         ('samples per second, of the last network of a cycle', 'samples_per_second'), ('seconds per iteration', 'time'),
         ('of these, waiting for data', 'data_time')) if name in run.scalars]
-    rows += [[f'share of the time in phase {name.split("/")[0]}', median(name)]
-             for name in run.scalars if name.endswith('/time_share')]
+    shares = [name for name in run.scalars if name.endswith('/time_share')]
+    rows += [[f'share of the time in phase {name.split("/")[0]}', median(name)] for name in shares if len(shares) > 1]
     if 'memory' in run.scalars:
         rows.append(['GPU memory, peak, MB', f'{max(run.scalars["memory"].values()):.0f}'])
     return table(['', 'median of the logged values'], rows)
