@@ -59,6 +59,7 @@ def test_does_not_depend_on_the_batch_size(metric, model):
     assert max(values) - min(values) <= 1e-10 * max(values)
     # a second run of one object forgets the first
     evaluation = build(metric, 50)
+    assert evaluation.value_names == ['e/m']
     assert evaluation.run(model, SAMPLING) == evaluation.run(model, SAMPLING)
 
 

@@ -69,7 +69,9 @@ def evaluate(batch_size, metrics, num_samples=101, model=None):
     with DefaultScope.overwrite_default_scope('mmfgm'):
         evaluation = Evaluation(name='e', sampling=dict(network='generator_ema'), batch_size=batch_size, metrics=metrics,
                                 dataset=dict(type='GenerationDataset', num_samples=num_samples))
-        return evaluation.run(model or Echo(), SAMPLING)
+        values = evaluation.run(model or Echo(), SAMPLING)
+        assert list(values) == evaluation.value_names
+        return values
 
 
 METRICS = dict(

@@ -166,7 +166,9 @@ def evaluate(batch_size, model, prompts=PROMPTS, **options):
     with DefaultScope.overwrite_default_scope('mmfgm'):
         evaluation = Evaluation(name='e', sampling=dict(network='generator_ema'), batch_size=batch_size, dataset=PROMPTS,
                                 metrics=dict(shapes=dict(type='ShapeScore', prompts=prompts, **options)))
-        return evaluation.run(model, Sampling('generator_ema'))
+        values = evaluation.run(model, Sampling('generator_ema'))
+        assert set(values) == set(evaluation.value_names)
+        return values
 
 
 def main():
