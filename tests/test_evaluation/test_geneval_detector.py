@@ -8,10 +8,11 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 import torch
+from mmengine.logging import MMLogger
 from mmengine.registry import DefaultScope
 
 from mmfgm.errors import UsageError
-from mmfgm.evaluation.geneval import MMDetMask2Former, TransformersMask2Former, mmdet_detector
+from mmfgm.evaluation.geneval import MMDetMask2Former, TransformersMask2Former, mmdet_detector, mmdet_speed
 from mmfgm.evaluation.geneval.detector import Frame, measure, postprocess
 from mmfgm.evaluation.geneval.prompts import OBJECT_NAMES
 from mmfgm.registry import TASK_UTILS
@@ -232,6 +233,15 @@ def test_bad_input(weights, monkeypatch):
     assert MMDetMask2Former('https://example.com/a.pth', cfg)([]) == [] and asked[0][0] == 'https://example.com/a.pth'
 
 
+def test_other_weights_than_the_published_are_noticed(weights, monkeypatch):
+    network, warned = MMDetMask2Former(weights[1], weights[0]).network, []
+    monkeypatch.setattr(MMLogger.get_current_instance(), 'warning', warned.append)
+    for digest in ('c9d0c4f2aa', '743b7d99aa', 'c9d0c4f3aa'):
+        monkeypatch.setattr(mmdet_detector, 'sha256', lambda path: digest)
+        MMDetMask2Former._load(network, weights[1], True, check_published=True)
+    assert len(warned) == 1 and 'none of the published files' in warned[0]
+
+
 @pytest.mark.parametrize('missing, message', [('mmcv.ops', 'bash tools/install_mmcv_ops.sh.*TransformersMask2Former'),
                                               ('mmdet.models', 'pip install "mmfgm.geneval.".*install_mmcv_ops.sh')])
 def test_missing_parts_are_named(monkeypatch, missing, message):
@@ -262,6 +272,18 @@ def test_op_is_held_against_its_pytorch_spelling(weights, monkeypatch):
     for device in ('cpu', 'cuda', 'cpu', 'cuda'):
         assert detector.to(device) is detector
     assert tested == [torch.device('cuda')]
+
+
+def test_shortcuts_give_the_same_bits(weights):
+    """Over more queries than one block, some of whose samples lie outside."""
+    from mmcv.ops.multi_scale_deform_attn import multi_scale_deformable_attn_pytorch
+    torch.manual_seed(0)
+    shapes, queries = torch.tensor([[5, 7], [10, 14]]), 2 * mmdet_speed.BLOCK + 3
+    args = (torch.randn(2, 175, 4, 8), shapes, 1.2 * torch.rand(2, queries, 4, 2, 3, 2) - 0.1, torch.rand(2, queries, 4, 2, 3))
+    assert torch.equal(mmdet_speed.deformable_attention(*args), multi_scale_deformable_attn_pytorch(*args))
+    head = MMDetMask2Former(weights[1], weights[0]).network.panoptic_head
+    args = torch.randn(2, 20, 32), torch.randn(2, 32, 16, 24), (4, 6)
+    assert all(map(torch.equal, head._forward_head(*args), type(head)._forward_head(head, *args)))
 
 
 def test_transformers_refuses_other_models(folder, tmp_path):

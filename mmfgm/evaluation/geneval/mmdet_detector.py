@@ -13,6 +13,7 @@ from mmengine.logging import MMLogger
 from mmengine.registry import DefaultScope
 from torch import Tensor, nn
 
+from mmfgm.datasets.cached import sha256
 from mmfgm.errors import UsageError
 from mmfgm.models.weights import load_tensors, read_state_dict
 from mmfgm.registry import TASK_UTILS
@@ -24,6 +25,8 @@ from .prompts import OBJECT_NAMES
 
 CONFIG = 'mask2former_swin-s-p4-w7-224_8xb2-lsj-50e_coco'
 CHECKPOINT = f'https://download.openmmlab.com/mmdetection/v3.0/mask2former/{CONFIG}/{CONFIG}_20220504_001756-c9d0c4f2.pth'
+# how the SHA-256 of the weights begins, by their file names: of mmdet 3.x and of 2.x, which are the same training
+PUBLISHED = ('c9d0c4f2', '743b7d99')
 # of mmdet 2.x in the reference, and of 3.x, whose parameters only have other names
 RENAMED = ((r'(pixel_decoder\.encoder\.layers\.\d+)\.attentions\.0\.', r'\1.self_attn.'),
            (r'(transformer_decoder\.layers\.\d+)\.attentions\.0\.', r'\1.cross_attn.'),
@@ -143,7 +146,7 @@ class MMDetMask2Former(Mask2FormerDetector):
         cfg = reference_config() if config is None else config if isinstance(config, Config) else Config.fromfile(config)
         with DefaultScope.overwrite_default_scope('mmdet'):
             network, self.pipeline = build_network(cfg), build_pipeline(cfg)
-        self._load(network, checkpoint, weights_only)
+        self._load(network, checkpoint, weights_only, check_published=self.comparable)
         network.panoptic_head._forward_head = partial(forward_head, network.panoptic_head)
         other = f'Mask2Former (mmdet, {osp.basename(cfg.filename or "config")}), not comparable with published GenEval scores'
         self.label = 'Mask2Former Swin-S (mmdet)' if self.comparable else other
@@ -151,11 +154,15 @@ class MMDetMask2Former(Mask2FormerDetector):
         super().__init__(network, score_threshold, prefilter, batch_size, device, network.test_cfg.get('max_per_image', 100))
 
     @staticmethod
-    def _load(network: nn.Module, checkpoint: str, weights_only: bool) -> None:
+    def _load(network: nn.Module, checkpoint: str, weights_only: bool, check_published: bool) -> None:
         fix = f"name the file of mmdet 3.x: checkpoint='{CHECKPOINT}'"
         if re.match('https?://', checkpoint):
             checkpoint = download(checkpoint, None, fix.replace('the file', 'a local copy of the file'))
         state = read_state_dict(checkpoint, weights_only)
+        if check_published and not (osp.isfile(checkpoint) and sha256(checkpoint).startswith(PUBLISHED)):
+            MMLogger.get_current_instance().warning(
+                f'{checkpoint} is none of the published files, whose SHA-256 begin with {" and ".join(PUBLISHED)}: scores '
+                'compare with published ones only if its weights are theirs')
         renamed = rename_v2(state)
         if renamed.keys() != state.keys():
             MMLogger.get_current_instance().info(f'{checkpoint} is of mmdet 2.x; its parameters get their names of 3.x')
