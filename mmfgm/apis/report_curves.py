@@ -2,6 +2,7 @@
 """Curves of a run: panels of scalars over iterations, as SVG for a page or as one PNG for a document."""
 import math
 import os.path as osp
+import re
 from io import BytesIO, StringIO
 from typing import Dict, List, Sequence
 
@@ -35,9 +36,10 @@ def group_scalars(run: Run, beside: Sequence[Run] = ()) -> Dict[str, Dict[str, D
     def take(names: List[str]) -> Dict[str, Series]:
         return {name: left.pop(name) for name in names}
 
-    def ending(suffix: str) -> Dict[str, Series]:
-        curves = take([name for name in left if name.endswith(suffix)])
-        return {name.removesuffix(suffix): series for name, series in curves.items()}
+    def matching(pattern: str) -> Dict[str, Series]:
+        """Curves by the last group of the pattern that is there: a network's name where a phase trains several."""
+        found = {name: match for name in left if (match := re.fullmatch(pattern, name))}
+        return {[group for group in found[name].groups() if group][-1]: series for name, series in take(list(found)).items()}
 
     drawn_runs = (run, *beside)
     labels = [osp.basename(osp.abspath(each.work_dir)) for each in drawn_runs]
@@ -49,11 +51,11 @@ def group_scalars(run: Run, beside: Sequence[Run] = ()) -> Dict[str, Dict[str, D
 
     sections = {
         'Metrics': {name: together(name) for name in take(run.metrics)},
-        'Optimization': {'gradient norm, before clipping': ending('/grad_norm'), 'learning rate': ending('.lr')},
+        'Optimization': {'gradient norm, before clipping': matching(r'(.+)/grad_norm(?:_(.+))?'), 'learning rate': matching(r'(.+)\.lr')},
         'Throughput': {
             'samples per second': {'samples': left.pop('samples_per_second', {})},
             'seconds per iteration': {'seconds': left.pop('time', {}), 'of these, waiting for data': left.pop('data_time', {})},
-            'share of the time': shares if len(shares := ending('/time_share')) > 1 else {},
+            'share of the time': shares if len(shares := matching(r'(.+)/time_share')) > 1 else {},
             'GPU memory, MB': {'memory': left.pop('memory', {})}
         },
     }

@@ -81,6 +81,15 @@ def test_runs_beside_each_other_share_panels(tmp_path):
     assert page.count('>b</text>') == 2
 
 
+def test_gradients_of_several_networks_share_a_panel(tmp_path):
+    values = {'online/grad_norm_online': 1., 'online/grad_norm_discriminator': 2., 'generator/grad_norm': 3., 'online.lr': 4.}
+    start(tmp_path, '20260101_000000', [{**values, 'step': 10}])
+    panels = group_scalars(read_run(str(tmp_path)))
+    assert panels == {'Optimization': {
+        'gradient norm, before clipping': {'online': {10: 1.}, 'discriminator': {10: 2.}, 'generator': {10: 3.}},
+        'learning rate': {'online': {10: 4.}}}}
+
+
 BAD = {
     'no folder': (lambda path: path / 'nowhere', 'there is no folder'),
     'no work dir': (lambda path: path, 'is no work dir of a training; expected TIMESTAMP/vis_data/scalars.json'),
