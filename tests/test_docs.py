@@ -172,7 +172,7 @@ def test_command_parses(command, sandbox, monkeypatch):
     elif words[0] != 'bash':
         tool, argv = arguments(command)
         args = importlib.import_module(f'mmfgm.tools.{tool}').parse_args(argv)
-        if tool != 'geneval':
+        if tool in ('train', 'test'):
             cfg = load_config(args)
             check_config(cfg)
             if 'pretrained' in cfg.model.network:
