@@ -47,7 +47,7 @@ class Seen:
 class StandInDetector:
     """Sees every class in each quarter of an image; scores are continuous in the quarters' mean colours."""
 
-    label, comparable = 'stand-in', False
+    label, comparable = 'stand-in, not comparable with published scores', False
     devices = []   # where instances were moved to
 
     def __init__(self, salt=0.0):

@@ -149,8 +149,7 @@ def _print(result: dict, scorer: Scorer, on_bad: str, out_dir: str, nfe: Optiona
         shown = '\n  '.join(f'{name}: {reason}' for name, reason in list(bad.items())[:10])
         print(f'\n{len(bad)} images are missing or unreadable and {"are left out" if on_bad == "skip" else "count as wrong"}; '
               f'metrics.json lists them:\n  {shown}{f"{chr(10)}  ..." if len(bad) > 10 else ""}')
-    warning = '' if scorer.comparable else '\nNot comparable with published scores.'
-    print(f'\n{format_scores(result["scores"], result["rows"], nfe)}\n\nDetector: {scorer.label}.{warning}\n'
+    print(f'\n{format_scores(result["scores"], result["rows"], nfe)}\n\nDetector: {scorer.note or scorer.label}.\n'
           f'Written to {out_dir}: results.jsonl, metrics.json, and a picture sheet for each task in sheets.', flush=True)
 
 

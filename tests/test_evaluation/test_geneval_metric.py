@@ -177,7 +177,7 @@ def test_pictures_and_what_else_is_left(tmp_path):
         assert np.array_equal(read_image(str(tmp_path / 'sheets' / f'{row["tag"]}.png')), pictures[f'geneval_{row["tag"]}'])
     assert sorted(path.name for path in tmp_path.iterdir()) == ['metrics.json', 'results.jsonl', 'sheets']
     about = json.loads((tmp_path / 'metrics.json').read_text())
-    assert about['nfe'] == 1 and about['network'] == 'generator_ema' and about['comparable'] is False and about['detector'] == 'stand-in' and 'not comparable' in about['note']
+    assert about['nfe'] == 1 and about['network'] == 'generator_ema' and about['comparable'] is False and about['detector'] == about['note'] == StandInDetector.label
 
 
 def test_two_detectors_beside_each_other(tmp_path):
@@ -200,7 +200,8 @@ def test_bad_input(monkeypatch):
     with pytest.raises(UsageError, match='unknown GenEval option .tresh.'):
         build(metric=dict(METRIC, options=dict(tresh=0.3)))
     monkeypatch.setattr(StandInDetector, 'threshold', 0.3, raising=False)
-    build(metric=dict(METRIC, options=dict(threshold=0.3)))
+    scorer = build(metric=dict(METRIC, options=dict(threshold=0.3))).built['geneval'].scorer
+    assert scorer.note == f"{scorer.label}; options {{'threshold': 0.3}}, not comparable with published scores"
     with pytest.raises(UsageError, match='leaves out those below 0.3; set detector.score_threshold=0.2'):
         build(metric=dict(METRIC, options=dict(threshold=0.2)))
     with pytest.raises(UsageError, match='GenEval needs a dataset that knows its prompts'), \

@@ -40,10 +40,9 @@ def publish(out_dir: str, images: str, rows: List[dict], scorer: Scorer, sheet_p
     rows = sorted(rows, key=lambda row: row['filename'])
     scores, sheets = summarize(rows), draw_sheets(rows, images, sheet_prompts)
     about = dict(detector=scorer.label, comparable=scorer.comparable, num_images=len(rows), options=scorer.options, **about)
-    if not scorer.comparable:
-        why = 'other options than the reference' if scorer.options else 'another detector than the reference'
-        about['note'] = f'not comparable with published scores: {why} ({scorer.label})'
-        MMLogger.get_current_instance().warning(f'GenEval scores are {about["note"]}')
+    if scorer.note:
+        about['note'] = scorer.note
+        MMLogger.get_current_instance().warning(f'GenEval by {scorer.note}')
     os.makedirs(osp.join(out_dir, 'sheets'), exist_ok=True)
     write_results(out_dir, rows, images)
     for tag, sheet in sheets.items():

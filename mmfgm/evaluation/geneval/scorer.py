@@ -41,6 +41,7 @@ class Scorer:
         identity (dict): What the verdicts on an image depend on.
         label (str): The detector, in words.
         comparable (bool): Whether the scores compare with published ones.
+        note (str): Why not, if so.
     """
 
     def __init__(self, detector: dict, colors: Optional[dict] = None, options: Optional[dict] = None):
@@ -54,6 +55,8 @@ class Scorer:
                              f'{self.detector.threshold}; set detector.score_threshold={lowest}')
         self.colors = TASK_UTILS.build(colors) if colors else None
         self.label, self.comparable = self.detector.label, bool(self.detector.comparable and not self.options)
+        self.note = '; '.join(([] if self.detector.comparable else [self.label])
+                              + ([f'options {self.options}, not comparable with published scores'] if self.options else []))
         self.identity = dict(detector=detector, label=self.label, colors=colors, options=self.options)
 
     def to(self, device) -> 'Scorer':
