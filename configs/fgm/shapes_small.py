@@ -6,7 +6,7 @@ model = dict(
     teacher=dict(checkpoint='work_dirs/reflow/shapes_small'),
     ema=dict(generator_ema=0.995))
 train_dataloader = dict(batch_size=64, num_workers=1)
-train_cfg = dict(max_iters=1400)
+train_cfg = dict(max_iters=1200)
 optim_wrapper = dict(
     online=dict(optimizer=dict(lr=1e-3)),
     discriminator=dict(optimizer=dict(lr=1e-3)),
