@@ -203,12 +203,15 @@ def demo(argv: Optional[Sequence[str]] = None) -> None:
     page = Demo(FGMInferencer(model, args.weights, args.device, args.precision), args.gallery)
     page.warm_up()
     about = f'`{args.config}`' + (f' with `{args.weights}`' if args.weights else '') + f' on {page.inferencer.device}'
-    print(f'Open http://{args.server_name}:{args.port} in a browser; Ctrl-C ends this', flush=True)
+    blocks = page.build(about)
     try:
-        page.build(about).launch(server_name=args.server_name, server_port=args.port, share=False, ssr_mode=False, quiet=True,
-                                 footer_links=[], theme=gradio.themes.Default(), css=STYLE)
+        blocks.launch(server_name=args.server_name, server_port=args.port, share=False, ssr_mode=False, quiet=True,
+                      prevent_thread_lock=True, footer_links=[], theme=gradio.themes.Default(), css=STYLE)
     except OSError as e:
-        raise UsageError(f'cannot listen on {args.server_name}:{args.port} ({e}); choose another --port') from e
+        raise UsageError(f'cannot listen on {args.server_name}:{args.port}, perhaps because another program does; choose '
+                         'another --port') from e
+    print(f'Open http://{args.server_name}:{args.port} in a browser; Ctrl-C ends this', flush=True)
+    blocks.block_thread()
 
 
 def main(argv: Optional[Sequence[str]] = None) -> None:

@@ -2,6 +2,7 @@
 """The demo page as visitors use it, in a headless browser."""
 import io
 import re
+import socket
 import subprocess
 import sys
 import time
@@ -182,6 +183,12 @@ def test_bad_input(tiny, tmp_path, monkeypatch):
     with pytest.raises(UsageError, match='the teacher cannot be shown: .*--teacher none'):
         problem = make_problem(tmp_path, SHAPES)
         demo([problem.config, problem.weights, '--teacher', 'nowhere.pth'])
+    with socket.socket() as other:
+        other.bind(('127.0.0.1', 0))
+        other.listen()
+        port = other.getsockname()[1]
+        with pytest.raises(UsageError, match=f'cannot listen on 127.0.0.1:{port}'):
+            demo([problem.config, problem.weights, '--teacher', 'none', '--port', str(port)])
     (tmp_path / 'toy').mkdir()
     toy = make_problem(tmp_path / 'toy', TOY)
     with pytest.raises(UsageError, match='the page shows pictures'):
