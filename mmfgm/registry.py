@@ -22,7 +22,7 @@ from mmengine.registry import VISBACKENDS as MMENGINE_VISBACKENDS
 from mmengine.registry import VISUALIZERS as MMENGINE_VISUALIZERS
 from mmengine.registry import Registry
 
-DATASETS = Registry('dataset', parent=MMENGINE_DATASETS, locations=['mmfgm.datasets'])
+DATASETS = Registry('dataset', parent=MMENGINE_DATASETS, locations=['mmfgm.datasets', 'mmfgm.evaluation'])
 DATA_SAMPLERS = Registry('data sampler', parent=MMENGINE_DATA_SAMPLERS, locations=['mmfgm.datasets'])
 MODELS = Registry('model', parent=MMENGINE_MODELS, locations=['mmfgm.models'])
 METRICS = Registry('metric', parent=MMENGINE_METRICS, locations=['mmfgm.evaluation'])
