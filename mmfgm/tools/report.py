@@ -22,6 +22,8 @@ def parse_args(argv: Optional[Sequence[str]]) -> argparse.Namespace:
                         'same panels')
     parser.add_argument('--pictures', type=int, default=12, metavar='N', help='sample pictures of a run (default: 12)')
     parser.add_argument('--curves', metavar='FILE.png', help='also draw metrics and losses into one picture')
+    parser.add_argument('--panels', nargs='+', metavar='WORD', help='only those whose names contain one of these words, in that '
+                        'picture')
     return parser.parse_args(argv)
 
 
@@ -46,7 +48,11 @@ def report(argv: Optional[Sequence[str]] = None) -> str:
     write_file(out, page(title, _about(runs), sections).encode())
     if args.curves:
         groups = group_scalars(last, beside)
-        write_file(args.curves, curves_png({**groups.get('Metrics', {}), **groups.get('Losses', {})}))
+        panels = {**groups.get('Metrics', {}), **groups.get('Losses', {})}
+        chosen = {name: curves for name, curves in panels.items() if not args.panels or any(w in name for w in args.panels)}
+        if not chosen:
+            raise UsageError(f'no panel has one of {args.panels} in its name; there are {list(panels)}')
+        write_file(args.curves, curves_png(chosen))
     print(f'{out}: {osp.getsize(out) / 2**20:.1f} MB; open it in any browser')
     return out
 

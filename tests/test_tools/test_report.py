@@ -79,6 +79,13 @@ def test_runs_beside_each_other_share_panels(tmp_path):
     assert groups['Metrics'] == {'fd/fd': {'a': {20: 1.}, 'b': {20: 2.}}}
     page = open(report([str(runs[0]), '--beside', str(runs[1])])).read()
     assert page.count('>b</text>') == 2
+    curves = ['--curves', str(tmp_path / 'curves.png'), '--panels']
+    report([str(runs[0]), *curves, 'loss_fm', 'loss_d'])
+    one_row = Image.open(tmp_path / 'curves.png').height
+    report([str(runs[0]), *curves, 'loss', 'fd'])
+    assert Image.open(tmp_path / 'curves.png').height == one_row   # two panels in a row
+    with pytest.raises(UsageError, match="there are \\['fd/fd', 'online/loss_fm'\\]"):
+        report([str(runs[0]), *curves, 'nothing'])
 
 
 def test_gradients_of_several_networks_share_a_panel(tmp_path):
