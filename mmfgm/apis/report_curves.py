@@ -49,8 +49,12 @@ def group_scalars(run: Run, beside: Sequence[Run] = ()) -> Dict[str, Dict[str, D
     def together(name: str) -> Dict[str, Series]:
         return {label: each.scalars.get(name, {}) for label, each in zip(labels, drawn_runs)}
 
+    metrics = take(run.metrics)
+    # the ends of a metric's interval belong into its panel
+    ends = {f'{name}_{end}': name for name in metrics for end in ('low', 'high') if f'{name}_{end}' in metrics}
     sections = {
-        'Metrics': {name: together(name) for name in take(run.metrics)},
+        'Metrics': {name: {**together(name), **{end.rsplit('_', 1)[1]: metrics[end] for end in ends if ends[end] == name}}
+                    for name in metrics if name not in ends},
         'Optimization': {'gradient norm, before clipping': matching(r'(.+)/grad_norm(?:_(.+))?'), 'learning rate': matching(r'(.+)\.lr')},
         'Throughput': {
             'samples per second': {'samples': left.pop('samples_per_second', {})},

@@ -97,6 +97,12 @@ def test_gradients_of_several_networks_share_a_panel(tmp_path):
         'learning rate': {'online': {10: 4.}}}}
 
 
+def test_the_ends_of_an_interval_are_in_the_panel_of_their_metric(tmp_path):
+    start(tmp_path, '20260101_000000', [{'fd/overall': 2., 'fd/overall_low': 1., 'fd/overall_high': 3., 'step': 10}])
+    (panel,) = group_scalars(read_run(str(tmp_path)))['Metrics'].items()
+    assert panel == ('fd/overall', {tmp_path.name: {10: 2.}, 'low': {10: 1.}, 'high': {10: 3.}})
+
+
 BAD = {
     'no folder': (lambda path: path / 'nowhere', 'there is no folder'),
     'no work dir': (lambda path: path, 'is no work dir of a training; expected TIMESTAMP/vis_data/scalars.json'),
