@@ -149,7 +149,7 @@ def arguments(command):
 
 
 @pytest.mark.parametrize('command', of_kind(Parse), ids=lambda c: c[:90])
-def test_command_parses(command, sandbox, monkeypatch):
+def test_command_parses(command, sandbox, monkeypatch, tmp_path):
     monkeypatch.chdir(sandbox.folder)
     monkeypatch.setenv('LOCAL_RANK', '0')
     words = shlex.split(command)
@@ -164,6 +164,12 @@ def test_command_parses(command, sandbox, monkeypatch):
         assert not wanted or set(wanted.group(1).split(',')) <= set(setup['options.extras_require'])
     elif words[0] != 'bash':
         tool, argv = arguments(command)
+        if 'slurm' in command:
+            (tmp_path / 'srun').write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+            (tmp_path / 'srun').chmod(0o755)
+            started = subprocess.run(['bash', '-c', command], env={**sandbox.env, 'PATH': f'{tmp_path}:{sandbox.env["PATH"]}'},
+                                     check=True, capture_output=True, text=True).stdout.splitlines()
+            assert '--ntasks=16' in started and started[started.index('-u') + 2:] == argv
         args = importlib.import_module(f'mmfgm.tools.{tool}').parse_args(argv)
         if tool in ('train', 'test'):
             cfg = load_config(args)
