@@ -55,7 +55,10 @@ def group_scalars(run: Run, beside: Sequence[Run] = ()) -> Dict[str, Dict[str, D
     sections = {
         'Metrics': {name: {**together(name), **{end.rsplit('_', 1)[1]: metrics[end] for end in ends if ends[end] == name}}
                     for name in metrics if name not in ends},
-        'Optimization': {'gradient norm, before clipping': matching(r'(.+)/grad_norm(?:_(.+))?'), 'learning rate': matching(r'(.+)\.lr')},
+        'Optimization': {
+            'gradient norm, before clipping': matching(r'(.+)/grad_norm(?:_(.+))?'),
+            'learning rate': matching(r'(.+)\.lr')
+        },
         'Throughput': {
             'samples per second': {'samples': left.pop('samples_per_second', {})},
             'seconds per iteration': {'seconds': left.pop('time', {}), 'of these, waiting for data': left.pop('data_time', {})},

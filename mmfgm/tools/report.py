@@ -18,8 +18,8 @@ def parse_args(argv: Optional[Sequence[str]]) -> argparse.Namespace:
     parser.add_argument('--out', metavar='FILE', help='the HTML file to write, or to replace (default: WORK_DIR/report.html)')
     parser.add_argument('--base', metavar='CONFIG', help=f'show what differs from this config: {CONFIG_HELP} (default: the '
                         'packaged config that differs in the fewest values)')
-    parser.add_argument('--beside', nargs='+', default=[], metavar='WORK_DIR', help='draw metrics and losses of these runs in the '
-                        'same panels')
+    parser.add_argument('--beside', nargs='+', default=[], metavar='WORK_DIR', help='draw metrics and losses of these runs in '
+                        'the same panels')
     parser.add_argument('--pictures', type=int, default=12, metavar='N', help='sample pictures of a run (default: 12)')
     parser.add_argument('--curves', metavar='FILE.png', help='also draw metrics and losses into one picture')
     parser.add_argument('--panels', nargs='+', metavar='WORD', help='only those whose names contain one of these words, in that '
