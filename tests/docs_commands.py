@@ -128,7 +128,8 @@ COMMANDS = {
         'python tools/test.py configs/fgm/cifar10_cond.py work_dirs/fgm/cifar10_cond --network teacher generator_ema '
         'generator_ema_9999 --nfe 10 20 50 100',
         f'python tools/test.py {SD3_RUN}/iter_20000.pth --evaluation geneval',
-        'python tools/geneval.py score FOLDER', 'python tools/geneval.py run configs/geneval/sd3.py',
+        'python tools/report.py work_dirs/fgm/shapes_small --curves docs/losses_shapes.png --panels shapes/score_overall loss_ '
+        'd_accuracy /l_', 'python tools/geneval.py score FOLDER', 'python tools/geneval.py run configs/geneval/sd3.py',
         'python tools/geneval.py run configs/geneval/fgm_sd3.py',
         'tools/dist_geneval.sh 8 run configs/geneval/hyper_sd3.py')},
 }

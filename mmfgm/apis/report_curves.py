@@ -85,7 +85,7 @@ def _draw(ax: Axes, title: str, curves: Dict[str, Series]) -> None:
     ax.set_title(title, fontsize=10, loc='left')
     ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     ax.set_xlabel('iteration', fontsize=8)
-    ax.tick_params(labelsize=8)
+    ax.tick_params(labelsize=8, which='both')
     ax.grid(alpha=0.25, linewidth=0.6)
     ax.spines[['top', 'right']].set_visible(False)
     if len(curves) > 1:
