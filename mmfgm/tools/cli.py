@@ -11,7 +11,6 @@ import torch.distributed as dist
 from mmengine.config import Config, DictAction
 
 from mmfgm.apis.config import config_path, read_config  # noqa: F401 - of all tools
-from mmfgm.datasets.files import write_file  # noqa: F401 - of all tools
 from mmfgm.engine import NonFiniteError
 from mmfgm.errors import UsageError
 

@@ -7,11 +7,12 @@ from typing import Optional, Sequence
 
 from safetensors.torch import save
 
+from mmfgm.datasets.files import write_file
 from mmfgm.datasets.files import sha256
 from mmfgm.errors import UsageError
 from mmfgm.models.edm_checkpoint import read_edm_pickle
 
-from .cli import run_tool, write_file
+from .cli import run_tool
 
 
 def parse_args(argv: Optional[Sequence[str]]) -> argparse.Namespace:

@@ -22,6 +22,7 @@ from mmengine.dist import is_main_process
 from mmengine.logging import MMLogger
 from mmengine.registry import init_default_scope
 
+from mmfgm.datasets.files import write_file
 from mmfgm.errors import UsageError
 from mmfgm.evaluation.geneval import Scorer, generate, summarize
 from mmfgm.evaluation.geneval.dataset import metadata_rows
@@ -30,7 +31,7 @@ from mmfgm.evaluation.geneval.prompts import to_jsonl
 from mmfgm.registry import TASK_UTILS
 
 from .caching import connect, on_main
-from .cli import CONFIG_HELP, add_common_arguments, building, load_config, run_tool, write_file
+from .cli import CONFIG_HELP, add_common_arguments, building, load_config, run_tool
 from .geneval_jobs import generate_images, score_folder
 
 SCORING_CONFIG = 'mmfgm::_base_/evaluation/geneval.py'

@@ -7,10 +7,11 @@ from typing import Optional, Sequence
 import torch
 from safetensors.torch import save
 
+from mmfgm.datasets.files import write_file
 from mmfgm.errors import UsageError
 from mmfgm.models import read_state_dict
 
-from .cli import run_tool, write_file
+from .cli import run_tool
 
 DTYPES = dict(fp32=torch.float32, bf16=torch.bfloat16)
 

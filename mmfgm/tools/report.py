@@ -7,9 +7,10 @@ from typing import Dict, Optional, Sequence
 from mmfgm.apis.report_curves import curves_png, group_scalars
 from mmfgm.apis.report_data import Run, is_work_dir, read_json, read_run
 from mmfgm.apis.report_page import page, quickstart_section, run_section
+from mmfgm.datasets.files import write_file
 from mmfgm.errors import UsageError
 
-from .cli import CONFIG_HELP, read_config, run_tool, write_file
+from .cli import CONFIG_HELP, read_config, run_tool
 
 
 def parse_args(argv: Optional[Sequence[str]]) -> argparse.Namespace:
