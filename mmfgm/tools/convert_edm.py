@@ -7,8 +7,7 @@ from typing import Optional, Sequence
 
 from safetensors.torch import save
 
-from mmfgm.datasets.files import write_file
-from mmfgm.datasets.files import sha256
+from mmfgm.datasets.files import sha256, write_file
 from mmfgm.errors import UsageError
 from mmfgm.models.edm_checkpoint import read_edm_pickle
 
