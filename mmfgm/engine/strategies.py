@@ -21,7 +21,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from mmfgm.errors import UsageError
-from mmfgm.models.lora import has_adapters
+from mmfgm.models.lora import has_adapters, move_to
 from mmfgm.registry import STRATEGIES
 
 from .checkpoint import CheckpointMixin, check_shapes
@@ -67,7 +67,7 @@ class SingleDeviceStrategy(CheckpointMixin, _SingleDeviceStrategy):
     def _wrap_model(self, model: nn.Module) -> nn.Module:
         self._allow_tf32()
         device = get_device()
-        model.to(device)
+        move_to(model, device)
         for name, network in model.networks.items():
             if self.precision == 'bf16':
                 autocast_forward(network, torch.device(device).type)

@@ -3,7 +3,7 @@
 import copy
 from dataclasses import dataclass
 from itertools import chain
-from typing import Iterable, Sequence
+from typing import Dict, Iterable, List, Sequence, Tuple, Union
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +35,18 @@ def copy_network(network: nn.Module) -> nn.Module:
     if not has_adapters(network):
         return copy.deepcopy(network)
     return _copy_sharing(network, (p for p in network.parameters() if not p.requires_grad))
+
+
+def move_to(module: nn.Module, target: Union[str, torch.device, torch.dtype]) -> None:
+    """``module.to(target)``, which keeps shared parameters shared, but makes a new tensor for each use of a shared buffer."""
+    uses: Dict[int, List[Tuple[nn.Module, str]]] = {}
+    for part in module.modules():
+        for name, buffer in part.named_buffers(recurse=False):
+            uses.setdefault(id(buffer), []).append((part, name))
+    module.to(target)
+    for (first, name), *others in uses.values():
+        for part, other in others:
+            part._buffers[other] = first._buffers[name]
 
 
 @dataclass

@@ -7,7 +7,7 @@ import torch
 
 from mmfgm.errors import UsageError
 from mmfgm.models import FGM, SD3
-from mmfgm.models.lora import LoRA, copy_network, has_adapters, merge_adapters
+from mmfgm.models.lora import LoRA, copy_network, has_adapters, merge_adapters, move_to
 
 ATTENTION = ('attn.to_q', 'attn.to_k', 'attn.to_v', 'attn.to_out.0', 'ff.net.0.proj')
 NETWORK = dict(
@@ -73,6 +73,19 @@ def test_gradient_is_that_of_the_full_weights():
             torch.testing.assert_close(a.grad, 3 * b.T @ g, rtol=1e-9, atol=1e-11)
             checked += 1
     assert checked == 2 * len(ATTENTION)
+
+
+def test_moving_keeps_the_base_shared():
+    """A move to a GPU, for which a change of type stands here."""
+    model = torch.nn.ModuleDict(dict(base=make_network()))
+    model['adapted'] = LoRA(rank=2, alpha=4, target_modules=ATTENTION).adapted(model['base'])
+    before = model['base'].transformer.pos_embed.pos_embed
+    move_to(model, torch.float32)
+    state = model.state_dict()
+    assert before.dtype == torch.float64 and all(value.dtype == torch.float32 for value in state.values())
+    theirs = {value.data_ptr() for key, value in state.items() if key.startswith('base.')}
+    own = {key for key, value in state.items() if value.data_ptr() not in theirs}
+    assert own and all('.lora_' in key for key in own)
 
 
 def test_merging_leaves_the_base_alone():
