@@ -33,7 +33,7 @@ def load_pretrained(cls: type, pretrained: str, subfolder: str, **kwargs) -> nn.
     except LOADING_ERRORS as e:
         raise UsageError(f'{cls.__name__} cannot be loaded from {pretrained!r}, folder {subfolder!r}: {str(e)[:400]}\nName a '
                          "local pipeline folder in diffusers' format, or a hub id whose licence you have accepted on its page "
-                         'and that you can download from here (huggingface-cli login)') from e
+                         'and that you can download from here (hf auth login)') from e
     if network is None:
         raise UsageError(f'{pretrained!r} holds a {found} in {subfolder!r}, not a {cls.__name__}; name a Stable Diffusion 3 '
                          "pipeline in diffusers' format")
