@@ -79,7 +79,7 @@ class Sandbox:
         if command not in self.done:
             entry = COMMANDS[command]
             self.prepare(entry.needs)
-            result = subprocess.run(['bash', '-c', f'{command} {entry.small}'], cwd=self.folder, env=self.env, timeout=300,
+            result = subprocess.run(['bash', '-c', f'{command} {entry.small}'], cwd=self.folder, env=self.env, timeout=600,
                                     capture_output=True, text=True)
             assert result.returncode == 0, f'{command} {entry.small}\n{result.stdout[-2000:]}\n{result.stderr[-4000:]}'
             assert (self.folder / entry.makes).exists(), f'{command} left no {entry.makes}'
