@@ -1,6 +1,7 @@
 # Copyright (c) mmfgm authors.
 import copy
 import threading
+from dataclasses import replace
 from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
 
 import numpy as np
@@ -78,6 +79,7 @@ class FGMInferencer(BaseInferencer):
                              "'mmfgm::fgm/digits.py'")
         self.precision, self._lock = precision, threading.Lock()
         self._encoded: Tuple[Tuple[str, ...], Dict[str, Tensor]] = ((), {})
+        self._empty: Dict[str, Tensor] = {}
         self._encoder_cfg, self._encoder = text_encoder or _text_encoder(cfg, self.export, precision), None
         super().__init__(cfg, weights, device, scope='mmfgm', show_progress=show_progress)
         if self.model.num_classes is None and not self._encoder_cfg:
@@ -166,8 +168,8 @@ class FGMInferencer(BaseInferencer):
                 depends on its own seed and input alone, and has the noise that evaluations give that seed. Defaults to 0.
             batch_size (int): Inputs per network call. Defaults to 8.
             network (str, optional): One of :attr:`networks`. Defaults to the first.
-            nfe, solver, shift, guidance: See :class:`~mmfgm.models.Sampling`. Where none is given,
-                :meth:`default_sampling` holds.
+            nfe, solver, shift, guidance: See :class:`~mmfgm.models.Sampling`. Those that are not given are those of
+                :meth:`default_sampling`; a guidance of 1 is none.
             out (str): ``'pil'``; ``'numpy'``, uint8 ``(H, W, C)``, or points as float32; or ``'tensor'``, float32 as the
                 model makes them, images ``(C, H, W)`` in [-1, 1] up to overshoot, on the CPU. Defaults to ``'pil'``.
             grid (int): If positive, also draw all images in a grid with so many in a row.
@@ -183,11 +185,9 @@ class FGMInferencer(BaseInferencer):
         """
         if out not in OUT_TYPES:
             raise UsageError(f'out must be one of {OUT_TYPES}, but is {out!r}')
-        sampling = self.default_sampling(network)
         given = {name: value for name, value in dict(nfe=nfe, solver=solver, shift=shift, guidance=guidance).items()
                  if value is not None}
-        if given:
-            sampling = Sampling(sampling.network, **given)
+        sampling = replace(self.default_sampling(network), **given)
         with self._lock:
             return super().__call__(inputs, return_datasamples, batch_size, seeds=seeds, sampling=sampling, grid=grid, out=out)
 
@@ -273,8 +273,9 @@ class FGMInferencer(BaseInferencer):
 
     def _empty_prompt(self, cond: Dict[str, Tensor]) -> Dict[str, Tensor]:
         """The condition that means "no prompt", for guidance."""
-        empty = self.text_encoder.encode([''])
-        return {**cond, **{name: value.to(cond[name]).expand_as(cond[name]) for name, value in empty.items()}}
+        if not self._empty:   # a solver asks at every step
+            self._empty = self.text_encoder.encode([''])
+        return {**cond, **{name: value.to(cond[name]).expand_as(cond[name]) for name, value in self._empty.items()}}
 
 
 def _text_encoder(cfg: Config, export: Optional[dict], precision: str) -> Optional[dict]:

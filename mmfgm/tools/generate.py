@@ -3,14 +3,13 @@
 
 What to generate is one of: --prompt TEXT ..., --prompts FILE (.txt, .jsonl, .csv or .parquet), --labels N ..., or
 --num-samples N, which for a model with classes goes through them in turn. OUT gets 000000.png and so on, grid.png, and
-metadata.jsonl with a line for each image; with --compare, the teacher's images too, and compare.png.
+metadata.jsonl with a line for each image, and mmfgm_images.json, by which --force knows it; with --compare, the teacher's images too, and compare.png.
 """
 import argparse
 import json
 import math
 import os.path as osp
-import time
-from datetime import timedelta
+from dataclasses import replace
 from typing import Dict, List, Optional, Sequence
 
 import torch
@@ -23,11 +22,15 @@ from mmfgm.apis.values import as_seeds, check_images, convert, draw_grid
 from mmfgm.errors import UsageError
 from mmfgm.evaluation import draw_panels
 from mmfgm.models import Sampling
+from mmfgm.version import __version__
 
 from .cache_prompts import read_prompts
+from .caching import Progress
 from .cli import CONFIG_HELP, building, run_tool
 
 METADATA = 'metadata.jsonl'
+# by which --force knows its own folders: other data sets have a metadata.jsonl too
+MARKER = 'mmfgm_images.json'
 IN_GRID = 100
 
 
@@ -88,8 +91,7 @@ def samplings_of(args: argparse.Namespace, inferencer: FGMInferencer) -> Dict[st
     asked = {name: getattr(args, name) for name in ('solver', 'guidance', 'shift') if getattr(args, name) is not None}
     main = inferencer.default_sampling(args.network)
     one_step = main.network in inferencer.model.one_step
-    if args.nfe is not None or (asked and not one_step):
-        main = Sampling(main.network, args.nfe or main.nfe, **asked)
+    main = replace(main, **({} if one_step else asked), **({} if args.nfe is None else dict(nfe=args.nfe)))
     samplings = {'': main}
     if args.compare is None:
         if asked and one_step:
@@ -98,12 +100,8 @@ def samplings_of(args: argparse.Namespace, inferencer: FGMInferencer) -> Dict[st
     if 'teacher' not in inferencer.networks:
         raise UsageError('--compare needs the teacher, and an export holds the generator alone: give the config of the training, '
                          'then the checkpoint or the export')
-    teacher = inferencer.default_sampling('teacher')
-    if args.compare or asked:
-        nfe = args.compare or teacher.nfe
-        kept = dict(solver=teacher.solver, guidance=teacher.guidance, shift=teacher.shift)
-        teacher = Sampling('teacher', nfe, **{**kept, **asked})
-    return {**samplings, '_teacher': teacher}
+    nfe = dict(nfe=args.compare) if args.compare else {}
+    return {**samplings, '_teacher': replace(inferencer.default_sampling('teacher'), **asked, **nfe)}
 
 
 def generate_all(inferencer: FGMInferencer, inputs: list, seeds: List[int], sampling: Sampling, batch_size: int,
@@ -112,7 +110,8 @@ def generate_all(inferencer: FGMInferencer, inputs: list, seeds: List[int], samp
     options = dict(network=sampling.network, nfe=sampling.nfe, solver=sampling.solver, shift=sampling.shift,
                    guidance=sampling.guidance)
     kept: List[torch.Tensor] = []
-    began = said = time.perf_counter()
+    print(f'{sampling.network}, {sampling.nfe} NFE', flush=True)
+    progress = Progress(len(inputs), 'image')
     for first in range(0, len(inputs), batch_size):
         part = inputs[first:first + batch_size]
         part = len(part) if part[0] is None else part
@@ -120,11 +119,7 @@ def generate_all(inferencer: FGMInferencer, inputs: list, seeds: List[int], samp
         kept += samples[:IN_GRID - len(kept)]
         for i, sample in enumerate(samples, first):
             convert(sample, 'pil').save(osp.join(folder, f'{i:06d}{suffix}.png'))
-        now, done = time.perf_counter(), first + len(samples)
-        if now - said > 10 or done == len(inputs):
-            said, rate = now, done / (now - began)
-            print(f'{sampling.network}: {done:,} of {len(inputs):,} images, {rate:.1f} images/s, '
-                  f'ETA {timedelta(seconds=round((len(inputs) - done) / rate))}', flush=True)
+        progress.step(len(samples))
     return kept
 
 
@@ -141,7 +136,7 @@ def generate(argv: Optional[Sequence[str]] = None) -> None:
     if args.batch_size < 1:
         raise UsageError(f'--batch-size must be at least 1, but is {args.batch_size}')
     condition = dict(labels='label', prompts='prompt').get(inferencer.condition)
-    with whole_folder(args.out, args.force, METADATA) as folder:
+    with whole_folder(args.out, args.force, MARKER) as folder:
         panels, lines = {}, []
         for suffix, sampling in samplings.items():
             panels[f'{sampling.network}, {sampling.nfe} NFE'] = generate_all(
@@ -156,6 +151,8 @@ def generate(argv: Optional[Sequence[str]] = None) -> None:
             Image.fromarray(picture).save(osp.join(folder, 'compare.png'))
         with open(osp.join(folder, METADATA), 'w', encoding='utf-8') as f:
             f.writelines(f'{json.dumps(line, ensure_ascii=False)}\n' for line in lines)
+        with open(osp.join(folder, MARKER), 'w', encoding='utf-8') as f:
+            f.write(json.dumps(dict(format=1, images=len(lines), mmfgm=__version__), indent=2) + '\n')
     print(f'{args.out}: {len(lines):,} images, grid.png, {METADATA}{" and compare.png" if len(panels) > 1 else ""}')
 
 

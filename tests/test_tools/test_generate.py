@@ -6,7 +6,8 @@ import pytest
 from PIL import Image
 
 from mmfgm.apis import FGMInferencer, export_generator, read_config
-from mmfgm.tools.generate import generate, main
+from mmfgm.models import Sampling
+from mmfgm.tools.generate import build_inferencer, generate, main, parse_args, samplings_of
 from tests.test_apis.conftest import digits, shapes, toy  # noqa: F401 - fixtures
 from tests.test_tools.test_bad_input import run
 
@@ -65,11 +66,24 @@ def test_of_an_export_and_again(export, tmp_path, capsys):
     assert code == 2 and 'exists; replace it with --force' in message and len(lines(out)) == 12
     generate([export, '--num-samples', '2', '--out', str(out), '--force'])
     assert len(lines(out)) == 2 and not (out / '000003.png').exists() and not list(tmp_path.glob('*.tmp*'))
-    # what the tool did not write it does not delete
+    # what the tool did not write it does not delete: metadata.jsonl is also that of an image folder for training
     (tmp_path / 'mine').mkdir()
-    (tmp_path / 'mine' / 'thesis.txt').write_text('years of work')
+    (tmp_path / 'mine' / 'metadata.jsonl').write_text('years of work')
     code, message = run(main, [export, '--num-samples', '2', '--out', tmp_path / 'mine', '--force'], capsys)
-    assert code == 2 and 'was not written by this tool' in message and (tmp_path / 'mine' / 'thesis.txt').exists()
+    assert code == 2 and 'was not written by this tool' in message and (tmp_path / 'mine' / 'metadata.jsonl').exists()
+
+
+@pytest.mark.parametrize('argv, main, teacher', [
+    ('--network teacher', Sampling('teacher', 50, guidance=2.0), None),
+    ('--network teacher --nfe 4', Sampling('teacher', 4, guidance=2.0), None),
+    ('--network teacher --guidance 3', Sampling('teacher', 50, guidance=3.0), None),
+    ('--guidance 3 --compare', Sampling('generator_ema'), Sampling('teacher', 50, guidance=3.0)),
+    ('--solver heun --compare 4', Sampling('generator_ema'), Sampling('teacher', 4, 'heun', guidance=2.0)),
+])
+def test_what_is_not_said_is_as_the_config_samples(shapes, argv, main, teacher):  # noqa: F811
+    args = parse_args([shapes.config, shapes.weights, '--prompt', 'a red circle', '--out', 'x', *argv.split()])
+    expected = {'': main, **({'_teacher': teacher} if teacher else {})}
+    assert samplings_of(args, build_inferencer(args)) == expected
 
 
 @pytest.mark.parametrize('argv, message', [
