@@ -8,7 +8,6 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 import torch
-from mmengine.logging import MMLogger
 from mmengine.registry import DefaultScope
 
 from mmfgm.errors import UsageError
@@ -100,7 +99,8 @@ def test_swin_s_is_that_of_mmdet(weights, tmp_path):
     checkpoint = make_mmdet_checkpoint(cfg, tmp_path / 'full.pth')
     images = smooth_images((256, 256))
     detector = MMDetMask2Former(checkpoint)
-    assert detector.comparable and detector.label == 'Mask2Former Swin-S (mmdet)'
+    # random weights in the published network
+    assert not detector.comparable and 'weights full.pth), not comparable' in detector.label
     assert sum(check(*pair, threshold=0.3) for pair in zip(detector(images), reference(cfg, checkpoint, images))) > 10
 
 
@@ -219,6 +219,8 @@ def test_bad_input(weights, monkeypatch):
     cfg, checkpoint = weights
     with pytest.raises(UsageError, match='does not exist'):
         MMDetMask2Former('nowhere.pth', cfg)
+    with pytest.raises(UsageError, match="config 'nowhere.py' cannot be read: FileNotFoundError"):
+        MMDetMask2Former(checkpoint, 'nowhere.py')
     other = copy.deepcopy(cfg)
     other.model.panoptic_head.num_things_classes = 79
     with pytest.raises(UsageError, match='79 things and 0 stuff.*mask2former_swin-s'):
@@ -231,15 +233,6 @@ def test_bad_input(weights, monkeypatch):
     asked = []
     monkeypatch.setattr(mmdet_detector, 'download', lambda *args: asked.append(args) or checkpoint)
     assert MMDetMask2Former('https://example.com/a.pth', cfg)([]) == [] and asked[0][0] == 'https://example.com/a.pth'
-
-
-def test_other_weights_than_the_published_are_noticed(weights, monkeypatch):
-    network, warned = MMDetMask2Former(weights[1], weights[0]).network, []
-    monkeypatch.setattr(MMLogger.get_current_instance(), 'warning', warned.append)
-    for digest in ('c9d0c4f2aa', '743b7d99aa', 'c9d0c4f3aa'):
-        monkeypatch.setattr(mmdet_detector, 'sha256', lambda path: digest)
-        MMDetMask2Former._load(network, weights[1], True, check_published=True)
-    assert len(warned) == 1 and 'none of the published files' in warned[0]
 
 
 @pytest.mark.parametrize('missing, message', [('mmcv.ops', 'bash tools/install_mmcv_ops.sh.*TransformersMask2Former'),

@@ -13,7 +13,7 @@ from mmengine.logging import MMLogger
 from mmengine.registry import DefaultScope
 from torch import Tensor, nn
 
-from mmfgm.datasets.cached import sha256
+from mmfgm.datasets.files import sha256
 from mmfgm.errors import UsageError
 from mmfgm.models.weights import load_tensors, read_state_dict
 from mmfgm.registry import TASK_UTILS
@@ -117,13 +117,23 @@ def build_pipeline(cfg: Config):
     return Compose([load, *(step for step in others if not step.type.endswith('LoadAnnotations'))])
 
 
+def _read_config(path: str) -> Config:
+    try:
+        # a config is a program of the user's: whatever it raises is about the config
+        return Config.fromfile(path)
+    except Exception as e:
+        raise UsageError(f"the detector's config {path!r} cannot be read: {type(e).__name__}: {e}; name one of mmdet 3.x, or "
+                         "leave `config` out for that of GenEval's network") from e
+
+
 @TASK_UTILS.register_module()
 class MMDetMask2Former(Mask2FormerDetector):
     """The Mask2Former Swin-S of GenEval's reference, in mmdet 3.x: same detections, in batches and without needless masks.
 
     Args:
         checkpoint (str): File or URL of the weights: that of mmdet 3.x, :data:`CHECKPOINT`, or that of mmdet 2.x, which the
-            reference used; its parameters are renamed. An URL is downloaded into torch's hub folder.
+            reference used; its parameters are renamed. An URL is downloaded into torch's hub folder. Scores of any other
+            file, known by its SHA-256, are not comparable.
         config (str or Config, optional): Config of mmdet 3.x. Defaults to that of the reference's network, from mmdet's own
             package; scores of another are not comparable.
         score_threshold (float): The lowest score that the judge asks for. Defaults to 0.3, GenEval's lowest.
@@ -134,35 +144,38 @@ class MMDetMask2Former(Mask2FormerDetector):
         weights_only (bool): See :func:`~mmfgm.models.weights.read_state_dict`.
 
     Raises:
-        UsageError: If mmdet or mmcv's ops are missing, or checkpoint and config do not belong together: with a parameter
-            missing or left over, scores would be near zero without a word.
+        UsageError: If mmdet or mmcv's ops are missing, the config cannot be read, or checkpoint and config do not belong
+            together: with a parameter missing or left over, scores would be near zero without a word.
     """
 
     def __init__(self, checkpoint: str, config: Optional[Union[str, Config]] = None, score_threshold: float = 0.3,
                  prefilter: bool = True, batch_size: int = 8, device: Optional[Union[str, torch.device]] = None,
                  weights_only: bool = True):
         check_ops()
-        self.comparable = config is None
-        cfg = reference_config() if config is None else config if isinstance(config, Config) else Config.fromfile(config)
+        cfg = reference_config() if config is None else config if isinstance(config, Config) else _read_config(config)
         with DefaultScope.overwrite_default_scope('mmdet'):
             network, self.pipeline = build_network(cfg), build_pipeline(cfg)
-        self._load(network, checkpoint, weights_only, check_published=self.comparable)
+        published = self._load(network, checkpoint, weights_only)
+        self.comparable = config is None and published
         network.panoptic_head._forward_head = partial(forward_head, network.panoptic_head)
-        other = f'Mask2Former (mmdet, {osp.basename(cfg.filename or "config")}), not comparable with published GenEval scores'
-        self.label = 'Mask2Former Swin-S (mmdet)' if self.comparable else other
+        what = f'weights {osp.basename(checkpoint)}' if config is None else osp.basename(cfg.filename or 'config')
+        self.label = 'Mask2Former Swin-S (mmdet)' if self.comparable else \
+            f'Mask2Former (mmdet, {what}), not comparable with published GenEval scores'
         self._tested = False
         super().__init__(network, score_threshold, prefilter, batch_size, device, network.test_cfg.get('max_per_image', 100))
 
     @staticmethod
-    def _load(network: nn.Module, checkpoint: str, weights_only: bool, check_published: bool) -> None:
+    def _load(network: nn.Module, checkpoint: str, weights_only: bool) -> bool:
+        """Fill the network; whether the weights are a published file."""
         fix = f"name the file of mmdet 3.x: checkpoint='{CHECKPOINT}'"
         if re.match('https?://', checkpoint):
             checkpoint = download(checkpoint, None, fix.replace('the file', 'a local copy of the file'))
         state = read_state_dict(checkpoint, weights_only)
-        if check_published and not (osp.isfile(checkpoint) and sha256(checkpoint).startswith(PUBLISHED)):
+        published = osp.isfile(checkpoint) and sha256(checkpoint).startswith(PUBLISHED)
+        if not published:
             MMLogger.get_current_instance().warning(
                 f'{checkpoint} is none of the published files, whose SHA-256 begin with {" and ".join(PUBLISHED)}: scores '
-                'compare with published ones only if its weights are theirs')
+                'do not compare with published ones')
         renamed = rename_v2(state)
         if renamed.keys() != state.keys():
             MMLogger.get_current_instance().info(f'{checkpoint} is of mmdet 2.x; its parameters get their names of 3.x')
@@ -170,6 +183,7 @@ class MMDetMask2Former(Mask2FormerDetector):
             load_tensors(network, renamed, checkpoint)
         except UsageError as e:
             raise UsageError(f'{e}. GenEval scores would be near zero; {fix}, or the config of this one') from e
+        return published
 
     def to(self, device: Union[str, torch.device]) -> 'MMDetMask2Former':
         """Move the network, and return self; the first time on a GPU, mmcv's op is tested there.

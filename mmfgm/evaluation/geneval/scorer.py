@@ -7,9 +7,13 @@ from typing import Dict, List, Optional, Sequence
 import numpy as np
 
 from mmfgm.errors import UsageError
+from mmfgm.models.weights import fingerprint
 from mmfgm.registry import TASK_UTILS
 
 from .judge import Verdict, judge
+
+# where weights are and how they are run, none of which verdicts depend on: the weights themselves count
+PLACES = ('checkpoint', 'pretrained', 'weights_only', 'device', 'batch_size', 'prefilter')
 
 
 @dataclass(frozen=True)
@@ -57,7 +61,8 @@ class Scorer:
         self.label, self.comparable = self.detector.label, bool(self.detector.comparable and not self.options)
         self.note = '; '.join(([] if self.detector.comparable else [self.label])
                               + ([f'options {self.options}, not comparable with published scores'] if self.options else []))
-        self.identity = dict(detector=detector, label=self.label, colors=colors, options=self.options)
+        self.identity = dict(detector=_identify(self.detector, detector), options=self.options,
+                             colors=_identify(self.colors, colors) if colors else None)
 
     def to(self, device) -> 'Scorer':
         """Move the models; returns itself."""
@@ -98,3 +103,10 @@ class Scorer:
             boxes = {name: detected.boxes[name][kept].tolist() for name, kept in verdict.kept.items()}
             judged.append(Judged(verdict, boxes))
         return judged
+
+
+def _identify(part, config: dict) -> dict:
+    """The config of a detector or colour classifier, its network by what it holds instead of where it lies."""
+    if not hasattr(part, 'network'):
+        return dict(config)
+    return dict({key: value for key, value in config.items() if key not in PLACES}, weights=fingerprint(part.network))
