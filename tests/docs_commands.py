@@ -93,6 +93,9 @@ COMMANDS = {
     'tools/dist_train.sh configs/fgm/digits.py 2': Run(
         f'--work-dir work_dirs/two {SHORT}', 'work_dirs/two/iter_2.pth', (TRAIN_TEACHER, )),
     f'tools/dist_test.sh {DIGITS} 2': Run(FEW, 'work_dirs/fgm/digits/test/metrics.json', (TRAIN, )),
+    'python tools/train.py configs/reflow/shapes_small.py': Run(SHORT, 'work_dirs/reflow/shapes_small/iter_2.pth'),
+    'python tools/train.py configs/fgm/shapes_small.py': Run(
+        SHORT, 'work_dirs/fgm/shapes_small/iter_2.pth', ('python tools/train.py configs/reflow/shapes_small.py', )),
     f'{MY}.train my_digits.py': Run(SHORT, 'work_dirs/my_project/my_digits/iter_2.pth', (TRAIN_TEACHER, )),
     f'{MY}.test my_digits.py work_dirs/my_project/my_digits': Run(
         FEW, 'work_dirs/my_project/my_digits/test/metrics.json', (f'{MY}.train my_digits.py', )),
