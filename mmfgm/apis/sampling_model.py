@@ -9,6 +9,7 @@ from torch import nn
 from mmfgm.engine.strategies import autocast_forward
 from mmfgm.errors import UsageError
 from mmfgm.models import FGM, FlowMatching, FlowModel, OneStepGenerator, load_network
+from mmfgm.models.latents import CachedNullPrompt
 from mmfgm.models.lora import LoRA
 from mmfgm.registry import MODELS, TASK_UTILS
 
@@ -26,7 +27,7 @@ class SamplingModel(FlowModel):
             ``tools/merge_checkpoint.py``, or an export's folder. None for the teacher of FGM alone.
         export (dict, optional): Description of the export at ``weights``; its network takes the place of the model's.
         precision (str): ``'fp32'``, or ``'bf16'`` for bf16 compute with float32 weights.
-        null (callable, optional): "No condition" for guidance, in place of the model's own.
+        null (callable, optional): "No condition" for guidance, in place of the model's ``CachedNullPrompt``.
 
     Attributes:
         available (list[str]): Networks that :meth:`load` knows, the one to sample from first.
@@ -119,14 +120,20 @@ class SamplingModel(FlowModel):
 
     def _build(self) -> nn.Module:
         model = self.export['model'] if self.export else self.model
-        network = self._lora.adapted(self._teacher()) if self._lora else MODELS.build(model['network'])
+        if self._lora:
+            network = self._lora.adapted(self._teacher())
+            vars(network).pop('forward', None)   # the autocast of a loaded teacher, which calls the teacher
+        else:
+            network = MODELS.build(model['network'])
         return OneStepGenerator(network, **(model.get('generator') or {})) if self.distilled else network
 
     def _build_null(self) -> Optional[Any]:
         null = self.model.get('null_condition') or (self.model.get('guidance') or {}).get('null')
         if null is None:
             return None
-        return self._null if self._null is not None else TASK_UTILS.build(null)
+        kind = TASK_UTILS.get(null['type']) if isinstance(null['type'], str) else null['type']
+        # its cache may be absent where prompts are encoded here
+        return self._null if self._null is not None and kind is CachedNullPrompt else TASK_UTILS.build(null)
 
 
 def _merged_network(weights: str) -> Optional[List[str]]:

@@ -31,8 +31,11 @@ def randomised(config, seed=0):
     """A built model in which every network has weights of its own, and none are zero."""
     cfg = Config.fromfile(config)
     torch.manual_seed(seed)
+    own = dict(teacher=dict(checkpoint=None))
+    if cfg.model.get('guidance') and cfg.model.guidance.null.type == 'CachedNullPrompt':   # where there is no cache
+        own['guidance'] = {**cfg.model.guidance, 'null': dict(type='ZeroPrompt')}
     with DefaultScope.overwrite_default_scope('mmfgm'):
-        model = MODELS.build({**cfg.model, 'teacher': dict(checkpoint=None)}).eval()
+        model = MODELS.build({**cfg.model, **own}).eval()
     for network in model.networks.values():
         for p in network.parameters():
             p.data = p.data + 0.1 * torch.randn_like(p)
@@ -81,7 +84,7 @@ def sd3_config(folder, **generator):
 _base_ = [{str(ROOT / 'configs/fgm/sd3_1024.py')!r}]
 model = dict(
     network=dict(pretrained={folder!r}, latent_size=8), decoder=dict(pretrained={folder!r}), gan=None, guidance=dict(
-        null=dict(_delete_=True, type='ZeroPrompt')), generator=dict({', '.join(f'{k}={v}' for k, v in generator.items())}))
+        null=dict(path='nowhere')), generator=dict({', '.join(f'{k}={v}' for k, v in generator.items())}))
 '''
 
 

@@ -10,9 +10,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 from diffusers import StableDiffusion3Pipeline
+from mmengine.registry import DefaultScope
 from safetensors.torch import load_file
 
 from mmfgm.apis import FGMInferencer, OneStepPipeline, export_generator, read_config
+from mmfgm.apis.sampling_model import SamplingModel
 from mmfgm.errors import UsageError
 from mmfgm.models import Sampling
 from tests.conftest import ROOT, tool_env
@@ -239,6 +241,21 @@ def test_lora_is_merged_and_folded(sd3_folder, tmp_path):
     with pytest.raises(UsageError, match=r'adapters alone cannot hold .* t_star=0.97, c_in=0.8'):
         export_generator(read_config(problem.config), problem.weights, str(tmp_path / 'lora'), lora=True)
     assert not (tmp_path / 'lora').exists()
+
+
+def test_lora_in_bf16_after_its_teacher(sd3_folder, tmp_path):
+    """The adapters' copy of a teacher that is loaded already does not compute as the teacher."""
+    problem = lora_problem(tmp_path / 'run', sd3_folder, t_star=0.97, c_in=0.8)
+    cfg, images = read_config(problem.config), []
+    encoded = FGMInferencer(problem.config, problem.weights).text_encoder.encode(PROMPTS)
+    batch = dict(idx=torch.arange(2), seed=torch.tensor(SEEDS), **encoded)
+    for order in (['generator_ema'], ['teacher', 'generator_ema']):
+        with DefaultScope.overwrite_default_scope('mmfgm'):
+            model = SamplingModel(cfg.model, problem.weights, precision='bf16', null=lambda cond: cond).eval()
+            for name in order:
+                model.load(name)
+        images.append(model.sample(batch, Sampling('generator_ema')))
+    assert torch.equal(*images)
 
 
 def test_lora_file(sd3_folder, tmp_path):

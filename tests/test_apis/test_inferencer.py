@@ -13,7 +13,7 @@ from mmfgm.datasets import GenerationDataset, WordEncoder
 from mmfgm.errors import UsageError
 from mmfgm.evaluation import to_uint8
 from mmfgm.models import Sampling
-from mmfgm.registry import MODELS
+from mmfgm.registry import MODELS, TASK_UTILS
 from mmfgm.tools.merge_checkpoint import merge
 
 
@@ -128,8 +128,23 @@ def test_words_of_shapes(shapes):
     expected = shapes.model.sample(batch, Sampling('teacher', 3, guidance=2.0))
     samples = inferencer(prompts, seeds=5, out='tensor', network='teacher', nfe=3, guidance=2.0)['predictions']
     torch.testing.assert_close(torch.stack(samples), expected, rtol=1e-5, atol=1e-5)
+    # its null and its 50 steps stay where only another scale is given
+    expected = shapes.model.sample(batch, Sampling('teacher', 50, guidance=3.0))
+    samples = inferencer(prompts, seeds=5, out='tensor', network='teacher', guidance=3.0)['predictions']
+    torch.testing.assert_close(torch.stack(samples), expected, rtol=1e-4, atol=1e-4)
     with pytest.raises(UsageError, match="the word 'dragon' of the prompt"):
         inferencer('a red dragon')
+
+
+def test_null_is_the_one_of_the_config(shapes):
+    class Ones:
+        def __call__(self, cond):
+            return {name: torch.ones_like(value) for name, value in cond.items()}
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(TASK_UTILS.module_dict, 'Ones', Ones)
+        inferencer = FGMInferencer(_with(shapes.config, {'model.guidance.null.type': 'Ones'}), shapes.weights)
+    assert isinstance(inferencer.model.null, Ones)
 
 
 def test_prompts_are_encoded_once(shapes, monkeypatch):
@@ -140,13 +155,13 @@ def test_prompts_are_encoded_once(shapes, monkeypatch):
     prompts = ['a red circle', 'two squares', 'a red circle']
     together = inferencer(prompts, seeds=5, out='tensor')['predictions']
     inferencer(prompts, seeds=9, network='teacher', nfe=2)
-    assert encoded == [['a red circle', 'two squares']]
+    assert encoded == [['a red circle', 'two squares']]   # the config's null is ZeroPrompt, which encodes nothing
     for i, prompt in enumerate(prompts):
         alone, = inferencer(prompt, seeds=5 + i, out='tensor')['predictions']
         torch.testing.assert_close(alone, together[i], rtol=1e-5, atol=1e-5)
 
 
-def test_prompts_of_sd3(sd3, sd3_folder):
+def test_prompts_of_sd3(sd3, sd3_folder, monkeypatch):
     from diffusers import StableDiffusion3Pipeline
     pipeline = StableDiffusion3Pipeline.from_pretrained(sd3_folder)
     prompts = ['a red cat', 'the blue house on a green tree']
@@ -164,6 +179,12 @@ def test_prompts_of_sd3(sd3, sd3_folder):
                       output_type='pt').images
     ours = inferencer(prompts, seeds=[4, 9], out='tensor', network='teacher', nfe=4, shift=3.0, guidance=4.0)['predictions']
     torch.testing.assert_close((torch.stack(ours) / 2 + 0.5).clamp(0, 1), theirs, rtol=1e-4, atol=1e-4)
+    # what is not given is as the config's pictures are made, and the empty prompt is encoded once
+    encoded, encode = [], inferencer.text_encoder.encode
+    monkeypatch.setattr(inferencer.text_encoder, 'encode', lambda texts: encoded.append(list(texts)) or encode(texts))
+    monkeypatch.setattr(inferencer, '_empty', {})
+    partly = inferencer(prompts, seeds=[4, 9], out='tensor', network='teacher', nfe=4, guidance=4.0)['predictions']
+    assert torch.equal(torch.stack(partly), torch.stack(ours)) and encoded == [['']]
     with pytest.raises(UsageError, match='prompt 2 of 2 has 257 T5 tokens, more than 256'):
         inferencer(['a red cat', ' '.join(['cat'] * 256)])
 
