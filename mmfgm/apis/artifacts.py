@@ -1,5 +1,6 @@
 # Copyright (c) mmfgm authors.
 """What an export is on disk, how to tell it from a training checkpoint, and folders that appear only when whole."""
+import errno
 import json
 import os
 import os.path as osp
@@ -100,18 +101,32 @@ def whole_folder(out: str, force: bool, marker: str) -> Iterator[str]:
         raise UsageError(f'{out!r} holds no {marker}, so it was not written by this tool, and --force does not delete it; name '
                          'another folder')
     unfinished = f'{out}.{os.getpid()}.tmp'
+    old = f'{unfinished}.old'
     try:
         os.makedirs(unfinished)
     except OSError as e:
         raise UsageError(f'{out!r} cannot be written: {e.strerror or e}; name a folder where you may write') from e
     try:
+        yield unfinished
         try:
-            yield unfinished
             if osp.lexists(out):   # moved aside first: there is never a moment without a whole one on disk
-                os.rename(out, f'{unfinished}.old')
+                os.rename(out, old)
             os.rename(unfinished, out)
-        except (OSError, SafetensorError) as e:
-            raise UsageError(f'{out!r} cannot be written: {e}; make room, or name a folder where you may write') from e
+        except BaseException:
+            if osp.lexists(old) and not osp.lexists(out):
+                os.rename(old, out)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
+    except (OSError, SafetensorError) as e:
+        if not _is_about_writing(e, out):
+            raise
+        raise UsageError(f'{out!r} cannot be written: {e}; make room, or name a folder where you may write') from e
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
-        shutil.rmtree(f'{unfinished}.old', ignore_errors=True)
+
+
+def _is_about_writing(error: Exception, out: str) -> bool:
+    """Whether the disk is full or read-only, or the file is ``out`` or one of those written in its place."""
+    # safetensors and shutil hand on the system's words, but not its number
+    disk = any(os.strerror(code) in str(error) for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS))
+    return disk or str(getattr(error, 'filename', None) or '').startswith(out)
