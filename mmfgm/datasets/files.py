@@ -3,6 +3,7 @@
 import hashlib
 import os
 import os.path as osp
+import uuid
 
 from mmfgm.errors import UsageError
 
@@ -22,7 +23,8 @@ def write_file(filename: str, content: bytes) -> None:
     Raises:
         UsageError: If it cannot be written.
     """
-    unfinished = f'{filename}.{os.getpid()}.tmp'
+    # processes of several machines may have the same number
+    unfinished = f'{filename}.{uuid.uuid4().hex}.tmp'
     try:
         with open(unfinished, 'wb') as f:
             f.write(content)

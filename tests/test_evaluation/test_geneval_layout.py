@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mmfgm.datasets.files import sha256
+from mmfgm.datasets.files import sha256, write_file
 from mmfgm.errors import UsageError
 from mmfgm.evaluation.geneval import Verdict, summarize
 from mmfgm.evaluation.geneval.layout import (Entry, VerdictLog, encode_png, image_name, read_image, read_results, result_row,
@@ -192,6 +192,21 @@ def test_a_verdict_holds_for_one_image_one_prompt_one_judge(tmp_path):
     assert sorted(log.read(folder, changed)) == [entry.name for entry in entries[3:]]
     log.append([dict(rows[0], correct=False)], [sha256(os.path.join(folder, entries[0].name))])
     assert log.read(folder, entries)[entries[0].name]['correct'] is False
+
+
+def test_several_processes_write_one_file(tmp_path, monkeypatch):
+    """Of several machines, where their numbers may be equal: here the second writes while the first is about to finish."""
+    finish = os.replace
+
+    def finish_second(unfinished, filename):
+        monkeypatch.setattr(os, 'replace', finish)
+        write_file(filename, b'same')
+        finish(unfinished, filename)
+
+    monkeypatch.setattr(os, 'replace', finish_second)
+    write_file(str(tmp_path / 'metadata.jsonl'), b'same')
+    assert [path.name for path in tmp_path.iterdir()] == ['metadata.jsonl']
+    assert (tmp_path / 'metadata.jsonl').read_bytes() == b'same'
 
 
 def test_sheets(tmp_path):
