@@ -5,7 +5,7 @@ import os.path as osp
 import re
 from glob import escape as glob_escape
 from glob import glob
-from typing import Any, Dict, Optional
+from typing import Any, Dict, List, Optional
 
 from mmengine.config import Config
 
@@ -16,6 +16,9 @@ from mmfgm.models.weights import read_pickle
 from mmfgm.version import __version__
 
 from .report_data import is_work_dir, read_run
+
+# of a model's card on the hub
+LICENCE_FIELDS = ('license_name', 'license', 'license_link')
 
 
 def describe_source(cfg: Config, checkpoint: str, network: str) -> Dict[str, Any]:
@@ -40,21 +43,27 @@ def hash_weights(folder: str) -> Dict[str, str]:
     return {osp.basename(path): sha256(path) for path in sorted(glob(osp.join(glob_escape(folder), '*.safetensors')))}
 
 
-def find_licence(folder: str) -> Optional[str]:
-    """The licence that a model's card names, or that a LICENSE file lies beside it."""
+def find_licence(folder: str) -> Dict[str, str]:
+    """The :data:`LICENCE_FIELDS` in the head of a model's card, as they stand there; or else ``file``, a LICENSE beside it."""
     card = osp.join(folder, 'README.md')
     if osp.isfile(card):
         with open(card, encoding='utf-8') as f:
             head = re.match(r'---\n(.*?)\n---', f.read(), re.DOTALL)
         fields = dict(re.findall(r'^(license\w*):\s*(\S.*)$', head.group(1), re.MULTILINE)) if head else {}
+        fields = {key: fields[key] for key in LICENCE_FIELDS if key in fields}
         if fields:
-            return ', '.join(fields.get(key) for key in ('license_name', 'license', 'license_link') if fields.get(key))
-    files = sorted(glob(osp.join(glob_escape(folder), 'LICENSE*')))
-    return f'see {osp.basename(files[0])}' if files else None
+            return fields
+    files = licence_files(folder)
+    return dict(file=osp.basename(files[0])) if files else {}
+
+
+def licence_files(folder: str) -> List[str]:
+    """The LICENSE files of a model."""
+    return sorted(glob(osp.join(glob_escape(folder), 'LICENSE*')))
 
 
 def write_card(usage: str, source: Dict[str, Any], weights: Dict[str, str], dtype: str, base: Optional[str] = None,
-               licence: Optional[str] = None) -> str:
+               licence: Optional[Dict[str, str]] = None) -> str:
     """The README.md of an export.
 
     Args:
@@ -63,10 +72,13 @@ def write_card(usage: str, source: Dict[str, Any], weights: Dict[str, str], dtyp
         weights (dict[str, str]): See :func:`hash_weights`.
         dtype (str): Of the weights.
         base (str, optional): Name of the pipeline that the other parts come from.
-        licence (str, optional): Of the base.
+        licence (dict[str, str], optional): Of the base, see :func:`find_licence`.
     """
-    library = 'diffusers' if base else 'mmfgm'
+    library, licence = 'diffusers' if base else 'mmfgm', licence or {}
+    stated = ', '.join(licence[key] for key in LICENCE_FIELDS if key in licence)
+    stated = stated or (f'see {licence["file"]}' if licence else 'not stated there; it holds for these weights too')
     head = [f'library_name: {library}', *([f'base_model: {base}'] if base and re.fullmatch(r'[\w.-]+/[\w.-]+', base) else []),
+            *(f'{key}: {licence[key]}' for key in LICENCE_FIELDS if key in licence),
             'tags: [one-step, flow-matching, flow-generator-matching]']
     metrics = ''.join(f'| {name} | {value:.6g} |\n' for name, value in source['metrics'].items())
     rows = {
@@ -75,8 +87,7 @@ def write_card(usage: str, source: Dict[str, Any], weights: Dict[str, str], dtyp
         'Checkpoint': f'`{source["checkpoint"]}`, network `{source["network"]}`',
         'Iterations': source['iterations'] if source['iterations'] is not None else 'not recorded in the checkpoint',
         'Weights': f'{dtype}; ' + ', '.join(f'`{name}` sha256 `{digest}`' for name, digest in weights.items()),
-        **({'Base': f'`{base}`', 'Licence of the base': licence or 'not stated there; it holds for these weights too'}
-           if base else {}),
+        **({'Base': f'`{base}`', 'Licence of the base': stated} if base else {}),
         'Made with': f'mmfgm {source["mmfgm"]}'}
     table = ''.join(f'| {name} | {value} |\n' for name, value in rows.items())
     return '\n'.join(['---', *head, '---', '', '# One-step generator', '',

@@ -3,8 +3,6 @@
 import json
 import os.path as osp
 import shutil
-from glob import escape as glob_escape
-from glob import glob
 from typing import Any, Dict, List, Optional
 
 import torch
@@ -22,7 +20,7 @@ from mmfgm.models.text_encoders import check_sd3, load_or_explain
 from mmfgm.registry import MODELS
 
 from .artifacts import EXPORT_FILE, PIPELINE_FILE, WEIGHTS_FILE, check_checkpoint, whole_folder
-from .card import describe_source, find_licence, hash_weights, write_card
+from .card import describe_source, find_licence, hash_weights, licence_files, write_card
 from .folding import PipelineStep, fold_generator
 from .sampling_model import SamplingModel
 
@@ -96,7 +94,7 @@ def export_generator(cfg: Config,
         generator = getattr(trained, name)
         source = describe_source(cfg, checkpoint, name)
         if lora:
-            made, about = 'lora', _write_lora(folder, generator, base, dtype, source)
+            made, about = 'lora', _write_lora(folder, generator, base, local, dtype, source)
         elif sd3 and base:
             made, about = 'pipeline', _write_pipeline(
                 folder, generator, base, local, index, step, dtype, max_shard_size, source)
@@ -115,7 +113,12 @@ def _write_text(path: str, text: str) -> None:
 def _base_folder(base: str, index: Dict[str, Any]) -> str:
     """Where the base lies, downloaded if it is a hub id; with all parts that its index names."""
     from diffusers import StableDiffusion3Pipeline
-    local = base if osp.isdir(base) else load_or_explain(lambda: StableDiffusion3Pipeline.download(base), base)
+    from huggingface_hub import snapshot_download
+    local = base
+    if not osp.isdir(base):
+        local = load_or_explain(lambda: StableDiffusion3Pipeline.download(base), base)
+        # into the same folder; the pipeline does not ask for them
+        load_or_explain(lambda: snapshot_download(base, allow_patterns=['README.md', 'LICENSE*']), base)
     missing = [name for name in _parts(index) if not osp.isdir(osp.join(local, name))]
     if missing:
         raise UsageError(f'{base!r} is not whole: {", ".join(missing)} is missing; download all of it, with hf download '
@@ -179,7 +182,7 @@ def _write_pipeline(folder: str, generator: OneStepGenerator, base: str, local: 
     for name in _parts(index):
         if name != 'transformer':
             shutil.copytree(osp.join(local, name), osp.join(folder, name))
-    for file in [osp.join(local, PIPELINE_FILE), *glob(osp.join(glob_escape(local), 'LICENSE*'))]:
+    for file in [osp.join(local, PIPELINE_FILE), *licence_files(local)]:
         shutil.copy(file, folder)
     torch_dtype = str(DTYPES[dtype])
     usage = f'''
@@ -196,7 +199,8 @@ image.save('image.png')
                 weights_sha256=weights)
 
 
-def _write_lora(folder: str, generator: OneStepGenerator, base: str, dtype: str, source: Dict[str, Any]) -> Dict[str, Any]:
+def _write_lora(folder: str, generator: OneStepGenerator, base: str, local: str, dtype: str,
+                source: Dict[str, Any]) -> Dict[str, Any]:
     from diffusers import StableDiffusion3Pipeline
     layers, tensors = dict(generator.network.named_modules()), {}
     for name, p in generator.network.named_parameters():
@@ -214,8 +218,9 @@ image = pipe('a red cat', num_inference_steps=1, guidance_scale=1.0).images[0]
 image.save('image.png')
 '''
     weights = hash_weights(folder)
-    licence = find_licence(base) if osp.isdir(base) else None
-    _write_text(osp.join(folder, 'README.md'), write_card(usage, source, weights, dtype, _public(base), licence))
+    for file in licence_files(local):
+        shutil.copy(file, folder)
+    _write_text(osp.join(folder, 'README.md'), write_card(usage, source, weights, dtype, _public(base), find_licence(local)))
     return dict(model=dict(type='FGM', network=dict(type='SD3', latent_size=generator.network.event_shape[-1])),
                 weights_sha256=weights)
 

@@ -29,7 +29,9 @@ def parse_args(argv: Optional[Sequence[str]]) -> argparse.Namespace:
     parser.add_argument('--dtype', choices=list(DTYPES), default='fp32', help='of the written weights (default: fp32)')
     parser.add_argument('--max-shard-size', default='10GB', metavar='SIZE', help="of the pipeline's files (default: 10GB)")
     parser.add_argument('--lora', action='store_true',
-                        help="of a training with model.lora, the adapters alone, for diffusers' load_lora_weights")
+                        help="of a training with model.lora, the adapters alone, for diffusers' load_lora_weights; refused where "
+                        'the generator has a t_star, c_in, c_out or c_skip other than 1, or a teacher of its own, as adapters '
+                        'cannot hold that: without --lora, all of it is merged into the transformer')
     parser.add_argument('--force', action='store_true', help='replace OUT, if it is an export')
     parser.add_argument('--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE',
                         help='override config values, as in the training')

@@ -7,6 +7,7 @@ import sys
 from itertools import product
 from types import SimpleNamespace
 
+import huggingface_hub
 import pytest
 import torch
 from diffusers import StableDiffusion3Pipeline
@@ -157,6 +158,7 @@ def test_other_sizes_shards_and_cards(sd3_folder, tmp_path):
     torch.testing.assert_close(theirs, images_of(cfg, problem.weights, network='generator'), rtol=0, atol=1e-5)
     card = (tmp_path / 'out/README.md').read_text()
     assert card.startswith('---\nlibrary_name: diffusers\n') and 'tiny-community, other' in card and str(tmp_path) not in card
+    assert '\nlicense_name: tiny-community\nlicense: other\n' in card.split('---')[1]
     shards = json.loads((tmp_path / 'out/mmfgm_export.json').read_text())['weights_sha256']
     assert len(shards) > 2 and all(digest in card for digest in shards.values())
 
@@ -266,3 +268,24 @@ def test_lora_file(sd3_folder, tmp_path):
     assert not torch.allclose(stock(sd3_folder), ours, atol=0.01)
     with pytest.raises(UsageError, match="holds adapters alone, for diffusers' load_lora_weights"):
         FGMInferencer(out)
+
+
+@pytest.mark.parametrize('lora', [False, True])
+def test_licence_of_a_base_on_the_hub(tmp_path, monkeypatch, lora):
+    """Which the pipeline's own download leaves there."""
+    base, load_config = make_tiny_sd3(tmp_path / 'snapshot'), StableDiffusion3Pipeline.load_config
+    problem = lora_problem(tmp_path / 'run', base, t_star=1.0, c_in=1.0, c_out=1.0)
+
+    def snapshot_download(name, allow_patterns):
+        assert name == 'someone/tiny-sd3' and allow_patterns == ['README.md', 'LICENSE*']
+        (tmp_path / 'snapshot' / 'README.md').write_text('---\nlicense: other\nlicense_link: LICENSE.md\n---\n')
+        (tmp_path / 'snapshot' / 'LICENSE.md').write_text('for cats')
+
+    monkeypatch.setattr(StableDiffusion3Pipeline, 'load_config', lambda name: load_config(base))
+    monkeypatch.setattr(StableDiffusion3Pipeline, 'download', lambda name: base)
+    monkeypatch.setattr(huggingface_hub, 'snapshot_download', snapshot_download)
+    out = tmp_path / 'out'
+    export_generator(read_config(problem.config), problem.weights, str(out), 'someone/tiny-sd3', lora=lora)
+    head, card = (out / 'README.md').read_text().split('---\n')[1:]
+    assert '\nbase_model: someone/tiny-sd3\nlicense: other\nlicense_link: LICENSE.md\n' in head
+    assert '| other, LICENSE.md |' in card and (out / 'LICENSE.md').read_text() == 'for cats'
