@@ -56,6 +56,9 @@ class Evaluation:
         if not isinstance(self.interval, int) or self.interval < 0:
             raise UsageError(f'evaluations.{self.name}.interval must be a whole number of iterations, or 0 for never, but is '
                              f'{self.interval!r}')
+        if not self.metrics:
+            raise UsageError(f"evaluations.{self.name} has no metrics, so there is nothing to generate for; name one, for example "
+                             "metrics=dict(fd=dict(type='FrechetDistance', reference=...)), or remove it")
         dataset = DATASETS.build(self.dataset)
         self.num_samples = len(dataset)
         self.loader = DataLoader(dataset, self.batch_size, sampler=PaddedSampler(dataset), collate_fn=collate,
@@ -108,8 +111,17 @@ class Evaluation:
         Returns:
             dict[str, float]: ``'name/metric'`` to value.
         """
-        sampling = sampling or Sampling(**self.sampling)
+        try:
+            return self._run(model, sampling or Sampling(**self.sampling), out_dir, config)
+        finally:
+            # whoever goes through the items next wants all of them
+            self.loader.sampler.skip = frozenset()
+            for metric in self.built.values():
+                metric.release()
+
+    def _run(self, model, sampling: Sampling, out_dir: Optional[str], config: Optional[dict]) -> Dict[str, float]:
         self._reset(model, sampling, out_dir, config)
+        finished = len(self.loader.sampler.skip)
         start = last = time.time()
         for i, batch in enumerate(self.loader):
             samples = model.sample(batch, sampling)
@@ -118,10 +130,8 @@ class Evaluation:
             if is_main_process() and time.time() - last > 30:
                 last = time.time()
                 eta = (last - start) / (i + 1) * (len(self.loader) - i - 1)
-                MMLogger.get_current_instance().info(
-                    f'{self.name}: {(i + 1) * self.batch_size * get_world_size()}/{self.num_samples} samples, eta {eta:.0f} s')
-        # whoever goes through the items next wants all of them
-        self.loader.sampler.skip = frozenset()
+                done = min(finished + (i + 1) * self.batch_size * get_world_size(), self.num_samples)
+                MMLogger.get_current_instance().info(f'{self.name}: {done}/{self.num_samples} samples, eta {eta:.0f} s')
         results = {}
         for key, metric in self.built.items():
             for name, value in metric.evaluate(self.num_samples).items():

@@ -76,6 +76,9 @@ class SampleMetric(BaseMetric):
         """Items, the same on every process, that an interrupted run finished, and that need not be generated again."""
         return frozenset()
 
+    def release(self) -> None:
+        """Free what an evaluation took of the device; called when it ends, also by an error."""
+
     def real(self, batch: dict, samples: Tensor) -> Tuple[List[int], Tensor]:
         """Drop padding: indices and samples of the items that count."""
         idx = [int(i) for i in batch['idx']]

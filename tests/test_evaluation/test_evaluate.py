@@ -107,5 +107,10 @@ def test_bad_interval():
         Evaluation(name='e', dataset={}, metrics={}, sampling={}, interval='often')
 
 
+def test_without_metrics():
+    with pytest.raises(UsageError, match='evaluations.e has no metrics'):
+        Evaluation(name='e', dataset=dict(type='GenerationDataset', num_samples=4), metrics={}, sampling={})
+
+
 if __name__ == '__main__':
     sys.exit(main())

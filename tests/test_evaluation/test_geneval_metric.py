@@ -3,6 +3,7 @@
 import hashlib
 import json
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -122,6 +123,24 @@ def test_an_interrupted_evaluation_repeats_nothing(tmp_path):
     evaluation = build()
     assert evaluation.run(none, SAMPLING, str(tmp_path / 'parts')) == whole and none.generated == []
     assert sum(len(batch['idx']) for batch in evaluation.loader) == 18
+
+
+def test_a_resumed_evaluation_counts_what_was_there(tmp_path, monkeypatch):
+    """And one that fails leaves neither the device occupied nor items out."""
+    emptied, lines, clock = [], [], iter(range(0, 10000, 31))
+    monkeypatch.setattr('mmfgm.evaluation.geneval.metric.get_device', lambda: 'cuda')
+    monkeypatch.setattr(torch.cuda, 'empty_cache', lambda: emptied.append(True))
+    StandInDetector.devices.clear()
+    evaluation = build()
+    for fail_after in (8, 4):
+        with pytest.raises(KeyboardInterrupt):
+            evaluation.run(Echo(fail_after), SAMPLING, str(tmp_path))
+    assert StandInDetector.devices == ['cuda', 'cpu'] * 2 and len(emptied) == 2
+    assert sum(len(batch['idx']) for batch in evaluation.loader) == 18
+    monkeypatch.setattr('mmfgm.evaluation.evaluate.time', SimpleNamespace(time=lambda: next(clock)))
+    monkeypatch.setattr(MMLogger.get_current_instance(), 'info', lines.append)
+    evaluation.run(Echo(), SAMPLING, str(tmp_path))
+    assert [line.split(',')[0] for line in lines if 'samples' in line] == ['geneval: 16/18 samples', 'geneval: 18/18 samples']
 
 
 def other_weights():

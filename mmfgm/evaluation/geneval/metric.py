@@ -8,6 +8,7 @@ from hashlib import sha256
 from typing import AbstractSet, Any, Dict, List, Optional, Sequence, Tuple
 
 import numpy as np
+import torch
 from mmengine.device import get_device
 from mmengine.dist import broadcast_object_list, gather_object, get_rank, is_main_process
 from mmengine.logging import MMLogger
@@ -121,6 +122,11 @@ class GenEval(SampleMetric):
     def finished(self) -> AbstractSet[int]:
         return self.taken_up.keys()
 
+    def release(self) -> None:
+        self.scorer.to('cpu')
+        # training needs what torch would keep for the next detector
+        torch.cuda.empty_cache()
+
     def process(self, data_batch: dict, data_samples: Tensor) -> None:
         idx, samples = self.real(data_batch, data_samples)
         if not idx:
@@ -143,7 +149,6 @@ class GenEval(SampleMetric):
         self.rows.update(zip(idx, rows))
 
     def evaluate(self, size: int) -> Dict[str, float]:
-        self.scorer.to('cpu')
         gathered = gather_object(self.rows)
         counted, scores = [0], [None]
         if is_main_process():
