@@ -3,6 +3,7 @@
 import argparse
 import json
 import os.path as osp
+from dataclasses import fields
 from typing import Dict, List, Optional, Sequence
 
 import torch
@@ -69,6 +70,15 @@ def samplings_of(model, networks: Sequence[str], nfe: Sequence[int], solver: str
     return samplings
 
 
+def folder_name(sampling: Sampling) -> str:
+    """Of what is written for a sampling: network and NFE, and every setting that is not the default."""
+    names = [sampling.network, str(sampling.nfe), 'nfe']
+    for setting in fields(Sampling)[2:]:
+        value = getattr(sampling, setting.name)
+        names += [] if value == setting.default else [setting.name, str(value)]
+    return '_'.join(names)
+
+
 def format_table(table: Table) -> str:
     """The measured values, one row per network and NFE."""
     metrics = list(table)
@@ -103,7 +113,7 @@ def test(argv: Optional[Sequence[str]] = None) -> Table:
     table: Table = {}
     for sampling in samplings:
         for evaluation in evaluations.values():
-            out_dir = osp.join(cfg.work_dir, evaluation.name, f'{sampling.network}_{sampling.nfe}_nfe')
+            out_dir = osp.join(cfg.work_dir, evaluation.name, folder_name(sampling))
             values = evaluation.run(runner.model, sampling, out_dir, dict(model=cfg.model, precision=runner.strategy.precision))
             for metric, value in values.items():
                 table.setdefault(metric, {}).setdefault(sampling.network, {})[sampling.nfe] = value

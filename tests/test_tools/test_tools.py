@@ -8,6 +8,8 @@ import sys
 
 import pytest
 
+from mmfgm.models import Sampling
+from mmfgm.tools.test import folder_name
 from tests.conftest import ROOT, run_module, tool_env, train
 
 
@@ -56,6 +58,14 @@ def test_teacher_and_generator_in_one_table(run, tiny, tmp_path):
                '--work-dir', tmp_path / 'w2', nproc=2)
     two = json.loads((tmp_path / 'two' / 'metrics.json').read_text())['fd/fd']['generator_ema']['1']
     assert two == pytest.approx(table['generator_ema']['1'], rel=1e-5)
+
+
+def test_samplings_have_folders_of_their_own():
+    samplings = [Sampling('generator'), Sampling('teacher', 4), Sampling('teacher', 4, 'heun'), Sampling('teacher', 4, guidance=2.0),
+                 Sampling('teacher', 4, guidance=7.0), Sampling('teacher', 4, 'heun', shift=3.0, guidance=7.0)]
+    assert [folder_name(sampling) for sampling in samplings] == [
+        'generator_1_nfe', 'teacher_4_nfe', 'teacher_4_nfe_solver_heun', 'teacher_4_nfe_guidance_2.0',
+        'teacher_4_nfe_guidance_7.0', 'teacher_4_nfe_solver_heun_shift_3.0_guidance_7.0']
 
 
 @pytest.mark.slow
