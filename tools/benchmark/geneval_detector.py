@@ -4,7 +4,8 @@ r"""What GenEval's detector and judge take for an image, ours beside mmdet's own
 Ours goes in batches and enlarges only masks that can count. Theirs is what GenEval's reference does: image by image,
 with all hundred masks enlarged and copied out, and lists for each class. Both have the same
 weights, which without ``--checkpoint`` are random and made confident of ``--pairs`` (query, class) pairs an image.
-Detections above 0.3 and verdicts must agree. Both take turns, so that other load on the machine meets both alike. Prints
+Detections above 0.3 and verdicts must agree on a CPU; on a GPU, whose kernels round otherwise for batches, how far they
+differ is printed. Both take turns, so that other load on the machine meets both alike. Prints
 for each the median time of an image, images a second and the time of GenEval's 2,212 images, then the ratio; on a CPU
 also the ratio of processor time, which other load does not change.
 
@@ -22,6 +23,7 @@ import numpy as np
 import torch
 from mmengine.registry import DefaultScope
 
+from mmfgm.evaluation.features import full_precision
 from mmfgm.evaluation.geneval import MMDetMask2Former, judge
 from mmfgm.evaluation.geneval.mmdet_detector import build_network, reference_config
 from mmfgm.evaluation.geneval.prompts import OBJECT_NAMES
@@ -89,7 +91,9 @@ def theirs(model, images):
     from mmdet.apis import inference_detector
     results = []
     for image in images:
-        found = inference_detector(model, image[..., ::-1]).pred_instances
+        # as ours, which never compute in TF32
+        with full_precision():
+            found = inference_detector(model, image[..., ::-1]).pred_instances
         labels, masks = found.labels.cpu().numpy(), found.masks.cpu().numpy()
         rows = torch.cat([found.bboxes, found.scores[:, None]], 1).cpu().numpy()
         boxes = {name: rows[labels == index] for index, name in enumerate(OBJECT_NAMES)}
@@ -98,18 +102,28 @@ def theirs(model, images):
     return results
 
 
-def check(a, b, threshold):
-    """Both must have found the same; returns the number of detections above the threshold."""
-    total = 0
+def compare(a, b, threshold):
+    """The number of detections above the threshold, and how far ours are from theirs."""
+    total, differ = 0, dict(verdicts=0, detections=0, pixels=0.0, score=0.0)
     for (boxes, ours), (others, theirs) in zip(a, b):
-        assert (ours.correct, ours.reason) == (theirs.correct, theirs.reason), (ours, theirs)
+        differ['verdicts'] += (ours.correct, ours.reason) != (theirs.correct, theirs.reason)
         for name, rows in others.items():
             mine = boxes.get(name, rows[:0])
             mine, rows = mine[mine[:, 4] > threshold], rows[rows[:, 4] > threshold]
-            np.testing.assert_array_equal(mine[:, :4], rows[:, :4])
-            np.testing.assert_allclose(mine[:, 4], rows[:, 4], atol=1e-5)
             total += len(rows)
-    return total
+            differ['detections'] += abs(len(mine) - len(rows))
+            if len(mine) == len(rows) > 0:
+                differ['pixels'] = max(differ['pixels'], float(abs(mine - rows)[:, :4].max()))
+                differ['score'] = max(differ['score'], float(abs(mine - rows)[:, 4].max()))
+    return total, differ
+
+
+def check(a, b, threshold, exact):
+    """As :func:`compare`; with ``exact`` both must have found the same boxes, scores to 1e-5, and verdicts."""
+    total, differ = compare(a, b, threshold)
+    if exact and (differ['verdicts'] or differ['detections'] or differ['pixels'] or differ['score'] > 1e-5):
+        raise AssertionError(f'ours and theirs differ by {differ}')
+    return total, differ
 
 
 def timed(function, *args):
@@ -144,12 +158,14 @@ def main():
         # the first round warms up
         for _ in range(args.rounds + 1):
             a, b = timed(ours, detector, images), timed(theirs, model, images)
-            found = check(a[2], b[2], detector.threshold)
+            found, differ = check(a[2], b[2], detector.threshold, exact=detector.device.type == 'cpu')
             times.append((a[0], b[0], a[1], b[1]))
     pairs = sum(len(rows) for boxes, _ in a[2] for rows in boxes.values())
     print(f'{args.device}, {torch.get_num_threads()} threads: {len(images)} images of {args.size} x {args.size}, batches of '
           f'{args.batch_size}; an image has {pairs / len(images):.1f} confident pairs, {found / len(images):.1f} above '
           f'{detector.threshold}')
+    print(f'ours and theirs differ in {differ["verdicts"]} verdicts and {differ["detections"]} detections, the others by up to '
+          f'{differ["pixels"]:.3g} pixels and {differ["score"]:.2g} in score')
     ours_wall, theirs_wall, ours_cpu, theirs_cpu = np.array(times[1:]).T
     for name, seconds in (('inference_detector', theirs_wall), ('ours', ours_wall)):
         each = statistics.median(seconds) / len(images)

@@ -210,7 +210,7 @@ def build_theirs(args, runner):
     return LOOPS[args.baseline](cfg, teacher, iter(loader), next(teacher.parameters()).device)
 
 
-def peak_memory(args, which):
+def peak_memory(which):
     """GiB of one loop alone, in a process of its own."""
     command = [sys.executable, __file__, *sys.argv[1:], '--only', which, '--iters', '2', '--block', '1']
     return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
@@ -255,7 +255,7 @@ def main():
     n = runner.train_loop.dataloader.batch_size
     print(f'{args.config}: batch {n}, {args.iters} iterations in blocks of {args.block}')
     for name, which, seconds in ((f'{args.baseline} loop', 'theirs', theirs), ('our loop with hooks', 'ours', ours)):
-        memory = f'  peak memory {peak_memory(args, which):6.2f} GiB' if args.memory else ''
+        memory = f'  peak memory {peak_memory(which):6.2f} GiB' if args.memory else ''
         print(f'{name:20} {1000 * seconds:9.2f} ms an iteration  {n / seconds:8.2f} images/s{memory}')
     print(f'ratio                {ratio:9.3f}')
 
