@@ -3,6 +3,7 @@
 import json
 import os.path as osp
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 from glob import escape as glob_escape
 from glob import glob
@@ -12,6 +13,8 @@ from mmengine.config import Config
 
 import mmfgm
 from mmfgm.errors import UsageError
+
+from .config import read_config
 
 Series = Dict[int, float]   # iteration -> value
 
@@ -194,16 +197,18 @@ def config_difference(cfg: Config, base: Config) -> List[Tuple[str, Optional[str
     return [(key, *(repr(side[key]) if key in side else None for side in (theirs, ours))) for key in differing]
 
 
-def closest_packaged_config(cfg: Config) -> Tuple[str, Config]:
+def closest_packaged_config(cfg: Config) -> Optional[Tuple[str, Config]]:
     """The packaged config that differs from ``cfg`` in the fewest values: what it was most likely made from.
 
     A dumped config no longer names its ``_base_``, so this is found by comparison.
 
     Returns:
-        tuple[str, Config]: Its name, ``mmfgm::FOLDER/NAME.py``, and the config.
+        tuple[str, Config]: Its name, ``mmfgm::FOLDER/NAME.py``, and the config; None if none can be read.
     """
     root = osp.join(osp.dirname(mmfgm.__file__), '.mim', 'configs')
     paths = sorted(glob(osp.join(glob_escape(root), '[!_]*', '*.py')))
-    candidates = {f'mmfgm::{osp.relpath(path, root)}': Config.fromfile(path) for path in paths}
-    name = min(candidates, key=lambda name: len(config_difference(cfg, candidates[name])))
-    return name, candidates[name]
+    candidates = {}
+    for name in (f'mmfgm::{osp.relpath(path, root)}' for path in paths):
+        with suppress(UsageError):   # one that cannot be read is of no use to compare with, and no fault of the run
+            candidates[name] = read_config(name)
+    return min(candidates.items(), key=lambda entry: len(config_difference(cfg, entry[1])), default=None)

@@ -72,7 +72,8 @@ def run_section(run: Run, base: Optional[Tuple[str, Config]] = None, max_picture
 
     Args:
         run (Run): See :func:`~mmfgm.apis.report_data.read_run`.
-        base (tuple[str, Config], optional): Name and config to show the differences from. Defaults to the closest packaged one.
+        base (tuple[str, Config], optional): Name and config to show the differences from. Defaults to the closest packaged one;
+            left out if there is none.
         max_pictures (int): At most so many of the sample hook's pictures, evenly spaced. Defaults to 12.
         beside (Sequence[Run]): Other runs, whose metrics and losses are drawn in the same panels.
     """
@@ -145,12 +146,14 @@ def _samples(run: Run, limit: int) -> str:
     return ''.join(parts)
 
 
-def _config(cfg: Config, base: Tuple[str, Config]) -> str:
+def _config(cfg: Config, base: Optional[Tuple[str, Config]]) -> str:
+    whole = f'<details><summary>The whole config</summary><pre>{escape(cfg.pretty_text)}</pre></details>'
+    if base is None:
+        return f'<h3>Config</h3>{whole}'
     rows = [[f'`{key}`', *('not set' if value is None else f'`{value}`' for value in values)]
             for key, *values in config_difference(cfg, base[1])]
     difference = table(['key', base[0], 'this run'], rows) if rows else '<p>No difference.</p>'
-    return (f'<h3>Config, beside {escape(base[0])}</h3>{difference}<details><summary>The whole config</summary>'
-            f'<pre>{escape(cfg.pretty_text)}</pre></details>')
+    return f'<h3>Config, beside {escape(base[0])}</h3>{difference}{whole}'
 
 
 def _environment(run: Run) -> str:

@@ -33,6 +33,8 @@ def report(argv: Optional[Sequence[str]] = None) -> str:
     args = parse_args(argv)
     if args.pictures < 1:
         raise UsageError(f'--pictures must be at least 1, but is {args.pictures}')
+    if args.panels and not args.curves:
+        raise UsageError('--panels chooses what --curves FILE.png draws; add --curves, or leave --panels out')
     quickstart = osp.join(args.work_dir, 'metrics.json')
     stages = {'Teacher': osp.join(args.work_dir, 'teacher'), 'Generator': osp.join(args.work_dir, 'fgm')}
     if osp.isfile(quickstart) and all(map(is_work_dir, stages.values())):

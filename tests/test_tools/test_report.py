@@ -7,6 +7,7 @@ import pytest
 from mmengine.config import Config
 from PIL import Image
 
+import mmfgm
 from mmfgm.apis.report_curves import group_scalars
 from mmfgm.apis.report_data import closest_packaged_config, config_difference, read_run
 from mmfgm.errors import UsageError
@@ -68,6 +69,26 @@ def test_config_is_held_against_the_packaged_one_it_came_from(tmp_path):
     # keys are those of --cfg-options, also inside lists
     cfg.merge_from_dict({'param_scheduler.online.0.end_factor': 0.5, 'model.extra': 1})
     assert config_difference(cfg, base)[:2] == [('model.extra', None, '1'), ('param_scheduler.online.0.end_factor', '0.1', '0.5')]
+
+
+def test_packaged_configs_that_cannot_be_read_are_left_out(tmp_path, monkeypatch):
+    run = start(tmp_path / 'run', '20260101_000000', losses(10, 20))
+    folder = tmp_path / '.mim' / 'configs' / 'fgm'
+    folder.mkdir(parents=True)
+    monkeypatch.setattr(mmfgm, '__file__', str(tmp_path / '__init__.py'))
+    for name, text, heading in (('nothing', None, '<h3>Config</h3>'), ('broken', 'x = 1 +', '<h3>Config</h3>'),
+                                ('whole', 'x = 1', '<h3>Config, beside mmfgm::fgm/whole.py</h3>')):
+        if text:
+            (folder / f'{name}.py').write_text(text)
+        page = open(report([str(run)])).read()
+        assert heading in page and 'end_factor' in page   # the whole config is there all the same
+
+
+def test_panels_need_a_picture(tmp_path):
+    start(tmp_path, '20260101_000000', losses(10))
+    with pytest.raises(UsageError, match='add --curves, or leave --panels out'):
+        report([str(tmp_path), '--panels', 'loss'])
+    assert not (tmp_path / 'report.html').exists()
 
 
 def test_runs_beside_each_other_share_panels(tmp_path):
