@@ -5,13 +5,18 @@
 #
 #     bash tools/install_mmcv_ops.sh [PYTHON]
 #
-# PYTHON defaults to .venv/bin/python if there is one, else python. MAX_JOBS sets how many files are compiled at
-# once. Where torch sees a GPU the ops are built for it, which needs the nvcc of torch's CUDA version.
+# PYTHON defaults to that of the active environment (venv or conda), else .venv/bin/python, else python. MAX_JOBS
+# sets how many files are compiled at once. Where torch sees a GPU the ops are built for it, which needs the nvcc
+# of torch's CUDA version.
 set -euo pipefail
-python="${1:-.venv/bin/python}"
-if [ $# -eq 0 ] && [ ! -x "$python" ]; then python=python; fi
+python="${1:-}"
+for environment in "${VIRTUAL_ENV:-}" "${CONDA_PREFIX:-}" .venv; do
+  if [ -z "$python" ] && [ -n "$environment" ] && [ -x "$environment/bin/python" ]; then python="$environment/bin/python"; fi
+done
+python="${python:-python}"
 # the build runs in another folder
 python="$(cd "$(dirname "$(command -v "$python")")" && pwd)/$(basename "$python")"
+echo "the interpreter is $python"
 pip() { "$python" -m pip --disable-pip-version-check "$@"; }
 # a build without CUDA does not serve a torch that sees a GPU
 works() {

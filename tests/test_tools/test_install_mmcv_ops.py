@@ -34,20 +34,22 @@ class Machine:
     def __init__(self, folder):
         self.folder, self.cache = folder, folder / 'cache'
         self.env = {**os.environ, 'XDG_CACHE_HOME': str(self.cache)}
+        for name in ('VIRTUAL_ENV', 'CONDA_PREFIX'):
+            self.env.pop(name, None)
 
     def interpreter(self, name, torch='2.0'):
         python = self.folder / name / 'python'
-        python.parent.mkdir()
+        python.parent.mkdir(parents=True)
         python.write_text(PYTHON)
         python.chmod(0o755)
         (python.parent / 'torch').write_text(torch)
         return python
 
-    def command(self, python):
-        return ['bash', ROOT / 'tools/install_mmcv_ops.sh', python]
+    def command(self, *python):
+        return ['bash', ROOT / 'tools/install_mmcv_ops.sh', *python]
 
-    def run(self, python):
-        return subprocess.run(self.command(python), env=self.env, cwd=self.folder, capture_output=True, text=True, timeout=60)
+    def run(self, *python):
+        return subprocess.run(self.command(*python), env=self.env, cwd=self.folder, capture_output=True, text=True, timeout=60)
 
     def files(self):
         return sorted(path.name for path in self.cache.rglob('*') if path.is_file() and path.name != 'lock')
@@ -71,6 +73,22 @@ def test_built_once_for_a_version_of_torch(machine):
     # mmcv's own C++ standard is gone
     assert builds(first) == ['-g0 -O1 1 cxx = []'] and builds(same) == [] and len(builds(other)) == 1
     assert machine.files() == ['onedl_mmcv-1.0.whl'] * 2
+
+
+def test_the_active_environment_comes_first(machine):
+    """Then the project's own, then what the path has; one that is named comes before all, and each is told."""
+    conda, own, venv, named, path = (machine.interpreter(f'{name}/bin') for name in ('conda', '.venv', 'venv', 'named', 'path'))
+    for change, args, python in (
+            (dict(PATH=f'{path.parent}:{machine.env["PATH"]}'), (), own), (dict(CONDA_PREFIX=conda.parent.parent), (), conda),
+            (dict(VIRTUAL_ENV=venv.parent.parent), (), venv), ({}, (named, ), named)):
+        machine.env.update({name: str(value) for name, value in change.items()})
+        result = machine.run(*args)
+        assert result.returncode == 0 and result.stdout.splitlines()[0] == f'the interpreter is {python}', result.stderr
+        assert (python.parent / 'ops').exists()
+    own.unlink()
+    for name in ('VIRTUAL_ENV', 'CONDA_PREFIX'):
+        del machine.env[name]
+    assert machine.run().stdout.splitlines()[0] == f'the interpreter is {path}' and (path.parent / 'ops').exists()
 
 
 def test_failed_or_interrupted_build_leaves_nothing(machine):
