@@ -176,8 +176,11 @@ def _summary(args: argparse.Namespace) -> dict:
     rows = read_results(args.results)
     scores, nfe, about = summarize(rows), None, osp.join(osp.dirname(args.results), 'metrics.json')
     if osp.isfile(about):
-        with open(about, encoding='utf-8') as f:
-            nfe = json.load(f).get('nfe')
+        try:
+            with open(about, encoding='utf-8') as f:
+                nfe = json.load(f).get('nfe')
+        except (OSError, ValueError, AttributeError) as e:
+            raise UsageError(f'{about!r} is not what scoring writes beside the results: {e}; remove it, or score again') from e
     print(format_scores(scores, rows, nfe))
     return dict(scores=scores, rows=rows, bad={})
 
