@@ -57,7 +57,7 @@ class Evaluation:
             raise UsageError(f'evaluations.{self.name}.interval must be a whole number of iterations, or 0 for never, but is '
                              f'{self.interval!r}')
         if not self.metrics:
-            raise UsageError(f"evaluations.{self.name} has no metrics, so there is nothing to generate for; name one, for example "
+            raise UsageError(f'evaluations.{self.name} has no metrics; name one, for example '
                              "metrics=dict(fd=dict(type='FrechetDistance', reference=...)), or remove it")
         dataset = DATASETS.build(self.dataset)
         self.num_samples = len(dataset)

@@ -61,8 +61,9 @@ def test_teacher_and_generator_in_one_table(run, tiny, tmp_path):
 
 
 def test_samplings_have_folders_of_their_own():
-    samplings = [Sampling('generator'), Sampling('teacher', 4), Sampling('teacher', 4, 'heun'), Sampling('teacher', 4, guidance=2.0),
-                 Sampling('teacher', 4, guidance=7.0), Sampling('teacher', 4, 'heun', shift=3.0, guidance=7.0)]
+    samplings = [Sampling('generator'), Sampling('teacher', 4), Sampling('teacher', 4, 'heun'),
+                 Sampling('teacher', 4, guidance=2.0), Sampling('teacher', 4, guidance=7.0),
+                 Sampling('teacher', 4, 'heun', shift=3.0, guidance=7.0)]
     assert [folder_name(sampling) for sampling in samplings] == [
         'generator_1_nfe', 'teacher_4_nfe', 'teacher_4_nfe_solver_heun', 'teacher_4_nfe_guidance_2.0',
         'teacher_4_nfe_guidance_7.0', 'teacher_4_nfe_solver_heun_shift_3.0_guidance_7.0']
