@@ -3,7 +3,8 @@
 
 What to generate is one of: --prompt TEXT ..., --prompts FILE (.txt, .jsonl, .csv or .parquet), --labels N ..., or
 --num-samples N, which for a model with classes goes through them in turn. OUT gets 000000.png and so on, grid.png, and
-metadata.jsonl with a line for each image, and mmfgm_images.json, by which --force knows it; with --compare, the teacher's images too, and compare.png.
+metadata.jsonl with a line for each image, and mmfgm_images.json, by which --force knows it; with --compare, the teacher's
+images too, and compare.png.
 """
 import argparse
 import json
