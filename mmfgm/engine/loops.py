@@ -133,8 +133,13 @@ class AlternatingTrainLoop(IterBasedTrainLoop):
         # made before the first iteration, because making it draws from the random state that hooks restore
         self._batches = iter(self.dataloader)
         self.runner.model.train()
-        while self._iter < self._max_iters and not self.stop_training:
-            self.run_iter()
+        try:
+            while self._iter < self._max_iters and not self.stop_training:
+                self.run_iter()
+        finally:
+            # they ignore SIGTERM, by which the interpreter ends them, and it would wait for ever
+            if self.dataloader.num_workers:
+                self._batches._shutdown_workers()
         self._epoch += 1
         self.runner.call_hook('after_train_epoch')
         self.runner.call_hook('after_train')

@@ -5,7 +5,7 @@ from mmengine.config import Config
 
 from mmfgm.engine import FlowRunner
 from mmfgm.errors import UsageError
-from tests.conftest import ROOT
+from tests.conftest import ROOT, train
 
 
 @pytest.fixture
@@ -100,3 +100,11 @@ def test_repository_configs_are_at_most_three_levels_deep():
 
     configs = [path for path in (ROOT / 'configs').rglob('*.py')]
     assert configs and max(map(depth, configs)) <= 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('options, code', [((), 0), (('default_hooks.poison.type=PoisonHook', 'default_hooks.poison.at=3',
+                                                      'default_hooks.poison.network=generator'), 3)], ids=['done', 'failed'])
+def test_loader_workers_end_with_the_run(options, code, tiny, tmp_path):
+    """Workers ignore SIGTERM, so a process that leaves them to the interpreter's exit never ends."""
+    train(tiny / 'fgm.py', tmp_path, 'train_dataloader.num_workers=1', *options, codes=(code,), timeout=120)
