@@ -1,5 +1,7 @@
 # Copyright (c) mmfgm authors.
-"""What setup.cfg cannot do: put the configs and tools where OpenMMLab looks for them, in ``mmfgm/.mim``."""
+"""What setup.cfg cannot do: put the configs and tools where OpenMMLab looks for them, in
+``mmfgm/.mim``."""
+
 import os
 import shutil
 from pathlib import Path

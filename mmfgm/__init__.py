@@ -1,14 +1,17 @@
 # Copyright (c) mmfgm authors.
 """mmfgm: one-step generators from flow-matching models, by Flow Generator Matching."""
+
 from importlib import metadata
 
 from .version import __version__
 
-
 # upstream package -> the maintained continuation that owns the same import name
 _CONTINUATIONS = {
-    'mmengine': 'onedl-mmengine', 'mmengine-lite': 'onedl-mmengine', 'mmcv': 'onedl-mmcv', 'mmcv-lite': 'onedl-mmcv',
-    'mmdet': 'onedl-mmdetection'
+    'mmengine': 'onedl-mmengine',
+    'mmengine-lite': 'onedl-mmengine',
+    'mmcv': 'onedl-mmcv',
+    'mmcv-lite': 'onedl-mmcv',
+    'mmdet': 'onedl-mmdetection',
 }
 
 
@@ -28,14 +31,16 @@ def _check_distributions() -> None:
     """
     for upstream, onedl in _CONTINUATIONS.items():
         if _installed(upstream):
-            raise ImportError(f'the package {upstream!r} is installed; mmfgm needs {onedl!r}, its maintained continuation '
-                              f'under the same import name, and one overwrites the files of the other. Run: '
-                              f'pip uninstall -y {upstream} {onedl} && pip install {onedl}')
+            raise ImportError(
+                f'the package {upstream!r} is installed; mmfgm needs {onedl!r}, its maintained'
+                ' continuation under the same import name, and one overwrites the files of the'
+                f' other. Run: pip uninstall -y {upstream} {onedl} && pip install {onedl}'
+            )
 
 
 _check_distributions()
 
-from mmengine.config import utils as _config_utils  # noqa: E402
+from mmengine.config import utils as _config_utils
 
 # lets `_base_ = 'mmfgm::fgm/digits.py'` find the configs inside the package
 _config_utils.MODULE2PACKAGE['mmfgm'] = 'mmfgm'

@@ -1,5 +1,6 @@
 # Copyright (c) mmfgm authors.
 """Tiny problems that train in seconds, and ways to run the tools as a user would."""
+
 import os
 import subprocess
 import sys
@@ -13,24 +14,36 @@ torch.set_num_threads(1)
 # the tests compare runs on the CPU, with more processes than a machine has GPUs
 os.environ['CUDA_VISIBLE_DEVICES'] = ''
 
-NETWORK = dict(type='AdaLNMLP', event_shape=(1, 8, 8), width=16, depth=2, embed_dim=16, num_classes=10)
+NETWORK = dict(
+    type='AdaLNMLP', event_shape=(1, 8, 8), width=16, depth=2, embed_dim=16, num_classes=10
+)
 
 
 def tool_env(**extra):
     """An environment for a subprocess: one thread a process, nothing inherited from a launcher."""
-    env = {k: v for k, v in os.environ.items() if k not in ('RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'MASTER_PORT')}
+    env = {
+        k: v
+        for k, v in os.environ.items()
+        if k not in ('RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'MASTER_PORT')
+    }
     return {**env, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(ROOT), **extra}
 
 
 def run_module(module, *args, nproc=0, cwd=ROOT, codes=(0,), env=None, timeout=300):
-    """Run ``python -m module args``, under torchrun with ``nproc`` processes if that is positive."""
+    """Run ``python -m module args``, under torchrun with ``nproc`` processes if that is
+    positive."""
     command = [sys.executable, '-m']
     if nproc:
         command += ['torch.distributed.run', '--standalone', f'--nproc_per_node={nproc}', '-m']
     command += [module, *map(str, args)]
-    result = subprocess.run(command, cwd=cwd, env=env or tool_env(), capture_output=True, text=True, timeout=timeout)
+    result = subprocess.run(
+        command, cwd=cwd, env=env or tool_env(), capture_output=True, text=True, timeout=timeout
+    )
     if codes is not None and result.returncode not in codes:
-        pytest.fail(f'{" ".join(command)} exited with {result.returncode}:\n{result.stdout[-3000:]}\n{result.stderr[-6000:]}')
+        pytest.fail(
+            f'{" ".join(command)} exited with'
+            f' {result.returncode}:\n{result.stdout[-3000:]}\n{result.stderr[-6000:]}'
+        )
     return result
 
 
@@ -44,22 +57,25 @@ def train(config, work_dir, *options, nproc=0, resume=False, **kwargs):
 
 
 def pytest_addoption(parser):
-    parser.addoption('--kills', type=int, default=1, help='how often test_resume kills each run (default: 1)')
+    parser.addoption(
+        '--kills', type=int, default=1, help='how often test_resume kills each run (default: 1)'
+    )
 
 
 @pytest.fixture(scope='session')
 def tiny(tmp_path_factory):
-    """A folder with a tiny teacher config, its trained checkpoint, and a tiny FGM config that uses it."""
+    """A folder with a tiny teacher config, its trained checkpoint, and a tiny FGM config that uses
+    it."""
     folder = tmp_path_factory.mktemp('tiny')
-    (folder / 'teacher.py').write_text(f'''
+    (folder / 'teacher.py').write_text(f"""
 _base_ = [{str(ROOT / 'configs/reflow/digits.py')!r}]
 model = dict(network=dict(width=16, depth=2, embed_dim=16))
 train_cfg = dict(max_iters=30)
 train_dataloader = dict(batch_size=8)
 evaluations = dict(fd=dict(interval=0, dataset=dict(num_samples=40), batch_size=16))
 default_hooks = dict(logger=dict(interval=10), checkpoint=dict(interval=30), samples=dict(interval=1000))
-''')
-    (folder / 'fgm.py').write_text(f'''
+""")
+    (folder / 'fgm.py').write_text(f"""
 _base_ = [{str(ROOT / 'configs/fgm/digits.py')!r}]
 model = dict(network=dict(width=16, depth=2, embed_dim=16), teacher=dict(checkpoint={str(folder / 'teacher_run')!r}))
 train_cfg = dict(max_iters=8)
@@ -67,6 +83,6 @@ train_dataloader = dict(batch_size=8)
 evaluations = dict(fd=dict(interval=4, dataset=dict(num_samples=40), batch_size=16))
 default_hooks = dict(logger=dict(interval=1), checkpoint=dict(interval=2), samples=dict(interval=1000))
 custom_imports = dict(imports=['tests.helpers'])
-''')
+""")
     train(folder / 'teacher.py', folder / 'teacher_run')
     return folder

@@ -1,8 +1,9 @@
 # Copyright (c) mmfgm authors.
 """What tests/test_docs.py does with each command of the docs."""
+
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Callable, Tuple, Union
 
 import numpy as np
 from mmengine.config import Config
@@ -19,10 +20,12 @@ SD3 = 'stabilityai/stable-diffusion-3-medium-diffusers'
 
 @dataclass(frozen=True)
 class Run:
-    """A command that is run: what after it makes it short, what must be there before, and what it leaves."""
+    """A command that is run: what after it makes it short, what must be there before, and what it
+    leaves."""
+
     small: str = ''
     makes: str = ''
-    needs: Tuple[Union[str, Callable], ...] = ()
+    needs: tuple[str | Callable, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,9 @@ def sd3_inputs(folder):
 def sd3_checkpoint(folder):
     """What a training of configs/fgm/sd3_1024.py with the tiny pipeline would keep."""
     cfg = Config.fromfile(ROOT / 'configs/fgm/sd3_1024.py')
-    cfg.merge_from_dict({'model.network.latent_size': 8, 'model.network.pretrained': str(folder / SD3)})
+    cfg.merge_from_dict(
+        {'model.network.latent_size': 8, 'model.network.pretrained': str(folder / SD3)}
+    )
     model = dict(cfg.model, decoder=None, guidance=None, gan=None, teacher=dict(checkpoint=None))
     with DefaultScope.overwrite_default_scope('mmfgm'):
         (folder / 'work_dirs/fgm/sd3_1024').mkdir(parents=True)
@@ -59,80 +64,156 @@ def sd3_checkpoint(folder):
 def geneval_results(folder):
     """Results of one image, as GenEval's scripts write them."""
     (folder / 'FOLDER').mkdir()
-    row = dict(filename='0.png', tag='single_object', prompt='a photo of a dog', correct=True, reason='', metadata='{}',
-               details='{}')
+    row = dict(
+        filename='0.png',
+        tag='single_object',
+        prompt='a photo of a dog',
+        correct=True,
+        reason='',
+        metadata='{}',
+        details='{}',
+    )
     (folder / 'FOLDER/results.jsonl').write_text(json.dumps(row) + '\n')
 
 
-TRAIN_TEACHER, TRAIN = (f'python tools/train.py configs/{name}/digits.py' for name in ('reflow', 'fgm'))
+TRAIN_TEACHER, TRAIN = (
+    f'python tools/train.py configs/{name}/digits.py' for name in ('reflow', 'fgm')
+)
 SHORT = '--cfg-options train_cfg.max_iters=2 default_hooks.logger.interval=1'
 FEW = '--cfg-options evaluations.fd.dataset.num_samples=100'
 TINY_SD3 = '--cfg-options model.network.latent_size=8'
 DIGITS = 'configs/fgm/digits.py work_dirs/fgm/digits'
 SD3_RUN = 'configs/fgm/sd3_1024.py work_dirs/fgm/sd3_1024'
 MY = 'python -m mmfgm.tools'
-SLOW = (f'{TRAIN} --work-dir work_dirs/slow_online --cfg-options train_cfg.max_iters=600 '
-        'optim_wrapper.online.optimizer.lr=1e-4')
+SLOW = (
+    f'{TRAIN} --work-dir work_dirs/slow_online --cfg-options train_cfg.max_iters=600 '
+    'optim_wrapper.online.optimizer.lr=1e-4'
+)
 
 COMMANDS = {
     TRAIN_TEACHER: Run(SHORT, 'work_dirs/reflow/digits/iter_2.pth'),
-    TRAIN: Run(SHORT, 'work_dirs/fgm/digits/iter_2.pth', (TRAIN_TEACHER, )),
-    f'{TRAIN} --resume': Run(SHORT.replace('2', '3'), 'work_dirs/fgm/digits/iter_3.pth', (TRAIN, )),
-    f'python tools/test.py {DIGITS} --network teacher generator_ema --nfe 1 10 50 100':
-        Run(FEW, 'work_dirs/fgm/digits/test/metrics.json', (TRAIN, )),
-    'python tools/test.py configs/reflow/digits.py work_dirs/reflow/digits --nfe 1 10 50 100':
-        Run(FEW, 'work_dirs/reflow/digits/test/metrics.json', (TRAIN_TEACHER, )),
-    'python tools/report.py work_dirs/fgm/digits': Run('', 'work_dirs/fgm/digits/report.html', (TRAIN, )),
-    'python tools/report.py work_dirs/fgm/digits --curves docs/losses_digits.png': Run('', 'docs/losses_digits.png', (TRAIN, )),
-    SLOW: Run('train_cfg.max_iters=2 default_hooks.logger.interval=1', 'work_dirs/slow_online/iter_2.pth', (TRAIN_TEACHER, )),
+    TRAIN: Run(SHORT, 'work_dirs/fgm/digits/iter_2.pth', (TRAIN_TEACHER,)),
+    f'{TRAIN} --resume': Run(SHORT.replace('2', '3'), 'work_dirs/fgm/digits/iter_3.pth', (TRAIN,)),
+    f'python tools/test.py {DIGITS} --network teacher generator_ema --nfe 1 10 50 100': Run(
+        FEW, 'work_dirs/fgm/digits/test/metrics.json', (TRAIN,)
+    ),
+    'python tools/test.py configs/reflow/digits.py work_dirs/reflow/digits --nfe 1 10 50 100': Run(
+        FEW, 'work_dirs/reflow/digits/test/metrics.json', (TRAIN_TEACHER,)
+    ),
+    'python tools/report.py work_dirs/fgm/digits': Run(
+        '', 'work_dirs/fgm/digits/report.html', (TRAIN,)
+    ),
+    'python tools/report.py work_dirs/fgm/digits --curves docs/losses_digits.png': Run(
+        '', 'docs/losses_digits.png', (TRAIN,)
+    ),
+    SLOW: Run(
+        'train_cfg.max_iters=2 default_hooks.logger.interval=1',
+        'work_dirs/slow_online/iter_2.pth',
+        (TRAIN_TEACHER,),
+    ),
     'python tools/report.py work_dirs/fgm/digits --beside work_dirs/slow_online --curves docs/losses_compared.png': Run(
-        '', 'docs/losses_compared.png', (TRAIN, SLOW)),
-    f'python tools/generate.py {DIGITS} --labels 0 1 2 3 --compare 50 --out digits': Run('', 'digits/compare.png', (TRAIN, )),
-    f'python tools/demo.py {DIGITS}': Serve(needs=(TRAIN, )),
-    f'python tools/export_diffusers.py {DIGITS} exports/digits': Run('', 'exports/digits', (TRAIN, )),
+        '', 'docs/losses_compared.png', (TRAIN, SLOW)
+    ),
+    f'python tools/generate.py {DIGITS} --labels 0 1 2 3 --compare 50 --out digits': Run(
+        '', 'digits/compare.png', (TRAIN,)
+    ),
+    f'python tools/demo.py {DIGITS}': Serve(needs=(TRAIN,)),
+    f'python tools/export_diffusers.py {DIGITS} exports/digits': Run(
+        '', 'exports/digits', (TRAIN,)
+    ),
     'tools/dist_train.sh configs/fgm/digits.py 2': Run(
-        f'--work-dir work_dirs/two {SHORT}', 'work_dirs/two/iter_2.pth', (TRAIN_TEACHER, )),
-    f'tools/dist_test.sh {DIGITS} 2': Run(FEW, 'work_dirs/fgm/digits/test/metrics.json', (TRAIN, )),
-    'python tools/train.py configs/reflow/shapes_small.py': Run(SHORT, 'work_dirs/reflow/shapes_small/iter_2.pth'),
+        f'--work-dir work_dirs/two {SHORT}', 'work_dirs/two/iter_2.pth', (TRAIN_TEACHER,)
+    ),
+    f'tools/dist_test.sh {DIGITS} 2': Run(FEW, 'work_dirs/fgm/digits/test/metrics.json', (TRAIN,)),
+    'python tools/train.py configs/reflow/shapes_small.py': Run(
+        SHORT, 'work_dirs/reflow/shapes_small/iter_2.pth'
+    ),
     'python tools/train.py configs/fgm/shapes_small.py': Run(
-        SHORT, 'work_dirs/fgm/shapes_small/iter_2.pth', ('python tools/train.py configs/reflow/shapes_small.py', )),
-    f'{MY}.train my_digits.py': Run(SHORT, 'work_dirs/my_project/my_digits/iter_2.pth', (TRAIN_TEACHER, )),
+        SHORT,
+        'work_dirs/fgm/shapes_small/iter_2.pth',
+        ('python tools/train.py configs/reflow/shapes_small.py',),
+    ),
+    f'{MY}.train my_digits.py': Run(
+        SHORT, 'work_dirs/my_project/my_digits/iter_2.pth', (TRAIN_TEACHER,)
+    ),
     f'{MY}.test my_digits.py work_dirs/my_project/my_digits': Run(
-        FEW, 'work_dirs/my_project/my_digits/test/metrics.json', (f'{MY}.train my_digits.py', )),
+        FEW, 'work_dirs/my_project/my_digits/test/metrics.json', (f'{MY}.train my_digits.py',)
+    ),
     f'{MY}.train my_teacher.py': Run(SHORT, 'work_dirs/my_project/my_teacher/iter_2.pth'),
     f'{MY}.train my_generator.py': Run(
-        SHORT, 'work_dirs/my_project/my_generator/iter_2.pth', (f'{MY}.train my_teacher.py', )),
+        SHORT, 'work_dirs/my_project/my_generator/iter_2.pth', (f'{MY}.train my_teacher.py',)
+    ),
     f'{MY}.test my_generator.py work_dirs/my_project/my_generator --network teacher generator_ema': Run(
-        FEW, 'work_dirs/my_project/my_generator/test/metrics.json', (f'{MY}.train my_generator.py', )),
-    f'python tools/cache_prompts.py prompts.txt data/sd3/prompts --model {SD3}': Run('', 'data/sd3/prompts', (sd3_inputs, )),
+        FEW, 'work_dirs/my_project/my_generator/test/metrics.json', (f'{MY}.train my_generator.py',)
+    ),
+    f'python tools/cache_prompts.py prompts.txt data/sd3/prompts --model {SD3}': Run(
+        '', 'data/sd3/prompts', (sd3_inputs,)
+    ),
     f'python tools/cache_latents.py images data/sd3/latents --model {SD3} --resolution 1024 --captions captions.jsonl': Run(
-        '--resolution 16', 'data/sd3/latents', (sd3_inputs, )),
-    'python tools/estimate_memory.py configs/fgm/sd3_1024.py --gpus 8 --gpu H100-80GB': Run(TINY_SD3, '', (sd3_inputs, )),
+        '--resolution 16', 'data/sd3/latents', (sd3_inputs,)
+    ),
+    'python tools/estimate_memory.py configs/fgm/sd3_1024.py --gpus 8 --gpu H100-80GB': Run(
+        TINY_SD3, '', (sd3_inputs,)
+    ),
     f'python tools/generate.py {SD3_RUN} --prompt "a red cat" --precision bf16 --out cats': Run(
-        TINY_SD3, 'cats/grid.png', (sd3_inputs, sd3_checkpoint)),
+        TINY_SD3, 'cats/grid.png', (sd3_inputs, sd3_checkpoint)
+    ),
     f'python tools/export_diffusers.py {SD3_RUN} exports/sd3_1024': Run(
-        TINY_SD3, 'exports/sd3_1024/model_index.json', (sd3_inputs, sd3_checkpoint)),
-    f'python tools/export_diffusers.py {SD3_RUN} work_dirs/fgm/sd3_1024/diffusers --dtype bf16': Run(
-        TINY_SD3, 'work_dirs/fgm/sd3_1024/diffusers/model_index.json', (sd3_inputs, sd3_checkpoint)),
+        TINY_SD3, 'exports/sd3_1024/model_index.json', (sd3_inputs, sd3_checkpoint)
+    ),
+    f'python tools/export_diffusers.py {SD3_RUN} work_dirs/fgm/sd3_1024/diffusers --dtype bf16': (
+        Run(
+            TINY_SD3,
+            'work_dirs/fgm/sd3_1024/diffusers/model_index.json',
+            (sd3_inputs, sd3_checkpoint),
+        )
+    ),
     'python tools/merge_checkpoint.py work_dirs/fgm/sd3_1024 generator.safetensors --network generator_ema': Run(
-        '', 'generator.safetensors', (sd3_inputs, sd3_checkpoint)),
-    'python tools/geneval.py prompts data/geneval/prompts.jsonl': Run('', 'data/geneval/prompts.jsonl'),
+        '', 'generator.safetensors', (sd3_inputs, sd3_checkpoint)
+    ),
+    'python tools/geneval.py prompts data/geneval/prompts.jsonl': Run(
+        '', 'data/geneval/prompts.jsonl'
+    ),
     f'python tools/cache_prompts.py data/geneval/prompts.jsonl data/geneval/prompts --model {SD3}': Run(
-        '', 'data/geneval/prompts', (sd3_inputs, 'python tools/geneval.py prompts data/geneval/prompts.jsonl')),
-    'python tools/geneval.py summary FOLDER/results.jsonl': Run('', '', (geneval_results, )),
-    **{command: Parse() for command in (
-        'bash tools/quickstart.sh', 'bash tools/run_tests.sh', 'bash tools/install_mmcv_ops.sh',
-        'bash tools/run_tests.sh -k uninterrupted --kills 20',
-        'pip install -e . -c requirements/constraints.txt',
-        *(f'pip install -e ".[{extra}]" -c requirements/constraints.txt' for extra in ('eval', 'sd3', 'sd3,geneval', 'demo')),
-        *(f'tools/dist_train.sh configs/{name}.py 8' for name in ('reflow/cifar10_cond', 'fgm/cifar10_cond', 'fgm/sd3_1024')),
-        'GPUS=16 tools/slurm_train.sh PARTITION JOB configs/fgm/digits.py work_dirs/fgm/digits',
-        'python tools/test.py configs/reflow/cifar10_uncond.py work_dirs/reflow/cifar10_uncond --nfe 10 20 50 100 --solver heun',
-        'python tools/test.py configs/fgm/cifar10_cond.py work_dirs/fgm/cifar10_cond --network teacher generator_ema '
-        'generator_ema_9999 --nfe 10 20 50 100',
-        f'python tools/test.py {SD3_RUN}/iter_20000.pth --evaluation geneval',
-        'python tools/report.py work_dirs/fgm/shapes_small --curves docs/losses_shapes.png --panels shapes/score_overall loss_ '
-        'd_accuracy /l_', 'python tools/geneval.py score FOLDER', 'python tools/geneval.py run configs/geneval/sd3.py',
-        'python tools/geneval.py run configs/geneval/fgm_sd3.py',
-        'tools/dist_geneval.sh 8 run configs/geneval/hyper_sd3.py')},
+        '',
+        'data/geneval/prompts',
+        (sd3_inputs, 'python tools/geneval.py prompts data/geneval/prompts.jsonl'),
+    ),
+    'python tools/geneval.py summary FOLDER/results.jsonl': Run('', '', (geneval_results,)),
+    **{
+        command: Parse()
+        for command in (
+            'bash tools/quickstart.sh',
+            'bash tools/run_tests.sh',
+            'bash tools/install_mmcv_ops.sh',
+            'bash tools/run_tests.sh -k uninterrupted --kills 20',
+            'pip install -e . -c requirements/constraints.txt',
+            *(
+                f'pip install -e ".[{extra}]" -c requirements/constraints.txt'
+                for extra in ('eval', 'sd3', 'sd3,geneval', 'demo')
+            ),
+            *(
+                f'tools/dist_train.sh configs/{name}.py 8'
+                for name in ('reflow/cifar10_cond', 'fgm/cifar10_cond', 'fgm/sd3_1024')
+            ),
+            'GPUS=16 tools/slurm_train.sh PARTITION JOB configs/fgm/digits.py work_dirs/fgm/digits',
+            (
+                'python tools/test.py configs/reflow/cifar10_uncond.py'
+                ' work_dirs/reflow/cifar10_uncond --nfe 10 20 50 100 --solver heun'
+            ),
+            (
+                'python tools/test.py configs/fgm/cifar10_cond.py work_dirs/fgm/cifar10_cond'
+                ' --network teacher generator_ema generator_ema_9999 --nfe 10 20 50 100'
+            ),
+            f'python tools/test.py {SD3_RUN}/iter_20000.pth --evaluation geneval',
+            (
+                'python tools/report.py work_dirs/fgm/shapes_small --curves docs/losses_shapes.png'
+                ' --panels shapes/score_overall loss_ d_accuracy /l_'
+            ),
+            'python tools/geneval.py score FOLDER',
+            'python tools/geneval.py run configs/geneval/sd3.py',
+            'python tools/geneval.py run configs/geneval/fgm_sd3.py',
+            'tools/dist_geneval.sh 8 run configs/geneval/hyper_sd3.py',
+        )
+    },
 }

@@ -4,6 +4,7 @@
 The generator is ``g(z) = a z + b``, so ``p_{theta,0} = N(b, a^2)`` and its implicit velocity
 ``v_{theta,t}(x) = E[eps - x_0 | x_t = x]`` is affine in ``x``.
 """
+
 import numpy as np
 import torch
 from torch import nn
@@ -11,18 +12,23 @@ from torch import nn
 
 def implicit_velocity(x, t, a, b):
     """``v_{theta,t}(x)`` of the generator ``a z + b``."""
-    mean, variance = (1 - t) * b, (1 - t)**2 * a**2 + t**2
-    covariance = t - (1 - t) * a**2            # of eps - x_0 with x_t
+    mean, variance = (1 - t) * b, (1 - t) ** 2 * a**2 + t**2
+    covariance = t - (1 - t) * a**2  # of eps - x_0 with x_t
     return -b + covariance / variance * (x - mean)
 
 
 def true_distance(a, b, teacher, t, weights):
-    """Eq. 4.1 in closed form: ``E_t E_{x_t ~ p_theta,t} (u - v_theta)^2``, with the t-integral by quadrature."""
+    """Eq. 4.1 in closed form: ``E_t E_{x_t ~ p_theta,t} (u - v_theta)^2``, with the t-integral by
+    quadrature."""
     # u - v is affine: evaluate it at the mean, and its slope
-    mean, variance = (1 - t) * b, (1 - t)**2 * a**2 + t**2
+    mean, variance = (1 - t) * b, (1 - t) ** 2 * a**2 + t**2
     at_mean = implicit_velocity(mean, t, *teacher) - implicit_velocity(mean, t, a, b)
-    slope = (implicit_velocity(mean + 1, t, *teacher) - implicit_velocity(mean, t, *teacher)
-             - implicit_velocity(mean + 1, t, a, b) + implicit_velocity(mean, t, a, b))
+    slope = (
+        implicit_velocity(mean + 1, t, *teacher)
+        - implicit_velocity(mean, t, *teacher)
+        - implicit_velocity(mean + 1, t, a, b)
+        + implicit_velocity(mean, t, a, b)
+    )
     return (weights * (at_mean**2 + slope**2 * variance)).sum()
 
 

@@ -1,5 +1,6 @@
 # Copyright (c) mmfgm authors.
 """Hooks and models that tests name in configs (``custom_imports``)."""
+
 import os
 import signal
 from contextlib import contextmanager
@@ -16,7 +17,8 @@ from mmfgm.registry import HOOKS, MODELS, TASK_UTILS
 
 @HOOKS.register_module()
 class KillHook(Hook):
-    """SIGKILL this process at an iteration: before its checkpoint, while it is written, or after it."""
+    """SIGKILL this process at an iteration: before its checkpoint, while it is written, or after
+    it."""
 
     def __init__(self, at, when, rank=0):
         self.at, self.when, self.rank = at, when, rank
@@ -52,12 +54,19 @@ class GradientDtypeHook(Hook):
         self.computed_in = set()
         for module in runner.model.modules():
             if type(module).__name__.endswith('AdaLNBlock'):
-                module.mlp[0].register_forward_hook(lambda module, args, out: self.computed_in.add(out.dtype))
+                module.mlp[0].register_forward_hook(
+                    lambda module, args, out: self.computed_in.add(out.dtype)
+                )
         for wrapper in runner.optim_wrapper.values():
             step = wrapper.optimizer.step
 
             def checked(*args, optimizer=wrapper.optimizer, step=step, **kwargs):
-                grads = [p.grad for group in optimizer.param_groups for p in group['params'] if p.grad is not None]
+                grads = [
+                    p.grad
+                    for group in optimizer.param_groups
+                    for p in group['params']
+                    if p.grad is not None
+                ]
                 assert grads and all(grad.dtype == torch.float32 for grad in grads)
                 return step(*args, **kwargs)
 
@@ -76,7 +85,11 @@ class SmallConvFeatures:
 
     def __call__(self, samples):
         weight = torch.randn(self.dim, 3, 5, 5, generator=torch.Generator().manual_seed(0)) / 8
-        return torch.nn.functional.conv2d(to_uint8(samples).float() / 127.5 - 1, weight, stride=3).relu().mean((2, 3))
+        return (
+            torch.nn.functional.conv2d(to_uint8(samples).float() / 127.5 - 1, weight, stride=3)
+            .relu()
+            .mean((2, 3))
+        )
 
 
 @contextmanager
@@ -90,13 +103,20 @@ def row_noise(idx, salt):
         # a discriminator sees real samples and generated ones, both of these items
         ids = ids if shape[0] == len(ids) else [~i for i in ids] + ids
         assert shape[0] == len(ids)
-        return torch.stack([draw(shape[1:], torch.Generator().manual_seed(hash((i, salt, call)) % 2**31)) for i in ids])
+        return torch.stack(
+            [
+                draw(shape[1:], torch.Generator().manual_seed(hash((i, salt, call)) % 2**31))
+                for i in ids
+            ]
+        )
 
     def randn(*shape, device=None, generator=None, dtype=None):
         return rows(shape, lambda s, g: torch.randn(s, generator=g))
 
-    with mock.patch('torch.randn', randn_guard(randn)), \
-            mock.patch('torch.randn_like', lambda x: randn_rows(rows, x.shape)):
+    with (
+        mock.patch('torch.randn', randn_guard(randn)),
+        mock.patch('torch.randn_like', lambda x: randn_rows(rows, x.shape)),
+    ):
         yield
 
 
@@ -118,7 +138,8 @@ def randn_rows(rows, shape):
 
 @MODELS.register_module()
 class RowNoiseFGM(FGM):
-    """FGM whose noise belongs to the sample, so that runs with different numbers of processes are comparable."""
+    """FGM whose noise belongs to the sample, so that runs with different numbers of processes are
+    comparable."""
 
     def prepare(self, batch, differentiable):
         with row_noise(batch['idx'], 0):

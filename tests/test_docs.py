@@ -1,12 +1,15 @@
 # Copyright (c) mmfgm authors.
 """The commands of README.md, docs/ and configs/*/README.md, as they are written there.
 
-Each command of a ```bash block has an entry in :mod:`tests.docs_commands`; one without, or an entry that no page has, fails.
-``Run`` is run by bash in a folder like a clone, ``small`` after it where it would take long (docs/extend.md lists these
-settings), on tiny stand-ins of what would be downloaded. ``Parse`` is only parsed, because it needs a network, GPUs, Slurm or
-data that a test cannot have: the script is there, its tool takes the arguments, and the config is sound and its network builds.
-These are installations, what runs on 8 processes, Slurm, CIFAR-10, and GenEval's detector.
+Each command of a ```bash block has an entry in :mod:`tests.docs_commands`; one without, or an entry
+that no page has, fails. ``Run`` is run by bash in a folder like a clone, ``small`` after it where
+it would take long (docs/extend.md lists these settings), on tiny stand-ins of what would be
+downloaded. ``Parse`` is only parsed, because it needs a network, GPUs, Slurm or data that a test
+cannot have: the script is there, its tool takes the arguments, and the config is sound and its
+    network builds. These are installations, what runs on 8 processes, Slurm, CIFAR-10, and
+    GenEval's detector.
 """
+
 import ast
 import configparser
 import importlib
@@ -28,12 +31,18 @@ from tests.browser import free_port
 from tests.conftest import ROOT, tool_env
 from tests.docs_commands import COMMANDS, TRAIN, Parse, Run, Serve, sd3_inputs
 
-PAGES = [ROOT / 'README.md', *sorted((ROOT / 'docs').glob('*.md')), *sorted((ROOT / 'configs').rglob('README.md'))]
+PAGES = [
+    ROOT / 'README.md',
+    *sorted((ROOT / 'docs').glob('*.md')),
+    *sorted((ROOT / 'configs').rglob('README.md')),
+]
 TOOLS = sorted(path.stem for path in (ROOT / 'tools').glob('*.py'))
 
 
 def blocks(path, language):
-    return re.findall(rf'^```{language}\n(.*?)^```$', path.read_text(), flags=re.MULTILINE | re.DOTALL)
+    return re.findall(
+        rf'^```{language}\n(.*?)^```$', path.read_text(), flags=re.MULTILINE | re.DOTALL
+    )
 
 
 def commands_of(path):
@@ -47,7 +56,9 @@ def commands_of(path):
 
 def python_files():
     """Files that docs/extend.md shows: name to text."""
-    shown = [block for block in blocks(ROOT / 'docs/extend.md', 'python') if block.startswith('# my_')]
+    shown = [
+        block for block in blocks(ROOT / 'docs/extend.md', 'python') if block.startswith('# my_')
+    ]
     return {block.splitlines()[0][2:]: block for block in shown}
 
 
@@ -62,7 +73,7 @@ class Sandbox:
         self.folder, self.done = folder, {}
         for name in ('configs', 'tools', 'requirements', 'setup.cfg'):
             (folder / name).symlink_to(ROOT / name)
-        (folder / 'docs').mkdir()   # of its own, for a command writes into it
+        (folder / 'docs').mkdir()  # of its own, for a command writes into it
         for name, text in python_files().items():
             (folder / name).write_text(text)
         path = f'{os.path.dirname(sys.executable)}:{os.environ["PATH"]}'
@@ -79,17 +90,31 @@ class Sandbox:
         if command not in self.done:
             entry = COMMANDS[command]
             self.prepare(entry.needs)
-            result = subprocess.run(['bash', '-c', f'{command} {entry.small}'], cwd=self.folder, env=self.env, timeout=600,
-                                    capture_output=True, text=True)
-            assert result.returncode == 0, f'{command} {entry.small}\n{result.stdout[-2000:]}\n{result.stderr[-4000:]}'
+            result = subprocess.run(
+                ['bash', '-c', f'{command} {entry.small}'],
+                cwd=self.folder,
+                env=self.env,
+                timeout=600,
+                capture_output=True,
+                text=True,
+            )
+            assert result.returncode == 0, (
+                f'{command} {entry.small}\n{result.stdout[-2000:]}\n{result.stderr[-4000:]}'
+            )
             assert (self.folder / entry.makes).exists(), f'{command} left no {entry.makes}'
             self.done[command] = result.stdout
 
     def serve(self, command):
         """Start it, open the page that it names, stop it."""
         self.prepare(COMMANDS[command].needs)
-        server = subprocess.Popen(['bash', '-c', f'exec {command}'], cwd=self.folder, env=self.env, stdout=subprocess.PIPE,
-                                  stderr=subprocess.STDOUT, text=True)
+        server = subprocess.Popen(
+            ['bash', '-c', f'exec {command}'],
+            cwd=self.folder,
+            env=self.env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
         try:
             lines = []
             for line in server.stdout:
@@ -112,13 +137,17 @@ def sandbox(tmp_path_factory):
 def test_every_command_has_an_entry_and_every_entry_a_page():
     written = {command for page in PAGES for command in commands_of(page)}
     assert not written - set(COMMANDS), 'add them to tests/docs_commands.py'
-    assert not set(COMMANDS) - written, 'no page has these any more; take them out of tests/docs_commands.py'
+    assert not set(COMMANDS) - written, (
+        'no page has these any more; take them out of tests/docs_commands.py'
+    )
 
 
 def test_small_settings_are_documented():
     page = (ROOT / 'docs/extend.md').read_text()
     for entry in COMMANDS.values():
-        assert isinstance(entry, Parse) or not entry.small or f'`{entry.small}`' in page, entry.small
+        assert isinstance(entry, Parse) or not entry.small or f'`{entry.small}`' in page, (
+            entry.small
+        )
 
 
 def test_links_lead_somewhere():
@@ -126,8 +155,12 @@ def test_links_lead_somewhere():
         for target, anchor in re.findall(r'\]\((?!http)([^)#]*)#?([^)]*)\)', page.read_text()):
             other = page.parent / target if target else page
             assert other.exists(), f'{page}: {target}'
-            headings = re.findall(r'^#+ (.*)$', other.read_text(), flags=re.MULTILINE) if anchor else []
-            slugs = [re.sub(r'[^\w -]', '', heading).lower().replace(' ', '-') for heading in headings]
+            headings = (
+                re.findall(r'^#+ (.*)$', other.read_text(), flags=re.MULTILINE) if anchor else []
+            )
+            slugs = [
+                re.sub(r'[^\w -]', '', heading).lower().replace(' ', '-') for heading in headings
+            ]
             assert not anchor or anchor in slugs, f'{page}: {target}#{anchor}'
 
 
@@ -138,14 +171,18 @@ def test_command_runs(command, sandbox):
 
 
 def arguments(command):
-    """Of a command that starts one of our tools, directly or by a script: name of the tool and its arguments."""
+    """Of a command that starts one of our tools, directly or by a script: name of the tool and its
+    arguments."""
     words = [word for word in shlex.split(command) if not re.fullmatch(r'[A-Z]+=\w+', word)]
     if words[0] == 'python':
         return words[1].removeprefix('tools/').removesuffix('.py'), words[2:]
     name = words[0].removeprefix('tools/').removesuffix('.sh')
     slurm = [*words[3:4], '--work-dir', *words[4:5], '--launcher', 'slurm', '--resume', *words[5:]]
-    return dict(dist_train=('train', [words[1], '--launcher', 'pytorch', *words[3:]]),
-                dist_geneval=('geneval', [*words[2:], '--launcher', 'pytorch']), slurm_train=('train', slurm))[name]
+    return dict(
+        dist_train=('train', [words[1], '--launcher', 'pytorch', *words[3:]]),
+        dist_geneval=('geneval', [*words[2:], '--launcher', 'pytorch']),
+        slurm_train=('train', slurm),
+    )[name]
 
 
 @pytest.mark.parametrize('command', of_kind(Parse), ids=lambda c: c[:90])
@@ -167,9 +204,14 @@ def test_command_parses(command, sandbox, monkeypatch, tmp_path):
         if 'slurm' in command:
             (tmp_path / 'srun').write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
             (tmp_path / 'srun').chmod(0o755)
-            started = subprocess.run(['bash', '-c', command], env={**sandbox.env, 'PATH': f'{tmp_path}:{sandbox.env["PATH"]}'},
-                                     check=True, capture_output=True, text=True).stdout.splitlines()
-            assert '--ntasks=16' in started and started[started.index('-u') + 2:] == argv
+            started = subprocess.run(
+                ['bash', '-c', command],
+                env={**sandbox.env, 'PATH': f'{tmp_path}:{sandbox.env["PATH"]}'},
+                check=True,
+                capture_output=True,
+                text=True,
+            ).stdout.splitlines()
+            assert '--ntasks=16' in started and started[started.index('-u') + 2 :] == argv
         args = importlib.import_module(f'mmfgm.tools.{tool}').parse_args(argv)
         if tool in ('train', 'test'):
             cfg = load_config(args)
@@ -187,7 +229,9 @@ def test_command_parses(command, sandbox, monkeypatch, tmp_path):
 def test_python_of_the_readme(sandbox):
     sandbox.run(TRAIN)
     for block in blocks(ROOT / 'README.md', 'python'):
-        subprocess.run([sys.executable, '-c', block], cwd=sandbox.folder, env=sandbox.env, check=True)
+        subprocess.run(
+            [sys.executable, '-c', block], cwd=sandbox.folder, env=sandbox.env, check=True
+        )
 
 
 @pytest.mark.parametrize('tool', TOOLS)

@@ -7,5 +7,9 @@ default_hooks = dict(
         type='SampleHook',
         interval=2000,
         dataset=dict(type='GenerationDataset', num_samples=10000),
-        samplings={'teacher, 100 NFE': dict(network='teacher', nfe=100),
-                   'generator, 1 NFE': dict(network='generator_ema')}))
+        samplings={
+            'teacher, 100 NFE': dict(network='teacher', nfe=100),
+            'generator, 1 NFE': dict(network='generator_ema'),
+        },
+    ),
+)

@@ -7,4 +7,6 @@ default_hooks = dict(
         type='SampleHook',
         interval=2500,
         dataset=dict(type='GenerationDataset', num_samples=10000),
-        samplings={'teacher, 100 NFE': dict(network='network_ema', nfe=100)}))
+        samplings={'teacher, 100 NFE': dict(network='network_ema', nfe=100)},
+    ),
+)

@@ -3,15 +3,24 @@
 _base_ = 'cifar10_uncond.py'
 
 model = dict(
-    # that network takes augmentation labels, which are zero outside of EDM's own training, and knows these noise levels
-    network=dict(type='EDMVelocity', sigma_data=0.5, sigma_range=(0.002, 80.0), unet=dict(label_dim=10, augment_dim=9)),
+    # that network takes augmentation labels, which are zero outside of EDM's own training, and
+    # knows these noise levels
+    network=dict(
+        type='EDMVelocity',
+        sigma_data=0.5,
+        sigma_range=(0.002, 80.0),
+        unet=dict(label_dim=10, augment_dim=9),
+    ),
     teacher=dict(checkpoint='work_dirs/edm/cifar10_cond.safetensors', prefix='', into='unet'),
     # the generator starts as the denoiser at sigma = 2.5, which is t = 2.5 / 3.5 (SiD's choice)
-    generator=dict(t_star=5 / 7, c_skip=5 / 7, c_in=5 / 7))
+    generator=dict(t_star=5 / 7, c_skip=5 / 7, c_in=5 / 7),
+)
 train_dataloader = dict(dataset=dict(num_classes=10))
 evaluations = dict(fid=dict(dataset=dict(num_classes=10)))
 default_hooks = dict(
     samples=dict(
         nrow=10,
         dataset=dict(num_samples=100, num_classes=10),
-        samplings={'teacher, 50 NFE': dict(network='teacher', nfe=50, solver='heun')}))
+        samplings={'teacher, 50 NFE': dict(network='teacher', nfe=50, solver='heun')},
+    )
+)

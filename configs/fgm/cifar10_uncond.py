@@ -1,6 +1,9 @@
 _base_ = [
-    '../_base_/models/cifar10_fgm.py', '../_base_/datasets/cifar10_conditions.py', '../_base_/schedules/cifar10_fgm.py',
-    '../_base_/evaluation/cifar10_fid.py', '../_base_/default_runtime.py'
+    '../_base_/models/cifar10_fgm.py',
+    '../_base_/datasets/cifar10_conditions.py',
+    '../_base_/schedules/cifar10_fgm.py',
+    '../_base_/evaluation/cifar10_fid.py',
+    '../_base_/default_runtime.py',
 ]
 
 model = dict(teacher=dict(checkpoint='work_dirs/reflow/cifar10_uncond', prefix='network_ema'))
@@ -13,5 +16,9 @@ default_hooks = dict(
         interval=1000,
         dataset=dict(type='GenerationDataset', num_samples=64),
         nrow=8,
-        samplings={'teacher, 50 NFE': dict(network='teacher', nfe=50),
-                   'generator, 1 NFE': dict(network='generator_ema')}))
+        samplings={
+            'teacher, 50 NFE': dict(network='teacher', nfe=50),
+            'generator, 1 NFE': dict(network='generator_ema'),
+        },
+    ),
+)

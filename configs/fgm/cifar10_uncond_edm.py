@@ -1,12 +1,18 @@
 # a published EDM network as the teacher, converted by
-# python tools/convert_edm.py edm-cifar10-32x32-uncond-vp.pkl work_dirs/edm/cifar10_uncond.safetensors
+# python tools/convert_edm.py edm-cifar10-32x32-uncond-vp.pkl
+# work_dirs/edm/cifar10_uncond.safetensors
 _base_ = 'cifar10_uncond.py'
 
 model = dict(
-    # that network takes augmentation labels, which are zero outside of EDM's own training, and knows these noise levels
-    network=dict(type='EDMVelocity', sigma_data=0.5, sigma_range=(0.002, 80.0), unet=dict(augment_dim=9)),
+    # that network takes augmentation labels, which are zero outside of EDM's own training, and
+    # knows these noise levels
+    network=dict(
+        type='EDMVelocity', sigma_data=0.5, sigma_range=(0.002, 80.0), unet=dict(augment_dim=9)
+    ),
     teacher=dict(checkpoint='work_dirs/edm/cifar10_uncond.safetensors', prefix='', into='unet'),
     # the generator starts as the denoiser at sigma = 2.5, which is t = 2.5 / 3.5 (SiD's choice)
-    generator=dict(t_star=5 / 7, c_skip=5 / 7, c_in=5 / 7))
+    generator=dict(t_star=5 / 7, c_skip=5 / 7, c_in=5 / 7),
+)
 default_hooks = dict(
-    samples=dict(samplings={'teacher, 50 NFE': dict(network='teacher', nfe=50, solver='heun')}))
+    samples=dict(samplings={'teacher, 50 NFE': dict(network='teacher', nfe=50, solver='heun')})
+)

@@ -1,9 +1,12 @@
 _base_ = [
-    '../_base_/models/sd3_fgm.py', '../_base_/datasets/sd3_cached.py', '../_base_/schedules/sd3_fgm.py',
-    '../_base_/evaluation/geneval.py', '../_base_/default_runtime.py'
+    '../_base_/models/sd3_fgm.py',
+    '../_base_/datasets/sd3_cached.py',
+    '../_base_/schedules/sd3_fgm.py',
+    '../_base_/evaluation/geneval.py',
+    '../_base_/default_runtime.py',
 ]
 
-strategy = dict(type='FSDP2Strategy', block_types=('JointTransformerBlock', ), precision='bf16')
+strategy = dict(type='FSDP2Strategy', block_types=('JointTransformerBlock',), precision='bf16')
 evaluations = dict(geneval=dict(sampling=dict(network='generator_ema')))
 default_hooks = dict(
     checkpoint=dict(interval=500, max_keep_ckpts=3),
@@ -12,5 +15,9 @@ default_hooks = dict(
         interval=500,
         nrow=4,
         dataset=dict(type='CachedPromptSamples', path='data/sd3/prompts', num_samples=8),
-        samplings={'teacher, 28 NFE': dict(network='teacher', nfe=28, shift=3.0, guidance=7.0),
-                   'generator, 1 NFE': dict(network='generator_ema')}))
+        samplings={
+            'teacher, 28 NFE': dict(network='teacher', nfe=28, shift=3.0, guidance=7.0),
+            'generator, 1 NFE': dict(network='generator_ema'),
+        },
+    ),
+)

@@ -1,4 +1,8 @@
-_base_ = ['../_base_/models/shapes_fgm.py', '../_base_/evaluation/shapes.py', '../_base_/default_runtime.py']
+_base_ = [
+    '../_base_/models/shapes_fgm.py',
+    '../_base_/evaluation/shapes.py',
+    '../_base_/default_runtime.py',
+]
 
 model = dict(teacher=dict(checkpoint='work_dirs/reflow/shapes', prefix='network_ema'))
 train_dataloader = dict(
@@ -8,22 +12,30 @@ train_dataloader = dict(
     dataset=dict(
         type='WithReal',
         conditions=dict(type='Shapes', size=32, length=200000, images=False),
-        real=dict(type='Shapes', size=32, length=200000, seed=2)))
+        real=dict(type='Shapes', size=32, length=200000, seed=2),
+    ),
+)
 train_cfg = dict(type='AlternatingTrainLoop', max_iters=10000, online_updates=1, share_samples=True)
 optim_wrapper = dict(
     constructor='PerNetworkConstructor',
     online=dict(optimizer=dict(type='Adam', lr=2e-4, betas=(0.0, 0.999), fused=True)),
     discriminator=dict(optimizer=dict(type='Adam', lr=2e-4, betas=(0.0, 0.999), fused=True)),
-    generator=dict(optimizer=dict(type='Adam', lr=1e-4, betas=(0.0, 0.999), fused=True)))
+    generator=dict(optimizer=dict(type='Adam', lr=1e-4, betas=(0.0, 0.999), fused=True)),
+)
 param_scheduler = dict(
     online=[dict(type='LinearLR', start_factor=1.0, end_factor=0.1, by_epoch=False)],
     discriminator=[dict(type='LinearLR', start_factor=1.0, end_factor=0.1, by_epoch=False)],
-    generator=[dict(type='LinearLR', start_factor=1.0, end_factor=0.0, by_epoch=False)])
+    generator=[dict(type='LinearLR', start_factor=1.0, end_factor=0.0, by_epoch=False)],
+)
 evaluations = dict(shapes=dict(sampling=dict(network='generator_ema')))
 default_hooks = dict(
     samples=dict(
         type='SampleHook',
         interval=1000,
         dataset=dict(type='ShapePrompts', num_samples=60),
-        samplings={'teacher, 50 NFE': dict(network='teacher', nfe=50, guidance=2.0),
-                   'generator, 1 NFE': dict(network='generator_ema')}))
+        samplings={
+            'teacher, 50 NFE': dict(network='teacher', nfe=50, guidance=2.0),
+            'generator, 1 NFE': dict(network='generator_ema'),
+        },
+    )
+)

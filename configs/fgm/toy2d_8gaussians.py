@@ -1,6 +1,8 @@
 _base_ = [
-    '../_base_/models/toy2d_fgm.py', '../_base_/schedules/toy2d_fgm.py', '../_base_/evaluation/toy2d_8gaussians.py',
-    '../_base_/toy2d_fgm_runtime.py'
+    '../_base_/models/toy2d_fgm.py',
+    '../_base_/schedules/toy2d_fgm.py',
+    '../_base_/evaluation/toy2d_8gaussians.py',
+    '../_base_/toy2d_fgm_runtime.py',
 ]
 
 model = dict(teacher=dict(checkpoint='work_dirs/reflow/toy2d_8gaussians', prefix='network_ema'))

@@ -4,4 +4,5 @@ _base_ = 'sd3.py'
 pipeline = dict(
     pretrained='work_dirs/fgm/sd3_1024/diffusers',
     dtype='bfloat16',
-    call=dict(num_inference_steps=1, guidance_scale=1.0))
+    call=dict(num_inference_steps=1, guidance_scale=1.0),
+)

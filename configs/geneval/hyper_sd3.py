@@ -2,5 +2,10 @@
 _base_ = 'sd3.py'
 
 pipeline = dict(
-    lora=dict(pretrained='ByteDance/Hyper-SD', weight_name='Hyper-SD3-4steps-CFG-lora.safetensors', scale=0.125),
-    call=dict(num_inference_steps=4, guidance_scale=3.0))
+    lora=dict(
+        pretrained='ByteDance/Hyper-SD',
+        weight_name='Hyper-SD3-4steps-CFG-lora.safetensors',
+        scale=0.125,
+    ),
+    call=dict(num_inference_steps=4, guidance_scale=3.0),
+)

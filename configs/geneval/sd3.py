@@ -6,4 +6,5 @@ pipeline = dict(
     pretrained='stabilityai/stable-diffusion-3-medium-diffusers',
     dtype='float16',
     call=dict(num_inference_steps=28, guidance_scale=7.0, height=1024, width=1024),
-    batch_size=4)
+    batch_size=4,
+)

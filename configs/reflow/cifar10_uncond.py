@@ -1,6 +1,9 @@
 _base_ = [
-    '../_base_/models/cifar10_reflow.py', '../_base_/datasets/cifar10.py', '../_base_/schedules/cifar10_reflow.py',
-    '../_base_/evaluation/cifar10_fid.py', '../_base_/default_runtime.py'
+    '../_base_/models/cifar10_reflow.py',
+    '../_base_/datasets/cifar10.py',
+    '../_base_/schedules/cifar10_reflow.py',
+    '../_base_/evaluation/cifar10_fid.py',
+    '../_base_/default_runtime.py',
 ]
 
 strategy = dict(precision='tf32')
@@ -12,4 +15,6 @@ default_hooks = dict(
         interval=2000,
         dataset=dict(type='GenerationDataset', num_samples=64),
         nrow=8,
-        samplings={'teacher, 50 NFE': dict(network='network_ema', nfe=50)}))
+        samplings={'teacher, 50 NFE': dict(network='network_ema', nfe=50)},
+    ),
+)

@@ -1,19 +1,32 @@
-_base_ = ['../_base_/models/shapes_reflow.py', '../_base_/evaluation/shapes.py', '../_base_/default_runtime.py']
+_base_ = [
+    '../_base_/models/shapes_reflow.py',
+    '../_base_/evaluation/shapes.py',
+    '../_base_/default_runtime.py',
+]
 
 train_dataloader = dict(
     batch_size=256,
     num_workers=2,
     sampler=dict(type='InfiniteSampler', shuffle=True),
-    dataset=dict(type='Shapes', size=32, length=200000))
+    dataset=dict(type='Shapes', size=32, length=200000),
+)
 train_cfg = dict(type='AlternatingTrainLoop', max_iters=20000)
 optim_wrapper = dict(
     constructor='PerNetworkConstructor',
-    network=dict(optimizer=dict(type='Adam', lr=5e-4, betas=(0.9, 0.99), fused=True), clip_grad=dict(max_norm=1.0)))
+    network=dict(
+        optimizer=dict(type='Adam', lr=5e-4, betas=(0.9, 0.99), fused=True),
+        clip_grad=dict(max_norm=1.0),
+    ),
+)
 param_scheduler = dict(network=[dict(type='CosineAnnealingLR', eta_min=0, by_epoch=False)])
-evaluations = dict(shapes=dict(interval=5000, sampling=dict(network='network_ema', nfe=50, guidance=2.0)))
+evaluations = dict(
+    shapes=dict(interval=5000, sampling=dict(network='network_ema', nfe=50, guidance=2.0))
+)
 default_hooks = dict(
     samples=dict(
         type='SampleHook',
         interval=2000,
         dataset=dict(type='ShapePrompts', num_samples=60),
-        samplings={'teacher, 50 NFE': dict(network='network_ema', nfe=50, guidance=2.0)}))
+        samplings={'teacher, 50 NFE': dict(network='network_ema', nfe=50, guidance=2.0)},
+    )
+)

@@ -1,12 +1,14 @@
 # Copyright (c) mmfgm authors.
-"""What an export is on disk, how to tell it from a training checkpoint, and folders that appear only when whole."""
+"""What an export is on disk, how to tell it from a training checkpoint, and folders that appear
+only when whole."""
+
 import errno
 import json
 import os
 import os.path as osp
 import shutil
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Iterator, Optional
 
 from safetensors import SafetensorError
 
@@ -18,21 +20,26 @@ WEIGHTS_FILE = 'generator.safetensors'
 PIPELINE_FILE = 'model_index.json'
 
 
-def is_export(path: Optional[str]) -> bool:
+def is_export(path: str | None) -> bool:
     """Whether a folder was written by ``tools/export_diffusers.py``."""
     return path is not None and osp.isfile(osp.join(path, EXPORT_FILE))
 
 
 def read_export(path: str) -> dict:
-    """The description of an export: ``kind``, ``network``, ``model``, ``text_encoder`` and where it comes from.
+    """The description of an export: ``kind``, ``network``, ``model``, ``text_encoder`` and where it
+    comes from.
 
     Raises:
-        UsageError: If ``path`` is something else, such as a training checkpoint, or the export is damaged.
+        UsageError: If ``path`` is something else, such as a training checkpoint, or the export is
+            damaged.
     """
     if not is_export(path):
         found = _describe(path)
-        raise UsageError(f'{path!r} is {found}, expected is an export: a folder with {EXPORT_FILE}; make one with '
-                         'tools/export_diffusers.py CONFIG CHECKPOINT OUT, or use FGMInferencer(config, checkpoint)')
+        raise UsageError(
+            f'{path!r} is {found}, expected is an export: a folder with {EXPORT_FILE}; make one'
+            ' with tools/export_diffusers.py CONFIG CHECKPOINT OUT, or use FGMInferencer(config,'
+            ' checkpoint)'
+        )
     file = osp.join(path, EXPORT_FILE)
     try:
         with open(file) as f:
@@ -41,12 +48,16 @@ def read_export(path: str) -> dict:
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise UsageError(f'{file!r} is damaged ({e!r}); export again') from e
     if export['kind'] == 'lora':
-        raise UsageError(f"{path!r} holds adapters alone, for diffusers' load_lora_weights; name the training checkpoint, or "
-                         'an export without --lora')
+        raise UsageError(
+            f"{path!r} holds adapters alone, for diffusers' load_lora_weights; name the training"
+            ' checkpoint, or an export without --lora'
+        )
     weights = osp.join(path, WEIGHTS_FILE if export['kind'] == 'generator' else PIPELINE_FILE)
     if not osp.isfile(weights):
         raise UsageError(f'the export {path!r} is not whole: {weights!r} is missing; export again')
-    if export['kind'] == 'pipeline':   # its parts lie beside the description, wherever the folder was moved
+    if (
+        export['kind'] == 'pipeline'
+    ):  # its parts lie beside the description, wherever the folder was moved
         export['model']['network']['pretrained'] = path
         export['model']['decoder'] = dict(type='LatentDecoder', pretrained=path)
     return export
@@ -59,11 +70,15 @@ def check_checkpoint(path: str) -> None:
         UsageError: If ``path`` does not exist, is an export, or a diffusers pipeline.
     """
     if not osp.exists(path):
-        raise UsageError(f'checkpoint {path!r} does not exist (looked in {os.getcwd()}); train it first, or name an existing '
-                         'file, sharded directory or work dir')
+        raise UsageError(
+            f'checkpoint {path!r} does not exist (looked in {os.getcwd()}); train it first, or name'
+            ' an existing file, sharded directory or work dir'
+        )
     if is_export(path) or osp.isfile(osp.join(path, PIPELINE_FILE)):
-        raise UsageError(f'{path!r} is {_describe(path)}, expected is a training checkpoint: a .pth file, a sharded directory, '
-                         'a work dir, or a .safetensors file of tools/merge_checkpoint.py')
+        raise UsageError(
+            f'{path!r} is {_describe(path)}, expected is a training checkpoint: a .pth file, a'
+            ' sharded directory, a work dir, or a .safetensors file of tools/merge_checkpoint.py'
+        )
 
 
 def _describe(path: str) -> str:
@@ -74,7 +89,11 @@ def _describe(path: str) -> str:
     if osp.isfile(osp.join(path, PIPELINE_FILE)):
         return 'a diffusers pipeline that is no export of ours'
     if osp.isfile(path):
-        return 'a training checkpoint' if path.endswith(('.pth', '.safetensors')) else 'a file of another kind'
+        return (
+            'a training checkpoint'
+            if path.endswith(('.pth', '.safetensors'))
+            else 'a file of another kind'
+        )
     whole = any(osp.isfile(osp.join(path, name)) for name in ('last_checkpoint', '.metadata'))
     return 'a training checkpoint' if whole else 'a folder of another kind'
 
@@ -97,19 +116,29 @@ def whole_folder(out: str, force: bool, marker: str) -> Iterator[str]:
     out = osp.normpath(out)
     if osp.lexists(out) and not force:
         raise UsageError(f'{out!r} exists; replace it with --force, or name another')
-    if osp.lexists(out) and not osp.isfile(osp.join(out, marker)) and not (osp.isdir(out) and not os.listdir(out)):
-        raise UsageError(f'{out!r} holds no {marker}, so it was not written by this tool, and --force does not delete it; name '
-                         'another folder')
+    if (
+        osp.lexists(out)
+        and not osp.isfile(osp.join(out, marker))
+        and not (osp.isdir(out) and not os.listdir(out))
+    ):
+        raise UsageError(
+            f'{out!r} holds no {marker}, so it was not written by this tool, and --force does not'
+            ' delete it; name another folder'
+        )
     unfinished = f'{out}.{os.getpid()}.tmp'
     old = f'{unfinished}.old'
     try:
         os.makedirs(unfinished)
     except OSError as e:
-        raise UsageError(f'{out!r} cannot be written: {e.strerror or e}; name a folder where you may write') from e
+        raise UsageError(
+            f'{out!r} cannot be written: {e.strerror or e}; name a folder where you may write'
+        ) from e
     try:
         yield unfinished
         try:
-            if osp.lexists(out):   # moved aside first: there is never a moment without a whole one on disk
+            if osp.lexists(
+                out
+            ):  # moved aside first: there is never a moment without a whole one on disk
                 os.rename(out, old)
             os.rename(unfinished, out)
         except BaseException:
@@ -120,13 +149,19 @@ def whole_folder(out: str, force: bool, marker: str) -> Iterator[str]:
     except (OSError, SafetensorError) as e:
         if not _is_about_writing(e, out):
             raise
-        raise UsageError(f'{out!r} cannot be written: {e}; make room, or name a folder where you may write') from e
+        raise UsageError(
+            f'{out!r} cannot be written: {e}; make room, or name a folder where you may write'
+        ) from e
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def _is_about_writing(error: Exception, out: str) -> bool:
-    """Whether the disk is full or read-only, or the file is ``out`` or one of those written in its place."""
+    """Whether the disk is full or read-only, or the file is ``out`` or one of those written in its
+    place."""
     # safetensors and shutil hand on the system's words, but not its number
-    disk = any(os.strerror(code) in str(error) for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS))
+    disk = any(
+        os.strerror(code) in str(error)
+        for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+    )
     return disk or str(getattr(error, 'filename', None) or '').startswith(out)

@@ -1,11 +1,12 @@
 # Copyright (c) mmfgm authors.
 """Where an export comes from, and the model card that says so."""
+
 import hashlib
 import os.path as osp
 import re
 from glob import escape as glob_escape
 from glob import glob
-from typing import Any, Dict, List, Optional
+from typing import Any
 
 from mmengine.config import Config
 
@@ -21,35 +22,59 @@ from .report_data import is_work_dir, read_run
 LICENCE_FIELDS = ('license_name', 'license', 'license_link')
 
 
-def describe_source(cfg: Config, checkpoint: str, network: str) -> Dict[str, Any]:
+def describe_source(cfg: Config, checkpoint: str, network: str) -> dict[str, Any]:
     """Config and its hash, checkpoint, iterations, and what the run measured at that iteration."""
     checkpoint = latest_checkpoint(checkpoint) or checkpoint
     extras = osp.join(checkpoint, EXTRAS) if osp.isdir(checkpoint) else checkpoint
     known = {} if extras.endswith('.safetensors') or not osp.isfile(extras) else read_pickle(extras)
     last = known.get('message_hub', {}).get('runtime_info', {}).get('iter')
-    iterations, metrics, run = None if last is None else last + 1, {}, osp.dirname(osp.abspath(checkpoint))
+    iterations, metrics, run = (
+        None if last is None else last + 1,
+        {},
+        osp.dirname(osp.abspath(checkpoint)),
+    )
     if iterations and is_work_dir(run):
         read = read_run(run)
-        measured = {name: entry['sampling']['network'] for name, entry in (read.cfg.get('evaluations') or {}).items()}
-        metrics = {name: read.scalars[name][iterations] for name in read.metrics
-                   if iterations in read.scalars[name] and measured[name.split('/')[0]] == network}
-    return dict(config=osp.basename(cfg.filename) if cfg.filename else None,
-                config_sha256=hashlib.sha256(cfg.pretty_text.encode()).hexdigest(), checkpoint=osp.basename(checkpoint),
-                network=network, iterations=iterations, metrics=metrics, mmfgm=__version__)
+        measured = {
+            name: entry['sampling']['network']
+            for name, entry in (read.cfg.get('evaluations') or {}).items()
+        }
+        metrics = {
+            name: read.scalars[name][iterations]
+            for name in read.metrics
+            if iterations in read.scalars[name] and measured[name.split('/')[0]] == network
+        }
+    return dict(
+        config=osp.basename(cfg.filename) if cfg.filename else None,
+        config_sha256=hashlib.sha256(cfg.pretty_text.encode()).hexdigest(),
+        checkpoint=osp.basename(checkpoint),
+        network=network,
+        iterations=iterations,
+        metrics=metrics,
+        mmfgm=__version__,
+    )
 
 
-def hash_weights(folder: str) -> Dict[str, str]:
+def hash_weights(folder: str) -> dict[str, str]:
     """File to sha256 of every safetensors file of a folder."""
-    return {osp.basename(path): sha256(path) for path in sorted(glob(osp.join(glob_escape(folder), '*.safetensors')))}
+    return {
+        osp.basename(path): sha256(path)
+        for path in sorted(glob(osp.join(glob_escape(folder), '*.safetensors')))
+    }
 
 
-def find_licence(folder: str) -> Dict[str, str]:
-    """The :data:`LICENCE_FIELDS` in the head of a model's card, as they stand there; or else ``file``, a LICENSE beside it."""
+def find_licence(folder: str) -> dict[str, str]:
+    """The :data:`LICENCE_FIELDS` in the head of a model's card, as they stand there; or else
+    ``file``, a LICENSE beside it."""
     card = osp.join(folder, 'README.md')
     if osp.isfile(card):
         with open(card, encoding='utf-8') as f:
             head = re.match(r'---\n(.*?)\n---', f.read(), re.DOTALL)
-        fields = dict(re.findall(r'^(license\w*):\s*(\S.*)$', head.group(1), re.MULTILINE)) if head else {}
+        fields = (
+            dict(re.findall(r'^(license\w*):\s*(\S.*)$', head.group(1), re.MULTILINE))
+            if head
+            else {}
+        )
         fields = {key: fields[key] for key in LICENCE_FIELDS if key in fields}
         if fields:
             return fields
@@ -57,13 +82,19 @@ def find_licence(folder: str) -> Dict[str, str]:
     return dict(file=osp.basename(files[0])) if files else {}
 
 
-def licence_files(folder: str) -> List[str]:
+def licence_files(folder: str) -> list[str]:
     """The LICENSE files of a model."""
     return sorted(glob(osp.join(glob_escape(folder), 'LICENSE*')))
 
 
-def write_card(usage: str, source: Dict[str, Any], weights: Dict[str, str], dtype: str, base: Optional[str] = None,
-               licence: Optional[Dict[str, str]] = None) -> str:
+def write_card(
+    usage: str,
+    source: dict[str, Any],
+    weights: dict[str, str],
+    dtype: str,
+    base: str | None = None,
+    licence: dict[str, str] | None = None,
+) -> str:
     """The README.md of an export.
 
     Args:
@@ -76,22 +107,63 @@ def write_card(usage: str, source: Dict[str, Any], weights: Dict[str, str], dtyp
     """
     library, licence = 'diffusers' if base else 'mmfgm', licence or {}
     stated = ', '.join(licence[key] for key in LICENCE_FIELDS if key in licence)
-    stated = stated or (f'see {licence["file"]}' if licence else 'not stated there; it holds for these weights too')
-    head = [f'library_name: {library}', *([f'base_model: {base}'] if base and re.fullmatch(r'[\w.-]+/[\w.-]+', base) else []),
-            *(f'{key}: {licence[key]}' for key in LICENCE_FIELDS if key in licence),
-            'tags: [one-step, flow-matching, flow-generator-matching]']
+    stated = stated or (
+        f'see {licence["file"]}' if licence else 'not stated there; it holds for these weights too'
+    )
+    head = [
+        f'library_name: {library}',
+        *([f'base_model: {base}'] if base and re.fullmatch(r'[\w.-]+/[\w.-]+', base) else []),
+        *(f'{key}: {licence[key]}' for key in LICENCE_FIELDS if key in licence),
+        'tags: [one-step, flow-matching, flow-generator-matching]',
+    ]
     metrics = ''.join(f'| {name} | {value:.6g} |\n' for name, value in source['metrics'].items())
     rows = {
         'Network calls per image': 1,
         'Config': f'`{source["config"]}`, sha256 of its content `{source["config_sha256"]}`',
         'Checkpoint': f'`{source["checkpoint"]}`, network `{source["network"]}`',
-        'Iterations': source['iterations'] if source['iterations'] is not None else 'not recorded in the checkpoint',
-        'Weights': f'{dtype}; ' + ', '.join(f'`{name}` sha256 `{digest}`' for name, digest in weights.items()),
+        'Iterations': (
+            source['iterations']
+            if source['iterations'] is not None
+            else 'not recorded in the checkpoint'
+        ),
+        'Weights': (
+            f'{dtype}; '
+            + ', '.join(f'`{name}` sha256 `{digest}`' for name, digest in weights.items())
+        ),
         **({'Base': f'`{base}`', 'Licence of the base': stated} if base else {}),
-        'Made with': f'mmfgm {source["mmfgm"]}'}
+        'Made with': f'mmfgm {source["mmfgm"]}',
+    }
     table = ''.join(f'| {name} | {value} |\n' for name, value in rows.items())
-    return '\n'.join(['---', *head, '---', '', '# One-step generator', '',
-                      'Distilled from a flow-matching model by Flow Generator Matching (https://arxiv.org/abs/2410.19310).', '',
-                      '```python', usage.strip(), '```', '', '| | |', '| --- | --- |', table,
-                      *(['Measured in training at this iteration:', '', '| metric | value |', '| --- | --- |', metrics]
-                        if metrics else ['No metric was recorded in training at this iteration.', ''])])
+    return '\n'.join(
+        [
+            '---',
+            *head,
+            '---',
+            '',
+            '# One-step generator',
+            '',
+            (
+                'Distilled from a flow-matching model by Flow Generator Matching'
+                ' (https://arxiv.org/abs/2410.19310).'
+            ),
+            '',
+            '```python',
+            usage.strip(),
+            '```',
+            '',
+            '| | |',
+            '| --- | --- |',
+            table,
+            *(
+                [
+                    'Measured in training at this iteration:',
+                    '',
+                    '| metric | value |',
+                    '| --- | --- |',
+                    metrics,
+                ]
+                if metrics
+                else ['No metric was recorded in training at this iteration.', '']
+            ),
+        ]
+    )

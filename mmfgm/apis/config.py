@@ -15,7 +15,7 @@ def config_path(name: str) -> str:
     """
     path = name
     if name.startswith('mmfgm::'):
-        path = osp.join(osp.dirname(mmfgm.__file__), '.mim', 'configs', name[len('mmfgm::'):])
+        path = osp.join(osp.dirname(mmfgm.__file__), '.mim', 'configs', name[len('mmfgm::') :])
     if not osp.isfile(path):
         raise UsageError(f'there is no config {name!r} (looked for {path!r})')
     return path

@@ -1,8 +1,9 @@
 # Copyright (c) mmfgm authors.
 import copy
 import threading
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
+from typing import Any, Union
 
 import numpy as np
 import torch
@@ -28,22 +29,27 @@ Inputs = Union[int, str, Sequence[int], Sequence[str], np.ndarray, Tensor]
 class FGMInferencer(BaseInferencer):
     """Samples of a trained one-step generator, or of its teacher, in MMEngine's calling manner.
 
-    Only the networks that are asked for are built and held: one generator, and the teacher once it is sampled. Calls from
+    Only the networks that are asked for are built and held: one generator, and the teacher once it
+        is sampled. Calls from
     several threads take turns.
 
     Args:
-        model (str | Config, optional): A config's path, ``mmfgm::PATH``, or the config itself; or the folder of an export,
-            which needs nothing else.
-        weights (str, optional): A training checkpoint (``.pth``, sharded directory, work dir), a ``.safetensors`` file of
-            ``tools/merge_checkpoint.py``, or an export's folder. Without it, only the teacher can be sampled.
+        model (str | Config, optional): A config's path, ``mmfgm::PATH``, or the config itself; or
+            the folder of an export, which needs nothing else.
+        weights (str, optional): A training checkpoint (``.pth``, sharded directory, work dir), a
+            ``.safetensors`` file of ``tools/merge_checkpoint.py``, or an export's folder. Without
+            it, only the teacher can be sampled.
         device (str, optional): Defaults to the GPU, if there is one.
-        precision (str): ``'fp32'``, or ``'bf16'`` for networks and text encoders that compute in bf16.
-        text_encoder (dict, optional): Config of what encodes prompts. Defaults to the config's ``text_encoder``, or to the
-            encoders of the pipeline at ``model.network.pretrained``; loaded when the first prompt comes.
+        precision (str): ``'fp32'``, or ``'bf16'`` for networks and text encoders that compute in
+            bf16.
+        text_encoder (dict, optional): Config of what encodes prompts. Defaults to the config's
+            ``text_encoder``, or to the encoders of the pipeline at ``model.network.pretrained``;
+            loaded when the first prompt comes.
         show_progress (bool): Show MMEngine's progress bar. Defaults to False.
 
     Raises:
-        UsageError: If the config or the weights are missing, are of another kind, or do not fit each other.
+        UsageError: If the config or the weights are missing, are of another kind, or do not fit
+            each other.
 
     Examples:
         >>> inferencer = FGMInferencer('mmfgm::fgm/digits.py', 'work_dirs/fgm/digits')
@@ -55,63 +61,84 @@ class FGMInferencer(BaseInferencer):
     visualize_kwargs = {'grid'}
     postprocess_kwargs = {'out'}
 
-    def __init__(self,
-                 model: Union[str, Config, dict, None] = None,
-                 weights: Optional[str] = None,
-                 device: Optional[str] = None,
-                 precision: str = 'fp32',
-                 text_encoder: Optional[dict] = None,
-                 show_progress: bool = False):
+    def __init__(
+        self,
+        model: str | Config | dict | None = None,
+        weights: str | None = None,
+        device: str | None = None,
+        precision: str = 'fp32',
+        text_encoder: dict | None = None,
+        show_progress: bool = False,
+    ):
         if model is None and weights is None:
-            raise UsageError('FGMInferencer needs a config and a checkpoint, or the folder of an export')
+            raise UsageError(
+                'FGMInferencer needs a config and a checkpoint, or the folder of an export'
+            )
         if isinstance(model, str) and is_export(model):
             if weights is not None:
-                raise UsageError(f'{model!r} is an export, which holds its weights; leave {weights!r} out, or give a config '
-                                 'first')
+                raise UsageError(
+                    f'{model!r} is an export, which holds its weights; leave {weights!r} out, or'
+                    ' give a config first'
+                )
             model, weights = None, model
         self.export = read_export(weights) if model is None or is_export(weights) else None
         if model is None:
             cfg = Config(dict(model=self.export['model']))
         else:
-            cfg = read_config(model) if isinstance(model, str) else Config(copy.deepcopy(dict(model)))
+            cfg = (
+                read_config(model) if isinstance(model, str) else Config(copy.deepcopy(dict(model)))
+            )
         if cfg.get('model') is None:
-            raise UsageError(f'the config has no model, but {list(cfg)}; start from one of ours, for example '
-                             "'mmfgm::fgm/digits.py'")
+            raise UsageError(
+                f'the config has no model, but {list(cfg)}; start from one of ours, for example '
+                "'mmfgm::fgm/digits.py'"
+            )
         self.precision, self._lock = precision, threading.Lock()
-        self._encoded: Tuple[Tuple[str, ...], Dict[str, Tensor]] = ((), {})
-        self._empty: Dict[str, Tensor] = {}
-        self._encoder_cfg, self._encoder = text_encoder or _text_encoder(cfg, self.export, precision), None
+        self._encoded: tuple[tuple[str, ...], dict[str, Tensor]] = ((), {})
+        self._empty: dict[str, Tensor] = {}
+        self._encoder_cfg, self._encoder = (
+            text_encoder or _text_encoder(cfg, self.export, precision),
+            None,
+        )
         super().__init__(cfg, weights, device, scope='mmfgm', show_progress=show_progress)
         if self.model.num_classes is None and not self._encoder_cfg:
-            raise UsageError('this network takes prompts, and nothing says how they are encoded: set text_encoder in the config, '
-                             "for example dict(type='SD3TextEncoder', pretrained=...)")
+            raise UsageError(
+                'this network takes prompts, and nothing says how they are encoded: set'
+                " text_encoder in the config, for example dict(type='SD3TextEncoder',"
+                ' pretrained=...)'
+            )
 
     # what BaseInferencer builds
-    def _init_model(self, cfg: Config, weights: Optional[str], device: str = 'cpu') -> SamplingModel:
+    def _init_model(self, cfg: Config, weights: str | None, device: str = 'cpu') -> SamplingModel:
         with DefaultScope.overwrite_default_scope(self.scope):
             null = self._empty_prompt if self._encoder_cfg else None
-            model = SamplingModel(cfg.model, weights, self.export, self.precision, null).to(device).eval()
+            model = (
+                SamplingModel(cfg.model, weights, self.export, self.precision, null)
+                .to(device)
+                .eval()
+            )
             model.load(model.available[0])
         return model
 
     def _init_pipeline(self, cfg: Config):
-        return lambda item: item   # nothing to read or resize: an input is a condition
+        return lambda item: item  # nothing to read or resize: an input is a condition
 
     def _init_collate(self, cfg: Config):
         return collate
 
     def _init_visualizer(self, cfg: Config) -> None:
-        return None   # the config's one writes to a training's work dir
+        return None  # the config's one writes to a training's work dir
 
     # what a caller may want to know
     @property
-    def networks(self) -> List[str]:
+    def networks(self) -> list[str]:
         """Names of the networks that can be sampled, the default first."""
         return list(self.model.available)
 
     @property
     def condition(self) -> str:
-        """What inputs are: ``'labels'``, ``'prompts'``, or ``'nothing'`` for a number of samples."""
+        """What inputs are: ``'labels'``, ``'prompts'``, or ``'nothing'`` for a number of
+        samples."""
         if self._encoder_cfg:
             return 'prompts'
         return 'labels' if self.model.num_classes else 'nothing'
@@ -135,61 +162,89 @@ class FGMInferencer(BaseInferencer):
         """Where the networks are."""
         return self.model.data_preprocessor.device
 
-    def default_sampling(self, network: Optional[str] = None) -> Sampling:
+    def default_sampling(self, network: str | None = None) -> Sampling:
         """How a network is sampled unless the call says otherwise.
 
-        One call for a one-step generator; for others what the config's sample pictures or evaluations do, or else 50 Euler steps.
+        One call for a one-step generator; for others what the config's sample pictures or
+        evaluations do, or else 50 Euler steps.
         """
         network = network or self.networks[0]
         if network in self.model.one_step:
             return Sampling(network)
         pictures = (self.cfg.get('default_hooks') or {}).get('samples') or {}
-        named = [*(pictures.get('samplings') or {}).values(),
-                 *(entry['sampling'] for entry in (self.cfg.get('evaluations') or {}).values() if 'sampling' in entry)]
-        return next((Sampling(**entry) for entry in named if entry['network'] == network), Sampling(network, 50))
+        named = [
+            *(pictures.get('samplings') or {}).values(),
+            *(
+                entry['sampling']
+                for entry in (self.cfg.get('evaluations') or {}).values()
+                if 'sampling' in entry
+            ),
+        ]
+        return next(
+            (Sampling(**entry) for entry in named if entry['network'] == network),
+            Sampling(network, 50),
+        )
 
-    def __call__(self,
-                 inputs: Inputs,
-                 seeds: Union[int, Sequence[int], None] = None,
-                 batch_size: int = 8,
-                 network: Optional[str] = None,
-                 nfe: Optional[int] = None,
-                 solver: Optional[str] = None,
-                 shift: Optional[float] = None,
-                 guidance: Optional[float] = None,
-                 out: str = 'pil',
-                 grid: int = 0,
-                 return_datasamples: bool = False) -> Dict[str, Any]:
+    def __call__(
+        self,
+        inputs: Inputs,
+        seeds: int | Sequence[int] | None = None,
+        batch_size: int = 8,
+        network: str | None = None,
+        nfe: int | None = None,
+        solver: str | None = None,
+        shift: float | None = None,
+        guidance: float | None = None,
+        out: str = 'pil',
+        grid: int = 0,
+        return_datasamples: bool = False,
+    ) -> dict[str, Any]:
         """Generate one sample for each input.
 
         Args:
-            inputs: Labels in ``[0, num_classes - 1]``, prompts, or how many unconditional samples; see :attr:`condition`.
-            seeds: One for each input, in [0, 2^32 - 1]; or the first one, the next input having the next seed. A sample
-                depends on its own seed and input alone, and has the noise that evaluations give that seed. Defaults to 0.
+            inputs: Labels in ``[0, num_classes - 1]``, prompts, or how many unconditional samples;
+                see :attr:`condition`.
+            seeds: One for each input, in [0, 2^32 - 1]; or the first one, the next input having the
+                next seed. A sample depends on its own seed and input alone, and has the noise that
+                evaluations give that seed. Defaults to 0.
             batch_size (int): Inputs per network call. Defaults to 8.
             network (str, optional): One of :attr:`networks`. Defaults to the first.
-            nfe, solver, shift, guidance: See :class:`~mmfgm.models.Sampling`. Those that are not given are those of
-                :meth:`default_sampling`; a guidance of 1 is none.
-            out (str): ``'pil'``; ``'numpy'``, uint8 ``(H, W, C)``, or points as float32; or ``'tensor'``, float32 as the
-                model makes them, images ``(C, H, W)`` in [-1, 1] up to overshoot, on the CPU. Defaults to ``'pil'``.
+            nfe, solver, shift, guidance: See :class:`~mmfgm.models.Sampling`. Those that are not
+                given are those of :meth:`default_sampling`; a guidance of 1 is none.
+            out (str): ``'pil'``; ``'numpy'``, uint8 ``(H, W, C)``, or points as float32; or
+                ``'tensor'``, float32 as the model makes them, images ``(C, H, W)`` in [-1, 1] up to
+                overshoot, on the CPU. Defaults to ``'pil'``.
             grid (int): If positive, also draw all images in a grid with so many in a row.
-            return_datasamples (bool): Return MMEngine's ``BaseDataElement`` with ``sample``, a tensor, and ``seed`` and
-                ``label`` or ``prompt``, instead of what ``out`` says.
+            return_datasamples (bool): Return MMEngine's ``BaseDataElement`` with ``sample``, a
+                tensor, and ``seed`` and ``label`` or ``prompt``, instead of what ``out`` says.
 
         Returns:
-            dict: ``predictions``, a list in the order of the inputs; and ``visualization``, the grid as uint8
+            dict: ``predictions``, a list in the order of the inputs; and ``visualization``, the
+                grid as uint8
             ``(H, W, 3)``, or None.
 
         Raises:
-            UsageError: If inputs, seeds or the sampling do not fit the model; before anything is generated.
+            UsageError: If inputs, seeds or the sampling do not fit the model; before anything is
+                generated.
         """
         if out not in OUT_TYPES:
             raise UsageError(f'out must be one of {OUT_TYPES}, but is {out!r}')
-        given = {name: value for name, value in dict(nfe=nfe, solver=solver, shift=shift, guidance=guidance).items()
-                 if value is not None}
+        given = {
+            name: value
+            for name, value in dict(nfe=nfe, solver=solver, shift=shift, guidance=guidance).items()
+            if value is not None
+        }
         sampling = replace(self.default_sampling(network), **given)
         with self._lock:
-            return super().__call__(inputs, return_datasamples, batch_size, seeds=seeds, sampling=sampling, grid=grid, out=out)
+            return super().__call__(
+                inputs,
+                return_datasamples,
+                batch_size,
+                seeds=seeds,
+                sampling=sampling,
+                grid=grid,
+                out=out,
+            )
 
     def check_inputs(self, inputs: Inputs) -> list:
         """Labels, prompts, or None for each unconditional sample.
@@ -199,8 +254,10 @@ class FGMInferencer(BaseInferencer):
         """
         if self.condition == 'nothing':
             if not is_int(inputs) or inputs < 1:
-                raise UsageError('this model has neither classes nor prompts: give the number of samples, at least 1, not '
-                                 f'{inputs!r}')
+                raise UsageError(
+                    'this model has neither classes nor prompts: give the number of samples, at'
+                    f' least 1, not {inputs!r}'
+                )
             return [None] * int(inputs)
         items = inputs.tolist() if isinstance(inputs, (np.ndarray, Tensor)) else inputs
         items = list(items) if isinstance(items, (list, tuple, range)) else [items]
@@ -209,8 +266,10 @@ class FGMInferencer(BaseInferencer):
         if self.condition == 'labels':
             wrong = [item for item in items if not is_int(item) or not 0 <= item < self.num_classes]
             if wrong:
-                raise UsageError(f'this model has classes: inputs are whole numbers in [0, {self.num_classes - 1}], not '
-                                 f'{wrong[0]!r}')
+                raise UsageError(
+                    'this model has classes: inputs are whole numbers in [0,'
+                    f' {self.num_classes - 1}], not {wrong[0]!r}'
+                )
             return [int(item) for item in items]
         wrong = [item for item in items if not isinstance(item, str)]
         if wrong:
@@ -222,7 +281,9 @@ class FGMInferencer(BaseInferencer):
     def _inputs_to_list(self, inputs: Inputs) -> list:
         return self.check_inputs(inputs)
 
-    def preprocess(self, inputs: list, batch_size: int = 1, seeds: Union[int, Sequence[int], None] = None) -> List[dict]:
+    def preprocess(
+        self, inputs: list, batch_size: int = 1, seeds: int | Sequence[int] | None = None
+    ) -> list[dict]:
         """Batches ``dict(idx, seed, [labels | prompt])`` of inputs that :meth:`check_inputs` made.
 
         Raises:
@@ -232,13 +293,19 @@ class FGMInferencer(BaseInferencer):
             raise UsageError(f'batch_size must be at least 1, but is {batch_size}')
         seeds = as_seeds(seeds, len(inputs))
         key = dict(labels='labels', prompts='prompt').get(self.condition)
-        items = [dict(idx=idx, seed=seed, **({key: value} if key else {}))
-                 for idx, (value, seed) in enumerate(zip(inputs, seeds))]
-        return [self.collate_fn(chunk) for chunk in self._get_chunk_data(map(self.pipeline, items), batch_size)]
+        items = [
+            dict(idx=idx, seed=seed, **({key: value} if key else {}))
+            for idx, (value, seed) in enumerate(zip(inputs, seeds))
+        ]
+        return [
+            self.collate_fn(chunk)
+            for chunk in self._get_chunk_data(map(self.pipeline, items), batch_size)
+        ]
 
     @torch.no_grad()
-    def forward(self, inputs: dict, sampling: Sampling) -> List[BaseDataElement]:
-        """Generate a batch: data samples with ``sample`` on the CPU, and their seeds and conditions as metadata."""
+    def forward(self, inputs: dict, sampling: Sampling) -> list[BaseDataElement]:
+        """Generate a batch: data samples with ``sample`` on the CPU, and their seeds and conditions
+        as metadata."""
         with DefaultScope.overwrite_default_scope(self.scope):
             self.model.load(sampling.network)
         batch = dict(inputs)
@@ -249,36 +316,56 @@ class FGMInferencer(BaseInferencer):
         for name, key in dict(labels='label', prompt='prompt').items():
             for entry, value in zip(meta, inputs.get(name, ())):
                 entry[key] = int(value) if name == 'labels' else value
-        return [BaseDataElement(metainfo=entry, sample=sample) for entry, sample in zip(meta, samples)]
+        return [
+            BaseDataElement(metainfo=entry, sample=sample) for entry, sample in zip(meta, samples)
+        ]
 
-    def visualize(self, inputs: list, preds: List[BaseDataElement], grid: int = 0) -> Optional[np.ndarray]:
+    def visualize(
+        self, inputs: list, preds: list[BaseDataElement], grid: int = 0
+    ) -> np.ndarray | None:
         """All images in a grid with ``grid`` in a row, uint8 ``(H, W, 3)``; None for 0."""
         return draw_grid([pred.sample for pred in preds], grid) if grid else None
 
-    def postprocess(self, preds: List[BaseDataElement], visualization: Optional[np.ndarray], return_datasamples: bool = False,
-                    out: str = 'pil') -> Dict[str, Any]:
+    def postprocess(
+        self,
+        preds: list[BaseDataElement],
+        visualization: np.ndarray | None,
+        return_datasamples: bool = False,
+        out: str = 'pil',
+    ) -> dict[str, Any]:
         """The call's result."""
         if not return_datasamples:
             preds = [convert(pred.sample, out) for pred in preds]
         return dict(predictions=preds, visualization=visualization)
 
-    def _encode(self, prompts: Tuple[str, ...]) -> Dict[str, Tensor]:
+    def _encode(self, prompts: tuple[str, ...]) -> dict[str, Tensor]:
         """Each prompt of a batch once; and not again for the teacher's turn, or for other seeds."""
         if self._encoded[0] != prompts:
             unique = list(dict.fromkeys(prompts))
             rows = torch.tensor([unique.index(prompt) for prompt in prompts])
-            self._encoded = prompts, {name: value[rows.to(value.device)]
-                                      for name, value in self.text_encoder.encode(unique).items()}
+            self._encoded = (
+                prompts,
+                {
+                    name: value[rows.to(value.device)]
+                    for name, value in self.text_encoder.encode(unique).items()
+                },
+            )
         return self._encoded[1]
 
-    def _empty_prompt(self, cond: Dict[str, Tensor]) -> Dict[str, Tensor]:
+    def _empty_prompt(self, cond: dict[str, Tensor]) -> dict[str, Tensor]:
         """The condition that means "no prompt", for guidance."""
-        if not self._empty:   # a solver asks at every step
+        if not self._empty:  # a solver asks at every step
             self._empty = self.text_encoder.encode([''])
-        return {**cond, **{name: value.to(cond[name]).expand_as(cond[name]) for name, value in self._empty.items()}}
+        return {
+            **cond,
+            **{
+                name: value.to(cond[name]).expand_as(cond[name])
+                for name, value in self._empty.items()
+            },
+        }
 
 
-def _text_encoder(cfg: Config, export: Optional[dict], precision: str) -> Optional[dict]:
+def _text_encoder(cfg: Config, export: dict | None, precision: str) -> dict | None:
     """Config of what encodes prompts, or None for a model without."""
     named = (export or {}).get('text_encoder') or cfg.get('text_encoder')
     if named:

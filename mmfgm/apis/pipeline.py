@@ -1,6 +1,6 @@
 # Copyright (c) mmfgm authors.
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import List, Optional, Sequence, Union
 
 import torch
 from PIL import Image
@@ -16,14 +16,15 @@ from .values import SEEDS
 class OneStepOutput:
     """What a pipeline of diffusers returns: ``images``."""
 
-    images: List[Image.Image]
+    images: list[Image.Image]
 
 
 class OneStepPipeline:
-    """An exported generator in diffusers' calling manner; only pure torch is needed for those that are no SD3.
+    """An exported generator in diffusers' calling manner; only pure torch is needed for those that
+    are no SD3.
 
-    Not a ``DiffusionPipeline``, which would need diffusers for nothing that is used here; the export of an SD3 generator is
-    one, and opens with ``StableDiffusion3Pipeline``.
+    Not a ``DiffusionPipeline``, which would need diffusers for nothing that is used here; the
+    export of an SD3 generator is one, and opens with ``StableDiffusion3Pipeline``.
 
     Examples:
         >>> pipe = OneStepPipeline.from_pretrained('exports/digits')
@@ -34,7 +35,9 @@ class OneStepPipeline:
         self.inferencer = inferencer
 
     @classmethod
-    def from_pretrained(cls, folder: str, device: Optional[str] = None, precision: str = 'fp32') -> 'OneStepPipeline':
+    def from_pretrained(
+        cls, folder: str, device: str | None = None, precision: str = 'fp32'
+    ) -> 'OneStepPipeline':
         """Open an export of ``tools/export_diffusers.py``.
 
         Args:
@@ -48,14 +51,16 @@ class OneStepPipeline:
         read_export(folder)
         return cls(FGMInferencer(folder, device=device, precision=precision))
 
-    def __call__(self,
-                 labels: Union[int, Sequence[int], None] = None,
-                 prompt: Union[str, Sequence[str], None] = None,
-                 num_images: Optional[int] = None,
-                 seeds: Union[int, Sequence[int], None] = None,
-                 generator: Optional[torch.Generator] = None,
-                 batch_size: int = 8,
-                 output_type: str = 'pil') -> OneStepOutput:
+    def __call__(
+        self,
+        labels: int | Sequence[int] | None = None,
+        prompt: str | Sequence[str] | None = None,
+        num_images: int | None = None,
+        seeds: int | Sequence[int] | None = None,
+        generator: torch.Generator | None = None,
+        batch_size: int = 8,
+        output_type: str = 'pil',
+    ) -> OneStepOutput:
         """Generate images.
 
         Args:
@@ -68,15 +73,32 @@ class OneStepPipeline:
         Raises:
             UsageError: If arguments do not fit the generator or each other.
         """
-        given = {name: value for name, value in dict(labels=labels, prompt=prompt, num_images=num_images).items()
-                 if value is not None}
-        expected = dict(labels='labels', prompts='prompt', nothing='num_images')[self.inferencer.condition]
+        given = {
+            name: value
+            for name, value in dict(labels=labels, prompt=prompt, num_images=num_images).items()
+            if value is not None
+        }
+        expected = dict(labels='labels', prompts='prompt', nothing='num_images')[
+            self.inferencer.condition
+        ]
         if list(given) != [expected]:
             raise UsageError(f'this generator takes {expected}, and got {list(given) or "nothing"}')
         if seeds is not None and generator is not None:
             raise UsageError('seeds and generator both choose the noise; give one of them')
         if generator is not None:
             value = given[expected]
-            count = value if expected == 'num_images' else len(value) if not isinstance(value, (int, str)) else 1
-            seeds = torch.randint(SEEDS, (count,), generator=generator, device=generator.device).tolist()
-        return OneStepOutput(self.inferencer(given[expected], seeds=seeds, batch_size=batch_size, out=output_type)['predictions'])
+            count = (
+                value
+                if expected == 'num_images'
+                else len(value)
+                if not isinstance(value, (int, str))
+                else 1
+            )
+            seeds = torch.randint(
+                SEEDS, (count,), generator=generator, device=generator.device
+            ).tolist()
+        return OneStepOutput(
+            self.inferencer(given[expected], seeds=seeds, batch_size=batch_size, out=output_type)[
+                'predictions'
+            ]
+        )

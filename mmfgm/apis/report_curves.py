@@ -1,10 +1,12 @@
 # Copyright (c) mmfgm authors.
-"""Curves of a run: panels of scalars over iterations, as SVG for a page or as one PNG for a document."""
+"""Curves of a run: panels of scalars over iterations, as SVG for a page or as one PNG for a
+document."""
+
 import math
 import os.path as osp
 import re
+from collections.abc import Sequence
 from io import BytesIO, StringIO
-from typing import Dict, List, Sequence
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -20,64 +22,108 @@ from .report_data import Run, Series
 COLOURS = ('#3b82f6', '#f97316', '#16a34a', '#a855f7', '#64748b')
 # stands for the page's text colour until the SVG is written
 TEXT = '#123456'
-PANEL = (4.4, 2.5)   # inches
-FROM_ZERO = ('learning rate', 'samples per second', 'seconds per iteration', 'share of the time', 'GPU memory, MB')
+PANEL = (4.4, 2.5)  # inches
+FROM_ZERO = (
+    'learning rate',
+    'samples per second',
+    'seconds per iteration',
+    'share of the time',
+    'GPU memory, MB',
+)
 
 
-def group_scalars(run: Run, beside: Sequence[Run] = ()) -> Dict[str, Dict[str, Dict[str, Series]]]:
-    """Section to panel to curve: metrics, losses, gradient norms, learning rates and throughput of a run.
+def group_scalars(run: Run, beside: Sequence[Run] = ()) -> dict[str, dict[str, dict[str, Series]]]:
+    """Section to panel to curve: metrics, losses, gradient norms, learning rates and throughput of
+    a run.
 
     Args:
         run (Run): See :func:`~mmfgm.apis.report_data.read_run`.
-        beside (Sequence[Run]): Other runs whose curves of the same metrics and losses are drawn in the same panels.
+        beside (Sequence[Run]): Other runs whose curves of the same metrics and losses are drawn in
+            the same panels.
     """
     left = dict(run.scalars)
 
-    def take(names: List[str]) -> Dict[str, Series]:
+    def take(names: list[str]) -> dict[str, Series]:
         return {name: left.pop(name) for name in names}
 
-    def matching(pattern: str) -> Dict[str, Series]:
-        """Curves by the last group of the pattern that is there: a network's name where a phase trains several."""
+    def matching(pattern: str) -> dict[str, Series]:
+        """Curves by the last group of the pattern that is there: a network's name where a phase
+        trains several."""
         found = {name: match for name in left if (match := re.fullmatch(pattern, name))}
-        return {[group for group in found[name].groups() if group][-1]: series for name, series in take(list(found)).items()}
+        return {
+            [group for group in found[name].groups() if group][-1]: series
+            for name, series in take(list(found)).items()
+        }
 
     drawn_runs = (run, *beside)
     labels = [osp.basename(osp.abspath(each.work_dir)) for each in drawn_runs]
     if len(set(labels)) < len(labels):
         labels = [each.work_dir for each in drawn_runs]
 
-    def together(name: str) -> Dict[str, Series]:
+    def together(name: str) -> dict[str, Series]:
         return {label: each.scalars.get(name, {}) for label, each in zip(labels, drawn_runs)}
 
     metrics = take(run.metrics)
     # the ends of a metric's interval belong into its panel
-    ends = {f'{name}_{end}': name for name in metrics for end in ('low', 'high') if f'{name}_{end}' in metrics}
+    ends = {
+        f'{name}_{end}': name
+        for name in metrics
+        for end in ('low', 'high')
+        if f'{name}_{end}' in metrics
+    }
     sections = {
-        'Metrics': {name: {**together(name), **{end.rsplit('_', 1)[1]: metrics[end] for end in ends if ends[end] == name}}
-                    for name in metrics if name not in ends},
+        'Metrics': {
+            name: {
+                **together(name),
+                **{end.rsplit('_', 1)[1]: metrics[end] for end in ends if ends[end] == name},
+            }
+            for name in metrics
+            if name not in ends
+        },
         'Optimization': {
             'gradient norm, before clipping': matching(r'(.+)/grad_norm(?:_(.+))?'),
-            'learning rate': matching(r'(.+)\.lr')
+            'learning rate': matching(r'(.+)\.lr'),
         },
         'Throughput': {
             'samples per second': {'samples': left.pop('samples_per_second', {})},
-            'seconds per iteration': {'seconds': left.pop('time', {}), 'of these, waiting for data': left.pop('data_time', {})},
+            'seconds per iteration': {
+                'seconds': left.pop('time', {}),
+                'of these, waiting for data': left.pop('data_time', {}),
+            },
             'share of the time': shares if len(shares := matching(r'(.+)/time_share')) > 1 else {},
-            'GPU memory, MB': {'memory': left.pop('memory', {})}
+            'GPU memory, MB': {'memory': left.pop('memory', {})},
         },
     }
     # what is left is what the phases log of their own
     sections['Losses'] = {name: together(name) for name in left}
     order = ('Metrics', 'Losses', 'Optimization', 'Throughput')
-    return {name: panels for name in order if (panels := {
-        title: drawn for title, curves in sections[name].items() if (drawn := {k: v for k, v in curves.items() if v})})}
+    return {
+        name: panels
+        for name in order
+        if (
+            panels := {
+                title: drawn
+                for title, curves in sections[name].items()
+                if (drawn := {k: v for k, v in curves.items() if v})
+            }
+        )
+    }
 
 
-def _draw(ax: Axes, title: str, curves: Dict[str, Series]) -> None:
+def _draw(ax: Axes, title: str, curves: dict[str, Series]) -> None:
     for colour, (label, series) in zip(COLOURS * len(curves), curves.items()):
-        ax.plot(list(series), list(series.values()), color=colour, linewidth=1.4, label=label,
-                marker='o' if len(series) < 15 else None, markersize=3)
-    values = [value for series in curves.values() for value in series.values() if math.isfinite(value)] or [0]
+        ax.plot(
+            list(series),
+            list(series.values()),
+            color=colour,
+            linewidth=1.4,
+            label=label,
+            marker='o' if len(series) < 15 else None,
+            markersize=3,
+        )
+    values = [
+        value for series in curves.values() for value in series.values() if math.isfinite(value)
+    ] or [0]
     if title in FROM_ZERO:
         ax.set_ylim(0, 1.1 * max(values) or 1)
     elif min(values) > 0 and max(values) > 10 * min(values):
@@ -92,9 +138,13 @@ def _draw(ax: Axes, title: str, curves: Dict[str, Series]) -> None:
         ax.legend(fontsize=8, frameon=False)
 
 
-def curves_svg(title: str, curves: Dict[str, Series]) -> str:
-    """One panel as an ``<svg>`` element whose text and axes have the colour of the text around it."""
-    colours = {f'{part}color': TEXT for part in ('text.', 'axes.edge', 'axes.label', 'axes.title', 'xtick.', 'ytick.', 'grid.')}
+def curves_svg(title: str, curves: dict[str, Series]) -> str:
+    """One panel as an ``<svg>`` element whose text and axes have the colour of the text around
+    it."""
+    colours = {
+        f'{part}color': TEXT
+        for part in ('text.', 'axes.edge', 'axes.label', 'axes.title', 'xtick.', 'ytick.', 'grid.')
+    }
     with matplotlib.rc_context({**colours, 'svg.fonttype': 'none'}):
         figure = Figure(figsize=PANEL, layout='constrained')
         figure.patch.set_alpha(0)
@@ -104,17 +154,17 @@ def curves_svg(title: str, curves: Dict[str, Series]) -> str:
         buffer = StringIO()
         FigureCanvasSVG(figure).print_svg(buffer, metadata=dict(Date=None))
     svg = buffer.getvalue()
-    return svg[svg.index('<svg'):].replace(TEXT, 'currentColor')
+    return svg[svg.index('<svg') :].replace(TEXT, 'currentColor')
 
 
-def curves_png(panels: Dict[str, Dict[str, Series]], columns: int = 2) -> bytes:
+def curves_png(panels: dict[str, dict[str, Series]], columns: int = 2) -> bytes:
     """All panels in one PNG of few colours, for a document; about 10 KB a panel."""
     rows = -(-len(panels) // columns)
     figure = Figure(figsize=(PANEL[0] * columns, PANEL[1] * rows), layout='constrained')
     axes = figure.subplots(rows, columns, squeeze=False).flatten()
     for ax, (title, curves) in zip(axes, panels.items()):
         _draw(ax, title, curves)
-    for ax in axes[len(panels):]:
+    for ax in axes[len(panels) :]:
         ax.axis('off')
     drawn, small = BytesIO(), BytesIO()
     FigureCanvasAgg(figure).print_png(drawn)

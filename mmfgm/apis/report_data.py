@@ -1,13 +1,15 @@
 # Copyright (c) mmfgm authors.
 """Read what a training run left in its work dir: scalars, pictures, config, environment."""
+
 import json
 import os.path as osp
 import re
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from glob import escape as glob_escape
 from glob import glob
-from typing import Any, Dict, Iterator, List, Optional, Tuple
+from typing import Any
 
 from mmengine.config import Config
 
@@ -16,7 +18,7 @@ from mmfgm.errors import UsageError
 
 from .config import read_config
 
-Series = Dict[int, float]   # iteration -> value
+Series = dict[int, float]  # iteration -> value
 
 # keys of a config that belong to one start, not to what is trained
 NOT_COMPARED = ('work_dir', 'launcher', 'resume', 'load_from', 'experiment_name')
@@ -30,24 +32,28 @@ class Run:
 
     Args:
         work_dir (str): Where it lies.
-        starts (list[tuple[str, int]]): Timestamp of each start that counts, and the iteration it went on from (0: afresh).
-        scalars (dict[str, dict[int, float]]): Name to the value at each logged iteration; evaluations by ``NAME/METRIC``.
-        pictures (dict[str, dict[int, str]]): Name to the picture at each iteration; ``samples`` are the sample hook's, others
-            of evaluations.
+        starts (list[tuple[str, int]]): Timestamp of each start that counts, and the iteration it
+            went on from (0: afresh).
+        scalars (dict[str, dict[int, float]]): Name to the value at each logged iteration;
+            evaluations by ``NAME/METRIC``.
+        pictures (dict[str, dict[int, str]]): Name to the picture at each iteration; ``samples`` are
+            the sample hook's, others of evaluations.
         cfg (Config): The config of the last start.
-        environment (dict[str, str]): What MMEngine wrote about machine and libraries at the last start.
-        tables (dict): What ``tools/test.py`` measured, ``{metric: {network: {NFE: value}}}``; empty if it was not run.
+        environment (dict[str, str]): What MMEngine wrote about machine and libraries at the last
+            start.
+        tables (dict): What ``tools/test.py`` measured, ``{metric: {network: {NFE: value}}}``; empty
+            if it was not run.
         plots (list[str]): The pictures that ``tools/test.py`` drew.
     """
 
     work_dir: str
-    starts: List[Tuple[str, int]]
-    scalars: Dict[str, Series]
-    pictures: Dict[str, Dict[int, str]]
+    starts: list[tuple[str, int]]
+    scalars: dict[str, Series]
+    pictures: dict[str, dict[int, str]]
     cfg: Config
-    environment: Dict[str, str]
-    tables: Dict[str, Dict[str, Dict[str, float]]]
-    plots: List[str]
+    environment: dict[str, str]
+    tables: dict[str, dict[str, dict[str, float]]]
+    plots: list[str]
 
     @property
     def name(self) -> str:
@@ -55,17 +61,19 @@ class Run:
         return '/'.join(osp.abspath(self.work_dir).split('/')[-2:])
 
     @property
-    def metrics(self) -> List[str]:
+    def metrics(self) -> list[str]:
         """Names of the scalars that evaluations measured."""
         evaluations = self.cfg.get('evaluations') or {}
         return [name for name in self.scalars if name.split('/')[0] in evaluations]
 
     @property
     def last_iteration(self) -> int:
-        return max(step for series in [*self.scalars.values(), *self.pictures.values()] for step in series)
+        return max(
+            step for series in [*self.scalars.values(), *self.pictures.values()] for step in series
+        )
 
 
-def _starts(folder: str) -> List[str]:
+def _starts(folder: str) -> list[str]:
     """Folders of the starts that logged something, oldest first."""
     found = glob(osp.join(glob_escape(folder), '*', 'vis_data', 'scalars.json'))
     return sorted(osp.dirname(osp.dirname(path)) for path in found if osp.getsize(path))
@@ -79,7 +87,8 @@ def is_work_dir(folder: str) -> bool:
 def read_run(work_dir: str) -> Run:
     """Read a work dir.
 
-    A start that resumed goes on from its checkpoint: what earlier starts logged after that iteration is dropped, because
+    A start that resumed goes on from its checkpoint: what earlier starts logged after that
+        iteration is dropped, because
     it was trained again. One that began afresh replaces all before it.
 
     Raises:
@@ -88,9 +97,9 @@ def read_run(work_dir: str) -> Run:
     folders = _starts(work_dir)
     if not folders:
         raise UsageError(_no_work_dir(work_dir))
-    starts: List[Tuple[str, int]] = []
-    scalars: Dict[str, Series] = {}
-    pictures: Dict[str, Dict[int, str]] = {}
+    starts: list[tuple[str, int]] = []
+    scalars: dict[str, Series] = {}
+    pictures: dict[str, dict[int, str]] = {}
     for folder in folders:
         log = _read_log(folder)
         resumed = re.search(r'resumed epoch: \d+, iter: (\d+)', log)
@@ -105,28 +114,51 @@ def read_run(work_dir: str) -> Run:
             if named := re.fullmatch(r'(.+)_(\d+)\.png', osp.basename(path)):
                 pictures.setdefault(named.group(1), {})[int(named.group(2))] = path
     tested = osp.join(work_dir, 'test', 'metrics.json')
-    return Run(work_dir=work_dir, starts=starts, scalars=_in_order(scalars), pictures=_in_order(pictures),
-               cfg=_read_config(folders[-1]), environment=read_environment(log),
-               tables=read_json(tested) if osp.isfile(tested) else {},
-               plots=sorted(glob(osp.join(glob_escape(work_dir), 'test', '*.png'))))
+    return Run(
+        work_dir=work_dir,
+        starts=starts,
+        scalars=_in_order(scalars),
+        pictures=_in_order(pictures),
+        cfg=_read_config(folders[-1]),
+        environment=read_environment(log),
+        tables=read_json(tested) if osp.isfile(tested) else {},
+        plots=sorted(glob(osp.join(glob_escape(work_dir), 'test', '*.png'))),
+    )
 
 
-def _up_to(start: int, series: Dict[str, dict]) -> Dict[str, dict]:
-    return {name: {step: value for step, value in values.items() if step <= start} for name, values in series.items()}
+def _up_to(start: int, series: dict[str, dict]) -> dict[str, dict]:
+    return {
+        name: {step: value for step, value in values.items() if step <= start}
+        for name, values in series.items()
+    }
 
 
-def _in_order(series: Dict[str, dict]) -> Dict[str, dict]:
+def _in_order(series: dict[str, dict]) -> dict[str, dict]:
     return {name: dict(sorted(values.items())) for name, values in series.items() if values}
 
 
 def _no_work_dir(folder: str) -> str:
     if not osp.isdir(folder):
-        return f'there is no folder {folder!r}; name the work dir of a training, for example work_dirs/fgm/digits'
+        return (
+            f'there is no folder {folder!r}; name the work dir of a training, for example'
+            ' work_dirs/fgm/digits'
+        )
     if glob(osp.join(glob_escape(folder), '*', '*.log')):
-        return f'the training in {folder!r} has logged no values yet (TIMESTAMP/vis_data/scalars.json); wait for its first ones'
-    inside = [path for path in sorted(glob(osp.join(glob_escape(folder), '*'))) if is_work_dir(path)]
-    hint = f'it holds {", ".join(inside)}: name one of them' if inside else (
-        'expected TIMESTAMP/vis_data/scalars.json in it, which every training leaves; name the folder after --work-dir')
+        return (
+            f'the training in {folder!r} has logged no values yet'
+            ' (TIMESTAMP/vis_data/scalars.json); wait for its first ones'
+        )
+    inside = [
+        path for path in sorted(glob(osp.join(glob_escape(folder), '*'))) if is_work_dir(path)
+    ]
+    hint = (
+        f'it holds {", ".join(inside)}: name one of them'
+        if inside
+        else (
+            'expected TIMESTAMP/vis_data/scalars.json in it, which every training leaves; name the'
+            ' folder after --work-dir'
+        )
+    )
     return f'{folder!r} is no work dir of a training; {hint}'
 
 
@@ -138,7 +170,7 @@ def _read_log(folder: str) -> str:
     return text
 
 
-def _read_scalars(path: str) -> Iterator[Dict[str, Any]]:
+def _read_scalars(path: str) -> Iterator[dict[str, Any]]:
     with open(path) as f:
         lines = f.read().splitlines()
     for number, line in enumerate(lines, 1):
@@ -169,46 +201,69 @@ def _read_config(folder: str) -> Config:
         # a config is a program: whatever it raises is about the config
         return Config.fromfile(path)
     except Exception as e:
-        raise UsageError(f'the config of the run cannot be read: {path!r}: {type(e).__name__}: {e}') from e
+        raise UsageError(
+            f'the config of the run cannot be read: {path!r}: {type(e).__name__}: {e}'
+        ) from e
 
 
-def read_environment(log: str) -> Dict[str, str]:
-    """The ``name: value`` lines of the last environment block of a log, without torch's compile flags."""
+def read_environment(log: str) -> dict[str, str]:
+    """The ``name: value`` lines of the last environment block of a log, without torch's compile
+    flags."""
     blocks = re.findall(r'^System environment:$(.*?)^-{60}$', log, flags=re.MULTILINE | re.DOTALL)
     lines = re.findall(r'^    (\w[^:\n]*): (.*)$', blocks[-1], flags=re.MULTILINE) if blocks else []
     return {name: value for name, value in lines if name != 'PyTorch compiling details'}
 
 
-def flatten(cfg: Any, prefix: str = '') -> Dict[str, Any]:
-    """A nested config as the dotted keys that ``--cfg-options`` takes; other lists and empty dicts are values."""
+def flatten(cfg: Any, prefix: str = '') -> dict[str, Any]:
+    """A nested config as the dotted keys that ``--cfg-options`` takes; other lists and empty dicts
+    are values."""
     if isinstance(cfg, list) and cfg and all(isinstance(entry, dict) for entry in cfg):
         cfg = dict(enumerate(cfg))
     if isinstance(cfg, dict) and cfg:
-        return {key: value for name in cfg for key, value in flatten(cfg[name], f'{prefix}.{name}' if prefix else name).items()}
+        return {
+            key: value
+            for name in cfg
+            for key, value in flatten(cfg[name], f'{prefix}.{name}' if prefix else name).items()
+        }
     return {prefix: cfg}
 
 
-def config_difference(cfg: Config, base: Config) -> List[Tuple[str, Optional[str], Optional[str]]]:
-    """Dotted key, value in ``base``, value in ``cfg`` of all that differs; None where a side has no such key."""
-    ours, theirs = (flatten({key: value for key, value in side.to_dict().items() if key not in NOT_COMPARED})
-                    for side in (cfg, base))
-    differing = [key for key in sorted({*ours, *theirs})
-                 if key not in ours or key not in theirs or ours[key] != theirs[key]]
-    return [(key, *(repr(side[key]) if key in side else None for side in (theirs, ours))) for key in differing]
+def config_difference(cfg: Config, base: Config) -> list[tuple[str, str | None, str | None]]:
+    """Dotted key, value in ``base``, value in ``cfg`` of all that differs; None where a side has no
+    such key."""
+    ours, theirs = (
+        flatten({key: value for key, value in side.to_dict().items() if key not in NOT_COMPARED})
+        for side in (cfg, base)
+    )
+    differing = [
+        key
+        for key in sorted({*ours, *theirs})
+        if key not in ours or key not in theirs or ours[key] != theirs[key]
+    ]
+    return [
+        (key, *(repr(side[key]) if key in side else None for side in (theirs, ours)))
+        for key in differing
+    ]
 
 
-def closest_packaged_config(cfg: Config) -> Optional[Tuple[str, Config]]:
-    """The packaged config that differs from ``cfg`` in the fewest values: what it was most likely made from.
+def closest_packaged_config(cfg: Config) -> tuple[str, Config] | None:
+    """The packaged config that differs from ``cfg`` in the fewest values: what it was most likely
+    made from.
 
     A dumped config no longer names its ``_base_``, so this is found by comparison.
 
     Returns:
-        tuple[str, Config]: Its name, ``mmfgm::FOLDER/NAME.py``, and the config; None if none can be read.
+        tuple[str, Config]: Its name, ``mmfgm::FOLDER/NAME.py``, and the config; None if none can be
+        read.
     """
     root = osp.join(osp.dirname(mmfgm.__file__), '.mim', 'configs')
     paths = sorted(glob(osp.join(glob_escape(root), '[!_]*', '*.py')))
     candidates = {}
     for name in (f'mmfgm::{osp.relpath(path, root)}' for path in paths):
-        with suppress(UsageError):   # one that cannot be read is of no use to compare with, and no fault of the run
+        with suppress(
+            UsageError
+        ):  # one that cannot be read is of no use to compare with, and no fault of the run
             candidates[name] = read_config(name)
-    return min(candidates.items(), key=lambda entry: len(config_difference(cfg, entry[1])), default=None)
+    return min(
+        candidates.items(), key=lambda entry: len(config_difference(cfg, entry[1])), default=None
+    )

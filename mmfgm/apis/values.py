@@ -1,6 +1,8 @@
 # Copyright (c) mmfgm authors.
 """What a caller hands in and gets back: seeds, whole numbers, pictures."""
-from typing import Any, List, Sequence, Union
+
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,7 +23,7 @@ def is_int(value: Any) -> bool:
     return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
 
 
-def as_seeds(seeds: Union[int, Sequence[int], None], count: int) -> List[int]:
+def as_seeds(seeds: int | Sequence[int] | None, count: int) -> list[int]:
     """One seed for each of ``count`` inputs; a number is that of the first.
 
     Raises:
@@ -32,7 +34,10 @@ def as_seeds(seeds: Union[int, Sequence[int], None], count: int) -> List[int]:
         seeds = range(int(seeds), int(seeds) + count)
     seeds = seeds.tolist() if isinstance(seeds, (np.ndarray, Tensor)) else list(seeds)
     if len(seeds) != count:
-        raise UsageError(f'there are {len(seeds)} seeds for {count} inputs; give one for each, or a single number to count from')
+        raise UsageError(
+            f'there are {len(seeds)} seeds for {count} inputs; give one for each, or a single'
+            ' number to count from'
+        )
     wrong = [seed for seed in seeds if not is_int(seed) or not 0 <= seed < SEEDS]
     if wrong:
         raise UsageError(f'seeds are whole numbers in [0, {SEEDS - 1}], not {wrong[0]!r}')
@@ -42,8 +47,10 @@ def as_seeds(seeds: Union[int, Sequence[int], None], count: int) -> List[int]:
 def check_images(sample: Tensor) -> None:
     """Raise a UsageError unless a sample is a picture."""
     if sample.ndim != 3 or sample.shape[0] not in (1, 3):
-        raise UsageError(f"samples of shape {tuple(sample.shape)} are no pictures of 1 or 3 channels; ask for out='numpy' or "
-                         "out='tensor', and no grid")
+        raise UsageError(
+            f'samples of shape {tuple(sample.shape)} are no pictures of 1 or 3 channels; ask for'
+            " out='numpy' or out='tensor', and no grid"
+        )
 
 
 def convert(sample: Tensor, out: str) -> Any:
@@ -54,7 +61,11 @@ def convert(sample: Tensor, out: str) -> Any:
         return sample.numpy()
     check_images(sample)
     image = to_uint8(sample).permute(1, 2, 0).numpy()
-    return image if out == 'numpy' else Image.fromarray(image[..., 0] if image.shape[2] == 1 else image)
+    return (
+        image
+        if out == 'numpy'
+        else Image.fromarray(image[..., 0] if image.shape[2] == 1 else image)
+    )
 
 
 def draw_grid(samples: Sequence[Tensor], nrow: int) -> np.ndarray:

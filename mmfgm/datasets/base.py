@@ -1,7 +1,10 @@
 # Copyright (c) mmfgm authors.
-"""Datasets that index whole batches, the collate function that knows it, and the evaluation sampler."""
+"""Datasets that index whole batches, the collate function that knows it, and the evaluation
+sampler."""
+
 import math
-from typing import AbstractSet, Any, Dict, Iterator, Optional, Sequence, Union
+from collections.abc import Iterator, Sequence
+from typing import AbstractSet, Any
 
 import torch
 from mmengine.dist import get_dist_info
@@ -11,12 +14,13 @@ from torch.utils.data import Dataset, Sampler, default_collate
 from mmfgm.errors import UsageError
 from mmfgm.registry import DATA_SAMPLERS, DATASETS, FUNCTIONS
 
-Batch = Dict[str, Any]
+Batch = dict[str, Any]
 
 
 @FUNCTIONS.register_module()
-def collate(items: Union[Batch, Sequence[dict]]) -> Batch:
-    """Batch a list of items; a batch that a dataset's ``__getitems__`` made already passes through."""
+def collate(items: Batch | Sequence[dict]) -> Batch:
+    """Batch a list of items; a batch that a dataset's ``__getitems__`` made already passes
+    through."""
     return items if isinstance(items, dict) else default_collate(items)
 
 
@@ -53,7 +57,7 @@ class GenerationDataset(Dataset):
         seed (int): Selects another set of noise. Defaults to 0.
     """
 
-    def __init__(self, num_samples: int, num_classes: Optional[int] = None, seed: int = 0):
+    def __init__(self, num_samples: int, num_classes: int | None = None, seed: int = 0):
         if num_samples < 1:
             raise UsageError(f'num_samples must be at least 1, but is {num_samples}')
         self.num_samples, self.num_classes, self.seed = num_samples, num_classes, seed
@@ -64,7 +68,8 @@ class GenerationDataset(Dataset):
 
     def __getitems__(self, indices: Sequence[int]) -> Batch:
         idx = torch.as_tensor(indices)
-        # torch's CPU generator sees the lower 32 bits only; the odd factor spreads the ranges of different seeds
+        # torch's CPU generator sees the lower 32 bits only; the odd factor spreads the ranges of
+        # different seeds
         batch = dict(idx=idx, seed=(idx + self.seed * 2654435761) % 2**32)
         if self.num_classes:
             batch['labels'] = idx % self.num_classes
@@ -83,7 +88,7 @@ class ConditionDataset(GenerationDataset):
         size (int): Items before the sampler shuffles again. Defaults to 65,536.
     """
 
-    def __init__(self, num_classes: Optional[int] = None, size: int = 65536):
+    def __init__(self, num_classes: int | None = None, size: int = 65536):
         super().__init__(size, num_classes)
 
     def __getitems__(self, indices: Sequence[int]) -> Batch:
@@ -94,13 +99,16 @@ class ConditionDataset(GenerationDataset):
 
 @DATASETS.register_module()
 class WithReal(Dataset):
-    """Conditions to generate for, each beside a real sample for the discriminator: ``dict(idx, ..., real_x_0, real_...)``.
+    """Conditions to generate for, each beside a real sample for the discriminator: ``dict(idx, ...,
+    real_x_0, real_...)``.
 
-    An epoch covers the longer of the two; the shorter one is gone through again, in another order each time.
+    An epoch covers the longer of the two; the shorter one is gone through again, in another order
+    each time.
 
     Args:
         conditions (dict): Config of the dataset of conditions.
-        real (dict): Config of the dataset of real samples: items with ``x_0`` and the same conditions.
+        real (dict): Config of the dataset of real samples: items with ``x_0`` and the same
+            conditions.
     """
 
     def __init__(self, conditions: dict, real: dict):
@@ -118,7 +126,11 @@ class WithReal(Dataset):
     def __getitems__(self, indices: Sequence[int]) -> Batch:
         batch = self.conditions.__getitems__(self._wrap(indices, len(self.conditions)))
         real = self.real.__getitems__(self._wrap(indices, len(self.real)))
-        return {**batch, 'idx': torch.as_tensor(indices), **{f'real_{k}': v for k, v in real.items() if k != 'idx'}}
+        return {
+            **batch,
+            'idx': torch.as_tensor(indices),
+            **{f'real_{k}': v for k, v in real.items() if k != 'idx'},
+        }
 
     def __getitem__(self, index: int) -> Batch:
         return {name: value[0] for name, value in self.__getitems__([index]).items()}
@@ -128,11 +140,12 @@ class WithReal(Dataset):
 class PaddedSampler(Sampler):
     """Item ``rank, rank + world_size, ...``, equally many on every process.
 
-    Indices from ``len(dataset)`` on are padding, which keeps processes with sharded networks in step;
-    metrics leave them out. The dataset must take such an index.
+    Indices from ``len(dataset)`` on are padding, which keeps processes with sharded networks in
+    step; metrics leave them out. The dataset must take such an index.
 
     Attributes:
-        skip (set[int]): Items to leave out, the same on every process; those left are shared out anew.
+        skip (set[int]): Items to leave out, the same on every process; those left are shared out
+            anew.
     """
 
     def __init__(self, dataset):
@@ -146,4 +159,4 @@ class PaddedSampler(Sampler):
     def __iter__(self) -> Iterator[int]:
         items = [i for i in range(self.size) if i not in self.skip]
         padding = len(self) * self.world_size - len(items)
-        return iter([*items, *range(self.size, self.size + padding)][self.rank::self.world_size])
+        return iter([*items, *range(self.size, self.size + padding)][self.rank :: self.world_size])

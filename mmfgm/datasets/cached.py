@@ -1,18 +1,22 @@
 # Copyright (c) mmfgm authors.
-"""Prompt embeddings and VAE latents computed beforehand: the format, and the data sets; the tools write it.
+"""Prompt embeddings and VAE latents computed beforehand: the format, and the data sets; the tools
+write it.
 
-A cache is a folder with ``manifest.json``, ``shard_000000.safetensors`` and so on, and, with prompts, ``null.safetensors``
-of the empty prompt. A shard of ``n`` items holds ``clip (n, 77, D_clip)``, ``t5 (n, L, D)``, ``pooled (n, P)`` and
-``x_0 (n, C, h, w)``, as far as the cache has them. Where padding was dropped, ``clip`` or ``t5`` is ``(tokens, D)``, the
-items' tokens one after the other, and ``clip_tokens`` or ``t5_tokens (n,)`` says how many each has. CLIP's channels are
+A cache is a folder with ``manifest.json``, ``shard_000000.safetensors`` and so on, and, with
+prompts, ``null.safetensors`` of the empty prompt. A shard of ``n`` items holds ``clip (n, 77,
+D_clip)``, ``t5 (n, L, D)``, ``pooled (n, P)`` and ``x_0 (n, C, h, w)``, as far as the cache has
+them. Where padding was dropped, ``clip`` or ``t5`` is ``(tokens, D)``, the items' tokens one after
+the other, and ``clip_tokens`` or ``t5_tokens (n,)`` says how many each has. CLIP's channels are
 stored without the zeros that diffusers appends to reach T5's ``D``.
 """
+
 import bisect
 import json
 import os
 import os.path as osp
 from collections import OrderedDict
-from typing import Any, Iterator, List, Optional, Sequence, Tuple
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -33,12 +37,14 @@ def differences(expected: Any, found: Any, name: str = '') -> Iterator[str]:
     """What differs between two nested dicts, each as ``'a.b is 1, expected is 2'``."""
     if isinstance(expected, dict) and isinstance(found, dict):
         for key in sorted({*expected, *found}):
-            yield from differences(expected.get(key), found.get(key), f'{name}.{key}' if name else key)
+            yield from differences(
+                expected.get(key), found.get(key), f'{name}.{key}' if name else key
+            )
     elif expected != found:
         yield f'{name} is {str(found)[:80]}, expected is {str(expected)[:80]}'
 
 
-def read_manifest(path: str, kind: Optional[str] = None) -> dict:
+def read_manifest(path: str, kind: str | None = None) -> dict:
     """The ``manifest.json`` of a cache.
 
     Raises:
@@ -47,9 +53,14 @@ def read_manifest(path: str, kind: Optional[str] = None) -> dict:
     file = osp.join(path, 'manifest.json')
     if not osp.isfile(file):
         unfinished = osp.isfile(osp.join(path, 'job.json'))
-        raise UsageError(f'{path!r} is not a finished cache, as {file} is missing; '
-                         + ('run the tool that began it again, which goes on where it stopped' if unfinished else
-                            'make one with tools/cache_prompts.py or tools/cache_latents.py'))
+        raise UsageError(
+            f'{path!r} is not a finished cache, as {file} is missing; '
+            + (
+                'run the tool that began it again, which goes on where it stopped'
+                if unfinished
+                else 'make one with tools/cache_prompts.py or tools/cache_latents.py'
+            )
+        )
     try:
         with open(file) as f:
             manifest = json.load(f)
@@ -58,7 +69,10 @@ def read_manifest(path: str, kind: Optional[str] = None) -> dict:
     except (ValueError, KeyError, TypeError) as e:
         raise UsageError(f'{file} is damaged ({e!r}); make the cache again') from e
     if kind is not None and found != kind:
-        raise UsageError(f'{path!r} is a cache of {found}, expected is one of {kind}; name another folder or data set')
+        raise UsageError(
+            f'{path!r} is a cache of {found}, expected is one of {kind}; name another folder or'
+            ' data set'
+        )
     return manifest
 
 
@@ -70,11 +84,18 @@ def verify_cache(path: str) -> None:
     """
     manifest = read_manifest(path)
     entries = [*manifest['shards'], *([manifest['null']] if manifest.get('null') else [])]
-    bad = [entry['file'] for entry in entries if not osp.isfile(osp.join(path, entry['file']))
-           or sha256(osp.join(path, entry['file'])) != entry['sha256']]
+    bad = [
+        entry['file']
+        for entry in entries
+        if not osp.isfile(osp.join(path, entry['file']))
+        or sha256(osp.join(path, entry['file'])) != entry['sha256']
+    ]
     if bad:
-        raise UsageError(f'{len(bad)} of {len(entries)} files of the cache {path!r} are missing or corrupted, by their '
-                         f'checksums: {", ".join(bad[:8])}; delete them and run the tool again, which makes only those')
+        raise UsageError(
+            f'{len(bad)} of {len(entries)} files of the cache {path!r} are missing or corrupted, by'
+            f' their checksums: {", ".join(bad[:8])}; delete them and run the tool again, which'
+            ' makes only those'
+        )
 
 
 class _Shard:
@@ -84,39 +105,49 @@ class _Shard:
         try:
             self.file = safe_open(path, framework='pt')
             names = self.file.keys()
-            self.offsets = {name[:-len('_tokens')]: [0, *self.file.get_tensor(name).cumsum(0).tolist()]
-                            for name in names if name.endswith('_tokens')}
+            self.offsets = {
+                name[: -len('_tokens')]: [0, *self.file.get_tensor(name).cumsum(0).tolist()]
+                for name in names
+                if name.endswith('_tokens')
+            }
             self.values = {name: self.file.get_slice(name) for name in names}
         except (SafetensorError, OSError) as e:
-            raise UsageError(f'{path!r} is missing or corrupted ({e}); delete it and run the tool that made it again, which '
-                             'makes only what is missing') from e
+            raise UsageError(
+                f'{path!r} is missing or corrupted ({e}); delete it and run the tool that made it'
+                ' again, which makes only what is missing'
+            ) from e
 
     def copy(self, name: str, row: int, out: Tensor) -> None:
-        """Copy one item's values into ``out``, whose rest stays as it is where padding was dropped."""
+        """Copy one item's values into ``out``, whose rest stays as it is where padding was
+        dropped."""
         if name not in self.offsets:
             out[:] = self.values[name][row]
         elif self.offsets[name][row] < self.offsets[name][row + 1]:
-            tokens = self.values[name][self.offsets[name][row]:self.offsets[name][row + 1]]
-            out[:len(tokens)] = tokens
+            tokens = self.values[name][self.offsets[name][row] : self.offsets[name][row + 1]]
+            out[: len(tokens)] = tokens
 
 
 class ShardedCache(Dataset):
-    """Items by index out of a cache's shards, which are memory-mapped and opened when first needed in each process.
+    """Items by index out of a cache's shards, which are memory-mapped and opened when first needed
+    in each process.
 
     Stateless by index: MMEngine's ``InfiniteSampler`` shuffles, shards by rank and resumes.
 
     Args:
         path (str): The cache's folder.
-        identity (dict, optional): Of the models that the training uses, which must have made the cache.
-        verify (bool): Compare all checksums, which reads all of the cache; sizes and headers are always checked.
+        identity (dict, optional): Of the models that the training uses, which must have made the
+            cache.
+        verify (bool): Compare all checksums, which reads all of the cache; sizes and headers are
+            always checked.
 
     Raises:
-        UsageError: If the folder is not such a cache, a shard is missing or corrupted, or other models made it.
+        UsageError: If the folder is not such a cache, a shard is missing or corrupted, or other
+            models made it.
     """
 
     kind = ''
 
-    def __init__(self, path: str, identity: Optional[dict] = None, verify: bool = False):
+    def __init__(self, path: str, identity: dict | None = None, verify: bool = False):
         self.path = osp.expanduser(path)
         self.manifest = read_manifest(self.path, self.kind)
         self.layout = {name: tuple(shape) for name, shape in self.manifest['layout'].items()}
@@ -124,11 +155,17 @@ class ShardedCache(Dataset):
         if identity is not None:
             differs = list(differences(identity, self._compared(identity)))
             if differs:
-                raise UsageError(f'{self.path!r} is a cache of other {"encoders" if self.kind == "prompts" else "models"}: '
-                                 f'{"; ".join(differs[:4])}; make it again with the ones of this training')
+                raise UsageError(
+                    f'{self.path!r} is a cache of other'
+                    f' {"encoders" if self.kind == "prompts" else "models"}:'
+                    f' {"; ".join(differs[:4])}; make it again with the ones of this training'
+                )
         self.shards = self.manifest['shards']
         self.starts = [shard['start'] for shard in self.shards]
-        for entry in [*self.shards, *([self.manifest['null']] if self.manifest.get('null') else [])]:
+        for entry in [
+            *self.shards,
+            *([self.manifest['null']] if self.manifest.get('null') else []),
+        ]:
             self._check(entry)
         if verify:
             verify_cache(self.path)
@@ -151,8 +188,11 @@ class ShardedCache(Dataset):
         path = osp.join(self.path, entry['file'])
         size = osp.getsize(path) if osp.isfile(path) else None
         if size != entry['size']:
-            raise UsageError(f'{path!r} is missing or corrupted: it has {size} bytes, expected are {entry["size"]}; delete '
-                             'it and run the tool that made it again, which makes only what is missing')
+            raise UsageError(
+                f'{path!r} is missing or corrupted: it has {size} bytes, expected are'
+                f' {entry["size"]}; delete it and run the tool that made it again, which makes only'
+                ' what is missing'
+            )
         _Shard(path)
 
     def _shard(self, name: str) -> _Shard:
@@ -165,38 +205,45 @@ class ShardedCache(Dataset):
         opened.move_to_end(name)
         return opened[name]
 
-    def _locate(self, index: int) -> Tuple[_Shard, int]:
+    def _locate(self, index: int) -> tuple[_Shard, int]:
         if not 0 <= index < self.manifest['count']:
             raise IndexError(f'index {index} of a cache of {self.manifest["count"]} items')
         number = bisect.bisect_right(self.starts, index) - 1
         return self._shard(self.shards[number]['file']), index - self.starts[number]
 
-    def _read(self, rows: List[Tuple[_Shard, int]], name: str) -> Tensor:
+    def _read(self, rows: list[tuple[_Shard, int]], name: str) -> Tensor:
         out = torch.zeros(len(rows), *self.layout[name], dtype=self.dtype)
         for value, (shard, row) in zip(out, rows):
             shard.copy(name, row, value)
         return out
 
-    def _prompts(self, rows: List[Tuple[_Shard, int]]) -> Batch:
+    def _prompts(self, rows: list[tuple[_Shard, int]]) -> Batch:
         """``prompt_embeds (n, 77 + L, D)`` and ``pooled_embeds (n, P)``."""
         clip, t5 = self._read(rows, 'clip'), self._read(rows, 't5')
         clip = torch.nn.functional.pad(clip, (0, t5.shape[-1] - clip.shape[-1]))
-        return dict(prompt_embeds=torch.cat([clip, t5], dim=1), pooled_embeds=self._read(rows, 'pooled'))
+        return dict(
+            prompt_embeds=torch.cat([clip, t5], dim=1), pooled_embeds=self._read(rows, 'pooled')
+        )
 
     @property
     def null(self) -> Batch:
-        """The empty prompt, ``prompt_embeds (77 + L, D)`` and ``pooled_embeds (P,)``, for guidance."""
+        """The empty prompt, ``prompt_embeds (77 + L, D)`` and ``pooled_embeds (P,)``, for
+        guidance."""
         if not self.manifest.get('null'):
-            raise UsageError(f'{self.path!r} was made without prompts, so it has no empty prompt either')
+            raise UsageError(
+                f'{self.path!r} was made without prompts, so it has no empty prompt either'
+            )
         return {name: value[0] for name, value in self._prompts([(self._shard(NULL), 0)]).items()}
 
 
 @DATASETS.register_module()
 class CachedPrompts(ShardedCache):
-    """Prompts encoded by ``tools/cache_prompts.py``: items ``dict(idx, prompt_embeds, pooled_embeds)`` in the cache's dtype.
+    """Prompts encoded by ``tools/cache_prompts.py``: items ``dict(idx, prompt_embeds,
+    pooled_embeds)`` in the cache's dtype.
 
-    ``prompt_embeds (77 + L, D)`` and ``pooled_embeds (P,)`` are what ``StableDiffusion3Pipeline.encode_prompt`` returns;
-    dropped padding is zero. For the arguments and errors see :class:`ShardedCache`.
+    ``prompt_embeds (77 + L, D)`` and ``pooled_embeds (P,)`` are what
+    ``StableDiffusion3Pipeline.encode_prompt`` returns; dropped padding is zero. For the arguments
+    and errors see :class:`ShardedCache`.
     """
 
     kind = 'prompts'
@@ -208,11 +255,13 @@ class CachedPrompts(ShardedCache):
 
 @DATASETS.register_module()
 class CachedPromptSamples(CachedPrompts):
-    """What to generate in an evaluation or a picture: items ``dict(idx, seed, prompt_embeds, pooled_embeds)``.
+    """What to generate in an evaluation or a picture: items ``dict(idx, seed, prompt_embeds,
+    pooled_embeds)``.
 
     Args:
         path (str): The cache's folder.
-        num_samples (int): Number of items; item ``idx`` has prompt ``idx % count``, and larger indices are padding.
+        num_samples (int): Number of items; item ``idx`` has prompt ``idx % count``, and larger
+            indices are padding.
         seed (int): Selects other noise. Defaults to 0.
         **kwargs: For :class:`CachedPrompts`.
     """
@@ -226,46 +275,68 @@ class CachedPromptSamples(CachedPrompts):
 
     def __getitems__(self, indices: Sequence[int]) -> Batch:
         idx = torch.as_tensor(indices)
-        prompts = self._prompts([self._locate(index % self.manifest['count']) for index in idx.tolist()])
+        prompts = self._prompts(
+            [self._locate(index % self.manifest['count']) for index in idx.tolist()]
+        )
         # as GenerationDataset: torch's CPU generator sees the lower 32 bits only
         return dict(idx=idx, seed=(idx + self.seed * 2654435761) % 2**32, **prompts)
 
 
 @DATASETS.register_module()
 class CachedLatents(ShardedCache):
-    """Images encoded by ``tools/cache_latents.py``: items ``dict(idx, x_0, [prompt_embeds, pooled_embeds])``.
+    """Images encoded by ``tools/cache_latents.py``: items ``dict(idx, x_0, [prompt_embeds,
+    pooled_embeds])``.
 
-    ``x_0 (C, h, w)`` is shifted and scaled as the transformer expects it; the embeddings are as in :class:`CachedPrompts`.
+    ``x_0 (C, h, w)`` is shifted and scaled as the transformer expects it; the embeddings are as in
+    :class:`CachedPrompts`.
 
     Args:
         path (str): The cache's folder.
-        latent_shape (tuple, optional): ``(C, h, w)`` that the network takes, which the cache must have.
+        latent_shape (tuple, optional): ``(C, h, w)`` that the network takes, which the cache must
+            have.
         prompts (bool): Whether items carry their captions' embeddings.
-        identity (dict, optional): As for :class:`ShardedCache`; what it leaves out, such as text encoders, is not compared.
+        identity (dict, optional): As for :class:`ShardedCache`; what it leaves out, such as text
+            encoders, is not compared.
         verify (bool): As for :class:`ShardedCache`.
 
     Raises:
-        UsageError: As for :class:`ShardedCache`; if the latents have another shape, or there are no captions.
+        UsageError: As for :class:`ShardedCache`; if the latents have another shape, or there are no
+            captions.
     """
 
     kind = 'latents'
 
-    def __init__(self, path: str, latent_shape: Optional[Sequence[int]] = None, prompts: bool = True,
-                 identity: Optional[dict] = None, verify: bool = False):
+    def __init__(
+        self,
+        path: str,
+        latent_shape: Sequence[int] | None = None,
+        prompts: bool = True,
+        identity: dict | None = None,
+        verify: bool = False,
+    ):
         super().__init__(path, identity, verify)
         self.event_shape = self.layout['x_0']
         if latent_shape is not None and tuple(latent_shape) != self.event_shape:
-            raise UsageError(f'latent_shape is {tuple(latent_shape)}, but the latents of {self.path!r} are '
-                             f'{self.event_shape} (images of {self.manifest["settings"]["resolution"]} pixels); make them '
-                             'agree')
+            raise UsageError(
+                f'latent_shape is {tuple(latent_shape)}, but the latents of {self.path!r} are'
+                f' {self.event_shape} (images of {self.manifest["settings"]["resolution"]} pixels);'
+                ' make them agree'
+            )
         if prompts and 'clip' not in self.layout:
-            raise UsageError(f'{self.path!r} has no captions; set prompts=False, or make it again with --captions')
+            raise UsageError(
+                f'{self.path!r} has no captions; set prompts=False, or make it again with'
+                ' --captions'
+            )
         self.prompts = prompts
 
     def __getitems__(self, indices: Sequence[int]) -> Batch:
         idx = torch.as_tensor(indices)
         rows = [self._locate(index) for index in idx.tolist()]
-        return dict(idx=idx, x_0=self._read(rows, 'x_0'), **(self._prompts(rows) if self.prompts else {}))
+        return dict(
+            idx=idx, x_0=self._read(rows, 'x_0'), **(self._prompts(rows) if self.prompts else {})
+        )
 
     def _compared(self, identity: dict) -> dict:
-        return {name: value for name, value in super()._compared(identity).items() if name in identity}
+        return {
+            name: value for name, value in super()._compared(identity).items() if name in identity
+        }

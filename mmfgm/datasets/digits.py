@@ -16,5 +16,5 @@ class Digits(TensorDataset):
 
     def __init__(self):
         digits = load_digits()
-        images = torch.from_numpy(digits.images).float()[:, None] / 8 - 1   # 0..16 to [-1, 1]
+        images = torch.from_numpy(digits.images).float()[:, None] / 8 - 1  # 0..16 to [-1, 1]
         super().__init__(x_0=images, labels=torch.from_numpy(digits.target).long())

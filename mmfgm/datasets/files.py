@@ -1,5 +1,6 @@
 # Copyright (c) mmfgm authors.
 """Files: checksums, and writing in one step."""
+
 import hashlib
 import os
 import os.path as osp

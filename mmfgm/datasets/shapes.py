@@ -1,12 +1,16 @@
 # Copyright (c) mmfgm authors.
-"""Captioned shapes: a text-to-image problem without files, in GenEval's six task kinds (Ghosh et al., 2023).
+"""Captioned shapes: a text-to-image problem without files, in GenEval's six task kinds (Ghosh et
+al., 2023).
 
-A scene is one to four shapes of clear colours on black, its row says what the caption promises, and a
-fixed vector for each word is the text encoder. Images are exact enough for an exact detector, see
-:mod:`mmfgm.evaluation.shapes`. Mirroring would turn "left of" into a wrong caption: train with ``flip_prob=0``.
+A scene is one to four shapes of clear colours on black, its row says what the caption promises, and
+a fixed vector for each word is the text encoder. Images are exact enough for an exact detector, see
+:mod:`mmfgm.evaluation.shapes`. Mirroring would turn "left of" into a wrong caption: train with
+``flip_prob=0``.
 """
+
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Dict, List, NamedTuple, Optional, Sequence, Tuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -22,20 +26,40 @@ TAGS = ('single_object', 'two_object', 'counting', 'colors', 'position', 'color_
 PLURALS = dict(circle='circles', square='squares', triangle='triangles', cross='crosses')
 SHAPES = tuple(PLURALS)
 # corners of the RGB cube: a blend of one with black lies closer to it or to black than to any other
-COLORS = dict(red=(255, 0, 0), green=(0, 255, 0), blue=(0, 0, 255), yellow=(255, 255, 0), purple=(255, 0, 255),
-              white=(255, 255, 255))
+COLORS = dict(
+    red=(255, 0, 0),
+    green=(0, 255, 0),
+    blue=(0, 0, 255),
+    yellow=(255, 255, 0),
+    purple=(255, 0, 255),
+    white=(255, 255, 255),
+)
 COUNTS = {2: 'two', 3: 'three', 4: 'four'}
 # axis and sign of (x, y of the first) - (x, y of the second); y points down
 RELATIONS = {'left of': (0, -1), 'right of': (0, 1), 'above': (1, -1), 'below': (1, 1)}
-VOCABULARY = ('a', 'and', 'of', 'left', 'right', 'above', 'below', *COUNTS.values(), *SHAPES, *PLURALS.values(), *COLORS)
+VOCABULARY = (
+    'a',
+    'and',
+    'of',
+    'left',
+    'right',
+    'above',
+    'below',
+    *COUNTS.values(),
+    *SHAPES,
+    *PLURALS.values(),
+    *COLORS,
+)
 
-# fractions of the canvas: radii by number of objects, free space between two boxes, and at the border
+# fractions of the canvas: radii by number of objects, free space between two boxes, and at the
+# border
 RADII = {1: (0.15, 0.25), 2: (0.14, 0.2), 3: (0.13, 0.17), 4: (0.13, 0.15)}
 GAP, BORDER = 2 / 32, 1 / 32
 
 
 class Item(NamedTuple):
-    """A shape in a scene; ``x, y`` and the half side ``r`` of its square box are fractions of the canvas."""
+    """A shape in a scene; ``x, y`` and the half side ``r`` of its square box are fractions of the
+    canvas."""
 
     shape: str
     color: str
@@ -44,12 +68,13 @@ class Item(NamedTuple):
     r: float
 
 
-Scene = Tuple[dict, List[Item]]
+Scene = tuple[dict, list[Item]]
 
 
-def _place(rng: np.random.Generator, n: int, relation: Optional[str]) -> np.ndarray:
-    """``(n, 3)`` of x, y, r: disjoint boxes; of two, the first stands in ``relation`` to the second."""
-    tries = (1, 8, 32, 128)[n - 1]   # drawn at once, about as many as it takes
+def _place(rng: np.random.Generator, n: int, relation: str | None) -> np.ndarray:
+    """``(n, 3)`` of x, y, r: disjoint boxes; of two, the first stands in ``relation`` to the
+    second."""
+    tries = (1, 8, 32, 128)[n - 1]  # drawn at once, about as many as it takes
     i, j = np.triu_indices(n, 1)
     while True:
         r = rng.uniform(*RADII[n], (tries, n, 1))
@@ -59,7 +84,8 @@ def _place(rng: np.random.Generator, n: int, relation: Optional[str]) -> np.ndar
         if relation:
             axis, sign = RELATIONS[relation]
             offset = centre[:, 0] - centre[:, 1]
-            # GenEval asks for cos > 0.5 after shrinking the offset by a fifth of the boxes; this is cos > 0.7
+            # GenEval asks for cos > 0.5 after shrinking the offset by a fifth of the boxes; this is
+            # cos > 0.7
             good &= sign * offset[:, axis] >= 2 * np.abs(offset[:, 1 - axis])
         found = np.flatnonzero(good)
         if len(found):
@@ -70,7 +96,8 @@ def sample_scene(rng: np.random.Generator, tag: str) -> Scene:
     """Draw a caption of one task kind and a scene that shows it, with nothing else in it.
 
     Returns:
-        tuple[dict, list[Item]]: GenEval's metadata row, ``dict(tag, include, [exclude], prompt)``, and the objects.
+        tuple[dict, list[Item]]: GenEval's metadata row, ``dict(tag, include, [exclude], prompt)``,
+        and the objects.
 
     Raises:
         UsageError: If there is no such task.
@@ -103,13 +130,19 @@ def sample_scene(rng: np.random.Generator, tag: str) -> Scene:
     row['prompt'] = _caption(first, second if len(row['include']) == 2 else None)
     shapes = [a] * count if len(row['include']) == 1 else [a, b]
     places = _place(rng, len(shapes), relation)
-    return row, [Item(shape, color, *place) for shape, color, place in zip(shapes, colors, places.tolist())]
+    return row, [
+        Item(shape, color, *place) for shape, color, place in zip(shapes, colors, places.tolist())
+    ]
 
 
-def _caption(first: dict, second: Optional[dict]) -> str:
+def _caption(first: dict, second: dict | None) -> str:
     if first['count'] > 1:
         return f'{COUNTS[first["count"]]} {PLURALS[first["class"]]}'
-    phrases = [' '.join(['a', *([c['color']] if 'color' in c else []), c['class']]) for c in (first, second) if c]
+    phrases = [
+        ' '.join(['a', *([c['color']] if 'color' in c else []), c['class']])
+        for c in (first, second)
+        if c
+    ]
     return f' {first["position"][0] if "position" in first else "and"} '.join(phrases)
 
 
@@ -123,10 +156,12 @@ def coverage(shape: str, x: np.ndarray, y: np.ndarray, r: np.ndarray) -> np.ndar
     """
     dx, dy, arm = np.abs(x), np.abs(y), r / 3
     # distance to the edge, positive inside
-    inside = dict(circle=lambda: r - np.hypot(x, y),
-                  square=lambda: r - np.maximum(dx, dy),
-                  triangle=lambda: np.minimum(r - y, ((r + y) / 2 - dx) / np.sqrt(1.25)),
-                  cross=lambda: np.maximum(np.minimum(arm - dx, r - dy), np.minimum(arm - dy, r - dx)))[shape]()
+    inside = dict(
+        circle=lambda: r - np.hypot(x, y),
+        square=lambda: r - np.maximum(dx, dy),
+        triangle=lambda: np.minimum(r - y, ((r + y) / 2 - dx) / np.sqrt(1.25)),
+        cross=lambda: np.maximum(np.minimum(arm - dx, r - dy), np.minimum(arm - dy, r - dx)),
+    )[shape]()
     return np.clip(inside + 0.5, 0, 1)
 
 
@@ -137,7 +172,10 @@ def render(scenes: Sequence[Sequence[Item]], size: int) -> Tensor:
     grid = np.arange(size) + 0.5
     for shape in SHAPES:
         chosen = [(n, item) for n, item in flat if item.shape == shape]
-        x, y, r = (size * np.array([item[field] for _, item in chosen])[:, None, None] for field in (2, 3, 4))
+        x, y, r = (
+            size * np.array([item[field] for _, item in chosen])[:, None, None]
+            for field in (2, 3, 4)
+        )
         alpha = coverage(shape, grid - x, grid[:, None] - y, r)
         for (n, item), a in zip(chosen, alpha):
             # boxes do not overlap, so neither order nor blending matters
@@ -152,7 +190,8 @@ class WordEncoder:
     Args:
         dim (int): Width of ``prompt_embeds``. Defaults to 64.
         pooled_dim (int): Width of ``pooled_embeds``. Defaults to 64.
-        max_words (int): Length of ``prompt_embeds``; shorter prompts are padded with zeros. Defaults to 12.
+        max_words (int): Length of ``prompt_embeds``; shorter prompts are padded with zeros.
+            Defaults to 12.
         seed (int): Selects other vectors. Defaults to 0.
     """
 
@@ -160,14 +199,20 @@ class WordEncoder:
         rng = np.random.default_rng(seed)
 
         def table(*shape: int) -> np.ndarray:
-            return rng.uniform(-np.sqrt(3), np.sqrt(3), shape)   # variance 1, the same bits on every machine
+            return rng.uniform(
+                -np.sqrt(3), np.sqrt(3), shape
+            )  # variance 1, the same bits on every machine
 
         self.max_words, self.index = max_words, {word: i for i, word in enumerate(VOCABULARY)}
         self.words, self.positions = table(len(VOCABULARY), dim), table(max_words, dim)
-        self.pooled_words, self.pooled_positions = table(len(VOCABULARY), pooled_dim), table(max_words, pooled_dim)
+        self.pooled_words, self.pooled_positions = (
+            table(len(VOCABULARY), pooled_dim),
+            table(max_words, pooled_dim),
+        )
 
-    def encode(self, prompts: Sequence[str]) -> Dict[str, Tensor]:
-        """``prompt_embeds (N, max_words, dim)`` and ``pooled_embeds (N, pooled_dim)``, float32; zeros for ``''``.
+    def encode(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """``prompt_embeds (N, max_words, dim)`` and ``pooled_embeds (N, pooled_dim)``, float32;
+        zeros for ``''``.
 
         Raises:
             UsageError: If a prompt is too long or has an unknown word.
@@ -176,18 +221,28 @@ class WordEncoder:
         for row, prompt in zip(ids, prompts):
             words = prompt.split()
             if len(words) > self.max_words:
-                raise UsageError(f'the prompt {prompt!r} has {len(words)} words, but max_words={self.max_words}; raise it')
+                raise UsageError(
+                    f'the prompt {prompt!r} has {len(words)} words, but max_words={self.max_words};'
+                    ' raise it'
+                )
             for place, word in enumerate(words):
                 if word not in self.index:
-                    raise UsageError(f'the word {word!r} of the prompt {prompt!r} is unknown; use {", ".join(VOCABULARY)}')
+                    raise UsageError(
+                        f'the word {word!r} of the prompt {prompt!r} is unknown; use'
+                        f' {", ".join(VOCABULARY)}'
+                    )
                 row[place] = self.index[word]
         real = (ids >= 0)[..., None]
         embeds = real * (self.words[ids] + self.positions) / np.sqrt(2)
         # each word times its place's vector, so that the sum knows the order
         pooled = (real * self.pooled_words[ids] * self.pooled_positions).sum(1)
-        # unit variance for one word or seven; float64's smallest number keeps the empty prompt at zero
+        # unit variance for one word or seven; float64's smallest number keeps the empty prompt at
+        # zero
         pooled /= np.sqrt((pooled**2).mean(-1, keepdims=True)) + np.finfo(float).tiny
-        return dict(prompt_embeds=torch.from_numpy(embeds).float(), pooled_embeds=torch.from_numpy(pooled).float())
+        return dict(
+            prompt_embeds=torch.from_numpy(embeds).float(),
+            pooled_embeds=torch.from_numpy(pooled).float(),
+        )
 
     def check(self, prompts: Sequence[str]) -> None:
         """Raise the UsageError that :meth:`encode` would."""
@@ -197,21 +252,27 @@ class WordEncoder:
 @TASK_UTILS.register_module()
 @dataclass(frozen=True)
 class ZeroPrompt:
-    """The condition that means "no prompt": all embeddings zero, to which :class:`WordEncoder` maps the empty prompt."""
+    """The condition that means "no prompt": all embeddings zero, to which :class:`WordEncoder` maps
+    the empty prompt."""
 
-    def __call__(self, cond: Dict[str, Tensor]) -> Dict[str, Tensor]:
-        return {**cond, **{name: torch.zeros_like(cond[name]) for name in ('prompt_embeds', 'pooled_embeds')}}
+    def __call__(self, cond: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {
+            **cond,
+            **{name: torch.zeros_like(cond[name]) for name in ('prompt_embeds', 'pooled_embeds')},
+        }
 
 
 @DATASETS.register_module()
 class Shapes(Dataset):
-    """Captioned shapes: items ``dict(idx, [x_0], prompt_embeds, pooled_embeds)``, functions of (seed, idx) alone.
+    """Captioned shapes: items ``dict(idx, [x_0], prompt_embeds, pooled_embeds)``, functions of
+    (seed, idx) alone.
 
-    ``x_0 (3, size, size)`` is uint8; the embeddings are those of :class:`WordEncoder`. Item ``idx`` has task
-    ``tags[idx % len(tags)]``.
+    ``x_0 (3, size, size)`` is uint8; the embeddings are those of :class:`WordEncoder`. Item ``idx``
+    has task ``tags[idx % len(tags)]``.
 
     Args:
-        size (int): Height and width in pixels. Defaults to 32; below 24 the detector makes mistakes.
+        size (int): Height and width in pixels. Defaults to 32; below 24 the detector makes
+            mistakes.
         length (int): Number of items. Defaults to 50,000.
         seed (int): Selects other scenes. Defaults to 0.
         tags (Sequence[str]): Task kinds. Defaults to all six.
@@ -222,11 +283,20 @@ class Shapes(Dataset):
         UsageError: If there is no such task, or nothing to do.
     """
 
-    def __init__(self, size: int = 32, length: int = 50000, seed: int = 0, tags: Sequence[str] = TAGS,
-                 encoder: dict = dict(), images: bool = True):
+    def __init__(
+        self,
+        size: int = 32,
+        length: int = 50000,
+        seed: int = 0,
+        tags: Sequence[str] = TAGS,
+        encoder: dict = dict(),
+        images: bool = True,
+    ):
         if length < 1 or not tags or set(tags) - set(TAGS):
-            raise UsageError(f'expected are at least 1 item and tasks from {list(TAGS)}, but got {length} items and '
-                             f'tags={list(tags)}')
+            raise UsageError(
+                f'expected are at least 1 item and tasks from {list(TAGS)}, but got {length} items'
+                f' and tags={list(tags)}'
+            )
         self.length, self.seed, self.tags, self.images = length, seed, tuple(tags), images
         self.event_shape, self.encoder = (3, size, size), WordEncoder(**encoder)
         self.metainfo = dict(dataset=type(self).__name__)
@@ -236,7 +306,9 @@ class Shapes(Dataset):
 
     def scene(self, index: int) -> Scene:
         """Metadata row and objects of an item; see :func:`sample_scene`."""
-        return sample_scene(np.random.default_rng([self.seed, index]), self.tags[index % len(self.tags)])
+        return sample_scene(
+            np.random.default_rng([self.seed, index]), self.tags[index % len(self.tags)]
+        )
 
     def row(self, index: int) -> dict:
         """Metadata row of an item, which batches leave out because networks take all they hold."""
@@ -254,18 +326,22 @@ class Shapes(Dataset):
 
 @DATASETS.register_module()
 class ShapePrompts(Shapes):
-    """What to generate in an evaluation: items ``dict(idx, seed, prompt_embeds, pooled_embeds)``, tasks in equal parts.
+    """What to generate in an evaluation: items ``dict(idx, seed, prompt_embeds, pooled_embeds)``,
+    tasks in equal parts.
 
     The captions are those of :class:`Shapes` with the same seed, tags and encoder.
 
     Args:
         num_samples (int): Number of items; larger indices are padding.
-        seed (int): Selects other captions and noise. Defaults to 1, which is not the seed of the training data.
+        seed (int): Selects other captions and noise. Defaults to 1, which is not the seed of the
+            training data.
         tags (Sequence[str]): Task kinds. Defaults to all six.
         encoder (dict): Arguments of :class:`WordEncoder`.
     """
 
-    def __init__(self, num_samples: int, seed: int = 1, tags: Sequence[str] = TAGS, encoder: dict = dict()):
+    def __init__(
+        self, num_samples: int, seed: int = 1, tags: Sequence[str] = TAGS, encoder: dict = dict()
+    ):
         super().__init__(length=num_samples, seed=seed, tags=tags, encoder=encoder, images=False)
 
     def __getitems__(self, indices: Sequence[int]) -> Batch:

@@ -1,6 +1,6 @@
 # Copyright (c) mmfgm authors.
 import math
-from typing import Callable, Dict
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ def eight_gaussians(n: int, generator: torch.Generator) -> Tensor:
     return centre + 0.1 * torch.randn(n, 2, generator=generator)
 
 
-SHAPES: Dict[str, Callable[[int, torch.Generator], Tensor]] = {
+SHAPES: dict[str, Callable[[int, torch.Generator], Tensor]] = {
     'checkerboard': checkerboard,
     '8gaussians': eight_gaussians,
 }

@@ -1,6 +1,7 @@
 # Copyright (c) mmfgm authors.
 from collections import defaultdict
-from typing import Any, Callable, Dict, List, Optional, Tuple
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,18 +13,22 @@ from mmfgm.registry import OPTIMIZERS
 from .optim import local
 
 
-def _check_betas(betas: Tuple[float, float]) -> None:
+def _check_betas(betas: tuple[float, float]) -> None:
     if betas[0] != 0 or not 0 <= betas[1] < 1:
-        raise UsageError(f'MomentumFreeAdam is Adam with betas=(0.0, beta2), beta2 in [0, 1), but betas is {tuple(betas)}; '
-                         "use torch's Adam for a beta1 that is not 0")
+        raise UsageError(
+            'MomentumFreeAdam is Adam with betas=(0.0, beta2), beta2 in [0, 1), but betas is'
+            f" {tuple(betas)}; use torch's Adam for a beta1 that is not 0"
+        )
 
 
 @OPTIMIZERS.register_module()
 class MomentumFreeAdam(Optimizer):
-    """``torch.optim.Adam(betas=(0.0, beta2))`` in half of its memory: the same updates, without the first moment.
+    """``torch.optim.Adam(betas=(0.0, beta2))`` in half of its memory: the same updates, without the
+    first moment.
 
-    With ``beta1 = 0`` Adam's ``exp_avg`` is the gradient of this step, so the state is ``exp_avg_sq`` and the
-    step count. Sharded parameters are updated shard by shard. It takes over a run of torch's Adam.
+    With ``beta1 = 0`` Adam's ``exp_avg`` is the gradient of this step, so the state is
+    ``exp_avg_sq`` and the step count. Sharded parameters are updated shard by shard. It takes over
+    a run of torch's Adam.
 
     Args:
         params: Parameters or groups, as of any optimizer.
@@ -36,15 +41,23 @@ class MomentumFreeAdam(Optimizer):
         UsageError: If ``beta1`` is not 0, or another setting is out of range.
     """
 
-    def __init__(self, params, lr: float = 1e-3, betas: Tuple[float, float] = (0.0, 0.999), eps: float = 1e-8,
-                 weight_decay: float = 0):
+    def __init__(
+        self,
+        params,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.0, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0,
+    ):
         _check_betas(betas)
         for name, value in dict(lr=lr, eps=eps, weight_decay=weight_decay).items():
             if not value >= 0:
                 raise UsageError(f'{name} of MomentumFreeAdam must be at least 0, but is {value}')
-        super().__init__(params, dict(lr=lr, betas=tuple(betas), eps=eps, weight_decay=weight_decay))
+        super().__init__(
+            params, dict(lr=lr, betas=tuple(betas), eps=eps, weight_decay=weight_decay)
+        )
 
-    def load_state_dict(self, state_dict: Dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load this optimizer's state, or that of torch's Adam.
 
         Raises:
@@ -59,22 +72,24 @@ class MomentumFreeAdam(Optimizer):
             state['step'] = state['step'].cpu()
 
     @torch.no_grad()
-    def step(self, closure: Optional[Callable[[], Tensor]] = None) -> Optional[Tensor]:
+    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
         """One update of every parameter that has a gradient."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            alike: Dict[tuple, List[torch.nn.Parameter]] = defaultdict(list)
+            alike: dict[tuple, list[torch.nn.Parameter]] = defaultdict(list)
             for p in group['params']:
                 if p.grad is not None:
                     alike[p.device, p.dtype].append(p)
             for params in alike.values():
-                self._update(params, **{key: group[key] for key in ('lr', 'betas', 'eps', 'weight_decay')})
+                self._update(
+                    params, **{key: group[key] for key in ('lr', 'betas', 'eps', 'weight_decay')}
+                )
         return loss
 
-    def _state(self, p: torch.nn.Parameter) -> Dict[str, Tensor]:
+    def _state(self, p: torch.nn.Parameter) -> dict[str, Tensor]:
         state = self.state[p]
         if not state:
             # on the CPU like torch's, where reading it is free
@@ -82,8 +97,14 @@ class MomentumFreeAdam(Optimizer):
             state['exp_avg_sq'] = torch.zeros_like(p)
         return state
 
-    def _update(self, params: List[torch.nn.Parameter], lr: float, betas: Tuple[float, float], eps: float,
-                weight_decay: float) -> None:
+    def _update(
+        self,
+        params: list[torch.nn.Parameter],
+        lr: float,
+        betas: tuple[float, float],
+        eps: float,
+        weight_decay: float,
+    ) -> None:
         """Parameters of one device and type, in the order of operations of torch's Adam."""
         states = [self._state(p) for p in params]
         torch._foreach_add_([state['step'] for state in states], 1.0)
@@ -95,6 +116,8 @@ class MomentumFreeAdam(Optimizer):
         torch._foreach_mul_(second, betas[1])
         torch._foreach_addcmul_(second, grads, grads, 1 - betas[1])
         denominators = torch._foreach_sqrt(second)
-        torch._foreach_div_(denominators, [(1 - betas[1]**state['step'].item())**0.5 for state in states])
+        torch._foreach_div_(
+            denominators, [(1 - betas[1] ** state['step'].item()) ** 0.5 for state in states]
+        )
         torch._foreach_add_(denominators, eps)
         torch._foreach_addcdiv_(params, grads, denominators, -lr)

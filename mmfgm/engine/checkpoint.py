@@ -1,14 +1,16 @@
 # Copyright (c) mmfgm authors.
 """Checkpoints that survive a crash: written beside their final name, then renamed.
 
-A run on one device or with DDP writes one file, a sharded run a directory. Either holds only tensors
-and plain containers, so it loads with ``weights_only=True``.
+A run on one device or with DDP writes one file, a sharded run a directory. Either holds only
+tensors and plain containers, so it loads with ``weights_only=True``.
 """
+
 import os
 import os.path as osp
 import shutil
 import time
-from typing import Any, Callable, Dict, Optional
+from collections.abc import Callable
+from typing import Any
 
 import mmengine
 import torch
@@ -17,7 +19,14 @@ from mmengine.dist import all_gather_object, barrier, is_main_process
 from mmengine.logging import HistoryBuffer
 
 from mmfgm.errors import UsageError
-from mmfgm.models.weights import STATE_DICT, SafePlanner, SafeReader, read_pickle, read_state_dict, sharded_shapes
+from mmfgm.models.weights import (
+    STATE_DICT,
+    SafePlanner,
+    SafeReader,
+    read_pickle,
+    read_state_dict,
+    sharded_shapes,
+)
 from mmfgm.version import __version__
 
 PLAIN = (bool, int, float, str, type(None))
@@ -29,20 +38,24 @@ def _is_plain(value: Any) -> bool:
         return all(_is_plain(v) for v in value.values())
     if isinstance(value, (list, tuple)):
         return all(_is_plain(v) for v in value)
-    return type(value) in PLAIN   # a numpy scalar is a float by inheritance, but not plain
+    return type(value) in PLAIN  # a numpy scalar is a float by inheritance, but not plain
 
 
-def encode_message_hub(state: Dict[str, Any]) -> Dict[str, Any]:
-    """Turn a MessageHub state into tensors and plain values; runtime info of other types is left out."""
+def encode_message_hub(state: dict[str, Any]) -> dict[str, Any]:
+    """Turn a MessageHub state into tensors and plain values; runtime info of other types is left
+    out."""
     scalars = {
-        key: (*(torch.from_numpy(column.astype('float64')) for column in buffer.data), buffer.max_length)
+        key: (
+            *(torch.from_numpy(column.astype('float64')) for column in buffer.data),
+            buffer.max_length,
+        )
         for key, buffer in state['log_scalars'].items()
     }
     info = {key: value for key, value in state['runtime_info'].items() if _is_plain(value)}
     return dict(log_scalars=scalars, runtime_info=info, resumed_keys=dict(state['resumed_keys']))
 
 
-def decode_message_hub(state: Dict[str, Any]) -> Dict[str, Any]:
+def decode_message_hub(state: dict[str, Any]) -> dict[str, Any]:
     """Inverse of :func:`encode_message_hub`."""
     scalars = {
         key: HistoryBuffer(values.tolist(), counts.tolist(), max_length)
@@ -60,18 +73,23 @@ def write_text_atomically(path: str, text: str) -> None:
     os.replace(f'{path}.tmp', path)
 
 
-def check_shapes(expected: Dict[str, torch.Tensor], found: Dict[str, torch.Size]) -> None:
+def check_shapes(expected: dict[str, torch.Tensor], found: dict[str, torch.Size]) -> None:
     """Hold the tensors of a checkpoint against the model's.
 
     Raises:
         UsageError: Names the first tensor that is missing, superfluous or of another shape.
     """
     for key in [*expected, *found]:
-        shapes = [tuple(side[key].shape if side is expected else side[key]) if key in side else None
-                  for side in (expected, found)]
+        shapes = [
+            tuple(side[key].shape if side is expected else side[key]) if key in side else None
+            for side in (expected, found)
+        ]
         if shapes[0] != shapes[1]:
-            raise UsageError(f'the checkpoint does not fit the model of this config; first difference: tensor {key!r} has '
-                             f'shape {shapes[1]} in the checkpoint, and {shapes[0]} in the model (None: missing)')
+            raise UsageError(
+                'the checkpoint does not fit the model of this config; first difference: tensor'
+                f' {key!r} has shape {shapes[1]} in the checkpoint, and {shapes[0]} in the model'
+                ' (None: missing)'
+            )
 
 
 def _save_file(content: dict, filename: str) -> None:
@@ -91,7 +109,8 @@ def _save_directory(tensors: dict, extras: dict, directory: str) -> None:
     if is_main_process():
         _save_file(extras, osp.join(tmp, EXTRAS))
         if osp.exists(directory):
-            # moved aside rather than deleted first: there is never a moment without a whole one on disk
+            # moved aside rather than deleted first: there is never a moment without a whole one on
+            # disk
             os.rename(directory, f'{directory}.old.tmp')
         os.rename(tmp, directory)
         shutil.rmtree(f'{directory}.old.tmp', ignore_errors=True)
@@ -100,8 +119,10 @@ def _save_directory(tensors: dict, extras: dict, directory: str) -> None:
 
 def _require_optimizer(filename: str, there: bool) -> None:
     if not there:
-        raise UsageError(f'{filename!r} holds no optimizer state (a best_* checkpoint does not), so training cannot go on '
-                         'from it; resume from an iter_* checkpoint')
+        raise UsageError(
+            f'{filename!r} holds no optimizer state (a best_* checkpoint does not), so training'
+            ' cannot go on from it; resume from an iter_* checkpoint'
+        )
 
 
 class CheckpointMixin:
@@ -109,26 +130,31 @@ class CheckpointMixin:
 
     sharded_checkpoints = False
 
-    def save_checkpoint(self,
-                        filename: str,
-                        *,
-                        save_optimizer: bool = True,
-                        save_param_scheduler: bool = True,
-                        extra_ckpt: Optional[dict] = None,
-                        callback: Optional[Callable] = None) -> None:
-        """Save the model, optimizers, schedulers and what hooks add through ``callback``; call on all ranks."""
+    def save_checkpoint(
+        self,
+        filename: str,
+        *,
+        save_optimizer: bool = True,
+        save_param_scheduler: bool = True,
+        extra_ckpt: dict | None = None,
+        callback: Callable | None = None,
+    ) -> None:
+        """Save the model, optimizers, schedulers and what hooks add through ``callback``; call on
+        all ranks."""
         extras = dict(extra_ckpt or {})
         if save_param_scheduler and hasattr(self, 'param_schedulers'):
             extras['param_schedulers'] = self.scheduler_state_dict()
         if callback is not None:
             callback(extras)
-        extras['meta'] = {**{k: v for k, v in extras.get('meta', {}).items() if _is_plain(v)},
-                          'seed': self._randomness['seed'],
-                          'world_size': self.world_size,
-                          'pretrained': self.model.fingerprints,
-                          'time': time.strftime('%Y%m%d_%H%M%S', time.localtime()),
-                          'mmengine': mmengine.__version__,
-                          'mmfgm': __version__}
+        extras['meta'] = {
+            **{k: v for k, v in extras.get('meta', {}).items() if _is_plain(v)},
+            'seed': self._randomness['seed'],
+            'world_size': self.world_size,
+            'pretrained': self.model.fingerprints,
+            'time': time.strftime('%Y%m%d_%H%M%S', time.localtime()),
+            'mmengine': mmengine.__version__,
+            'mmfgm': __version__,
+        }
         extras['message_hub'] = encode_message_hub(extras['message_hub'])
         # random states differ from rank to rank; everything else is the same or sharded
         extras['rng'] = all_gather_object(extras.get('rng'))
@@ -142,39 +168,53 @@ class CheckpointMixin:
                 _save_file({**extras, **tensors}, filename)
             barrier()
 
-    def load_checkpoint(self,
-                        filename: str,
-                        *,
-                        map_location: Any = 'cpu',
-                        strict: bool = True,
-                        revise_keys: Any = None,
-                        callback: Optional[Callable] = None,
-                        with_optimizer: bool = False) -> dict:
+    def load_checkpoint(
+        self,
+        filename: str,
+        *,
+        map_location: Any = 'cpu',
+        strict: bool = True,
+        revise_keys: Any = None,
+        callback: Callable | None = None,
+        with_optimizer: bool = False,
+    ) -> dict:
         """Load the model from ``filename``; ``with_optimizer`` also reads the optimizers' states.
 
         Raises:
-            UsageError: If the file is missing or broken, of the other kind (file or directory), or does not fit.
+            UsageError: If the file is missing or broken, of the other kind (file or directory), or
+                does not fit.
         """
         if not osp.exists(filename):
             raise UsageError(f'checkpoint {filename!r} does not exist')
         sharded = osp.isdir(filename)
         if self.sharded_checkpoints != sharded and (with_optimizer or not sharded):
             kind = 'a sharded directory' if sharded else 'a single file'
-            raise UsageError(f'checkpoint {filename!r} is {kind}, which {type(self).__name__} cannot resume; use the '
-                             'strategy that wrote it')
+            raise UsageError(
+                f'checkpoint {filename!r} is {kind}, which {type(self).__name__} cannot resume; use'
+                ' the strategy that wrote it'
+            )
         self.logger.info(f'Load checkpoint from {filename}')
         checkpoint = read_pickle(osp.join(filename, EXTRAS) if sharded else filename)
         if self.sharded_checkpoints:
             # filled in place: every process reads only its own shards
             checkpoint['state_dict'] = self.model_state_dict()
             found = sharded_shapes(filename)
-            check_shapes(checkpoint['state_dict'], {key[len(STATE_DICT):]: shape for key, shape in found.items()
-                                                    if key.startswith(STATE_DICT)})
+            check_shapes(
+                checkpoint['state_dict'],
+                {
+                    key[len(STATE_DICT) :]: shape
+                    for key, shape in found.items()
+                    if key.startswith(STATE_DICT)
+                },
+            )
             if with_optimizer:
                 _require_optimizer(filename, any(key.startswith('optimizer.') for key in found))
                 checkpoint['optimizer'] = self.optim_state_dict()
-            dcp.load({key: checkpoint[key] for key in ('state_dict', 'optimizer') if key in checkpoint},
-                     storage_reader=SafeReader(filename), planner=SafePlanner())
+            dcp.load(
+                {key: checkpoint[key] for key in ('state_dict', 'optimizer') if key in checkpoint},
+                storage_reader=SafeReader(filename),
+                planner=SafePlanner(),
+            )
         elif sharded:
             checkpoint['state_dict'] = read_state_dict(filename)
         if with_optimizer:
@@ -186,25 +226,33 @@ class CheckpointMixin:
         self.load_model_state_dict(checkpoint.pop('state_dict'))
         return checkpoint
 
-    def resume(self,
-               filename: str,
-               *,
-               resume_optimizer: bool = True,
-               resume_param_scheduler: bool = True,
-               map_location: Any = 'cpu',
-               callback: Optional[Callable] = None) -> dict:
+    def resume(
+        self,
+        filename: str,
+        *,
+        resume_optimizer: bool = True,
+        resume_param_scheduler: bool = True,
+        map_location: Any = 'cpu',
+        callback: Callable | None = None,
+    ) -> dict:
         """Load everything that an interrupted run needs to go on as if it had not stopped."""
-        checkpoint = self.load_checkpoint(filename, callback=callback, with_optimizer=resume_optimizer)
+        checkpoint = self.load_checkpoint(
+            filename, callback=callback, with_optimizer=resume_optimizer
+        )
         if resume_optimizer:
             self.load_optim_state_dict(checkpoint.pop('optimizer'))
         if resume_param_scheduler and hasattr(self, 'param_schedulers'):
             self.load_scheduler_state_dict(checkpoint.pop('param_schedulers'))
         saved, current = checkpoint['meta']['seed'], self._randomness['seed']
         if saved != current:
-            raise UsageError(f'{filename!r} comes from a run with randomness.seed={saved}, but the config says {current}; '
-                             'resume with the seed it was started with')
+            raise UsageError(
+                f'{filename!r} comes from a run with randomness.seed={saved}, but the config says'
+                f' {current}; resume with the seed it was started with'
+            )
         if checkpoint['meta']['pretrained'] != self.model.fingerprints:
-            raise UsageError(f'{filename!r} comes from a run with another teacher (checksums '
-                             f'{checkpoint["meta"]["pretrained"]}, now {self.model.fingerprints}); name the teacher it was '
-                             'started with, or start afresh in another work dir')
+            raise UsageError(
+                f'{filename!r} comes from a run with another teacher (checksums'
+                f' {checkpoint["meta"]["pretrained"]}, now {self.model.fingerprints}); name the'
+                ' teacher it was started with, or start afresh in another work dir'
+            )
         return checkpoint

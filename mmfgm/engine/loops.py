@@ -2,9 +2,10 @@
 import copy
 import signal
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Callable, Dict, List, Optional, Tuple
+from typing import Any
 
 import torch
 from mmengine.runner import IterBasedTrainLoop
@@ -33,7 +34,7 @@ class _Clock:
         return start.elapsed_time(end) / 1000 if self.cuda else end - start
 
 
-def _init_worker(inner: Optional[Callable[[int], None]], worker_id: int) -> None:
+def _init_worker(inner: Callable[[int], None] | None, worker_id: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if inner is not None:
         inner(worker_id)
@@ -45,50 +46,62 @@ class CycleRecord:
 
     Args:
         iteration (int): 1 for the first iteration of a run.
-        values (dict[str, Tensor]): ``'PHASE/NAME'`` to a scalar; the last update of the phase in this iteration.
+        values (dict[str, Tensor]): ``'PHASE/NAME'`` to a scalar; the last update of the phase in
+            this iteration.
         marks (dict[str, list]): Phase to its (start, end) marks.
     """
 
     iteration: int
-    values: Dict[str, Tensor] = field(default_factory=dict)
-    marks: Dict[str, List[Tuple[Any, Any]]] = field(default_factory=dict)
+    values: dict[str, Tensor] = field(default_factory=dict)
+    marks: dict[str, list[tuple[Any, Any]]] = field(default_factory=dict)
 
 
 @LOOPS.register_module()
 class AlternatingTrainLoop(IterBasedTrainLoop):
     """Algorithm 1: ``online_updates`` updates of the online network, then one of the generator.
 
-    That cycle, accumulation included, is ONE iteration: intervals of hooks, checkpoints, schedules and
-    evaluations count cycles. The phases themselves are the model's; a model with a single phase, such as
-    :class:`~mmfgm.models.FlowMatching`, is trained by the same loop.
+    That cycle, accumulation included, is ONE iteration: intervals of hooks, checkpoints, schedules
+        and
+    evaluations count cycles. The phases themselves are the model's; a model with a single phase,
+    such as :class:`~mmfgm.models.FlowMatching`, is trained by the same loop.
 
     Args:
         runner: The MMEngine runner.
-        dataloader (dict): Config of the training data; its sampler must be infinite and able to ``skip``.
+        dataloader (dict): Config of the training data; its sampler must be infinite and able to
+            ``skip``.
         max_iters (int): Iterations (cycles) of the run.
         online_updates (int): Updates of the ``online`` phase in a cycle. Defaults to 1.
         accumulation (int): Micro-batches summed into each update. Defaults to 1.
         share_samples (bool): Generate once a cycle and reuse the samples in every phase, instead of
-            drawing fresh noise for each update as Algorithm 1 is written. The generator does not change
-            in between, so only the noise is shared, and a generator forward is saved. Defaults to False.
+            drawing fresh noise for each update as Algorithm 1 is written. The generator does not
+            change in between, so only the noise is shared, and a generator forward is saved.
+            Defaults to False.
 
     Raises:
         UsageError: For counts below 1, or settings that do not go together.
     """
 
-    def __init__(self,
-                 runner,
-                 dataloader: dict,
-                 max_iters: int,
-                 online_updates: int = 1,
-                 accumulation: int = 1,
-                 share_samples: bool = False):
-        for name, value in dict(max_iters=max_iters, online_updates=online_updates, accumulation=accumulation).items():
+    def __init__(
+        self,
+        runner,
+        dataloader: dict,
+        max_iters: int,
+        online_updates: int = 1,
+        accumulation: int = 1,
+        share_samples: bool = False,
+    ):
+        for name, value in dict(
+            max_iters=max_iters, online_updates=online_updates, accumulation=accumulation
+        ).items():
             if not isinstance(value, int) or value < 1:
-                raise UsageError(f'train_cfg.{name} must be a whole number of at least 1, but is {value!r}')
+                raise UsageError(
+                    f'train_cfg.{name} must be a whole number of at least 1, but is {value!r}'
+                )
         if share_samples and accumulation > 1:
-            raise UsageError('train_cfg.share_samples keeps the graph of a whole cycle, so it would hold '
-                             f'accumulation={accumulation} graphs at once; set share_samples=False')
+            raise UsageError(
+                'train_cfg.share_samples keeps the graph of a whole cycle, so it would hold '
+                f'accumulation={accumulation} graphs at once; set share_samples=False'
+            )
         if isinstance(dataloader, dict):
             dataloader = copy.deepcopy(dataloader)
             # all ranks must shuffle alike, and a resumed run like the one it continues
@@ -96,8 +109,10 @@ class AlternatingTrainLoop(IterBasedTrainLoop):
             dataloader.setdefault('collate_fn', dict(type=collate))
         super().__init__(runner, dataloader, max_iters)
         if not hasattr(self.dataloader.sampler, 'skip'):
-            raise UsageError(f'train_dataloader.sampler must be an InfiniteSampler, which can resume at any sample, but is '
-                             f'{type(self.dataloader.sampler).__name__}')
+            raise UsageError(
+                'train_dataloader.sampler must be an InfiniteSampler, which can resume at any'
+                f' sample, but is {type(self.dataloader.sampler).__name__}'
+            )
         # torchrun sends SIGTERM to loader workers too; the training process ends them when it stops
         self.dataloader.worker_init_fn = partial(_init_worker, self.dataloader.worker_init_fn)
         self.online_updates = online_updates
@@ -107,10 +122,13 @@ class AlternatingTrainLoop(IterBasedTrainLoop):
         self.record = CycleRecord(0)
 
     @property
-    def schedule(self) -> List[str]:
+    def schedule(self) -> list[str]:
         """Names of the phases of one cycle, in order."""
-        return [name for name in self.runner.model.phases
-                for _ in range(self.online_updates if name == 'online' else 1)]
+        return [
+            name
+            for name in self.runner.model.phases
+            for _ in range(self.online_updates if name == 'online' else 1)
+        ]
 
     @property
     def batches_per_iter(self) -> int:
@@ -124,13 +142,19 @@ class AlternatingTrainLoop(IterBasedTrainLoop):
             UsageError: If ``online_updates`` is set for a model without an online phase.
         """
         if self.online_updates != 1 and 'online' not in self.runner.model.phases:
-            raise UsageError(f'train_cfg.online_updates={self.online_updates} has no meaning for '
-                             f'{type(self.runner.model).__name__}, whose phases are {list(self.runner.model.phases)}')
+            raise UsageError(
+                f'train_cfg.online_updates={self.online_updates} has no meaning for'
+                f' {type(self.runner.model).__name__}, whose phases are'
+                f' {list(self.runner.model.phases)}'
+            )
         self.runner.call_hook('before_train')
         self.runner.call_hook('before_train_epoch')
         if self._iter > 0:
-            self.dataloader.sampler.skip(self._iter * self.batches_per_iter * self.dataloader.batch_size)
-        # made before the first iteration, because making it draws from the random state that hooks restore
+            self.dataloader.sampler.skip(
+                self._iter * self.batches_per_iter * self.dataloader.batch_size
+            )
+        # made before the first iteration, because making it draws from the random state that hooks
+        # restore
         self._batches = iter(self.dataloader)
         self.runner.model.train()
         try:
@@ -160,13 +184,14 @@ class AlternatingTrainLoop(IterBasedTrainLoop):
     def _prepare(self, differentiable: bool) -> dict:
         return self.runner.model.prepare(next(self._batches), differentiable)
 
-    def _update(self, phase: str, shared: Optional[dict]) -> None:
-        """One optimizer step of every network that ``phase`` trains, on ``shared`` samples or fresh ones."""
+    def _update(self, phase: str, shared: dict | None) -> None:
+        """One optimizer step of every network that ``phase`` trains, on ``shared`` samples or fresh
+        ones."""
         model, strategy = self.runner.model, self.runner.strategy
         spec = model.phases[phase]
         trained = [getattr(model, name) for name in spec.trains]
         with strategy.frozen(getattr(model, name) for name in spec.freezes):
-            means: Dict[str, Tensor] = {}
+            means: dict[str, Tensor] = {}
             for i in range(self.accumulation):
                 with strategy.accumulating(trained, last=i == self.accumulation - 1):
                     samples = self._prepare(spec.differentiable) if shared is None else shared

@@ -2,7 +2,7 @@
 import difflib
 import os
 import tempfile
-from typing import Optional, Sequence
+from collections.abc import Sequence
 
 from mmengine.config import Config
 from mmengine.runner import FlexibleRunner
@@ -14,35 +14,69 @@ from mmfgm.registry import RUNNERS, STRATEGIES
 from .strategies import ProcessGroupStrategy, default_strategy
 
 # top-level keys that FlexibleRunner.from_cfg and our tools read
-KNOWN_KEYS = ('model', 'work_dir', 'experiment_name', 'train_dataloader', 'optim_wrapper', 'param_scheduler', 'train_cfg',
-              'strategy', 'auto_scale_lr', 'default_hooks', 'custom_hooks', 'load_from', 'resume', 'launcher', 'env_cfg',
-              'log_processor', 'log_level', 'visualizer', 'default_scope', 'randomness', 'evaluations', 'text_encoder')
+KNOWN_KEYS = (
+    'model',
+    'work_dir',
+    'experiment_name',
+    'train_dataloader',
+    'optim_wrapper',
+    'param_scheduler',
+    'train_cfg',
+    'strategy',
+    'auto_scale_lr',
+    'default_hooks',
+    'custom_hooks',
+    'load_from',
+    'resume',
+    'launcher',
+    'env_cfg',
+    'log_processor',
+    'log_level',
+    'visualizer',
+    'default_scope',
+    'randomness',
+    'evaluations',
+    'text_encoder',
+)
 REQUIRED_KEYS = ('model', 'train_dataloader', 'train_cfg', 'optim_wrapper')
 UNSUPPORTED_KEYS = dict(
-    val_cfg='evaluations', val_dataloader='evaluations', val_evaluator='evaluations', test_cfg='evaluations',
-    test_dataloader='evaluations', compile='strategy.compile',
-    test_evaluator='evaluations', data_preprocessor='model.data_preprocessor')
+    val_cfg='evaluations',
+    val_dataloader='evaluations',
+    val_evaluator='evaluations',
+    test_cfg='evaluations',
+    test_dataloader='evaluations',
+    compile='strategy.compile',
+    test_evaluator='evaluations',
+    data_preprocessor='model.data_preprocessor',
+)
 
 
 def check_config(cfg: Config, required: Sequence[str] = REQUIRED_KEYS) -> None:
     """Catch what MMEngine would ignore in silence.
 
     Raises:
-        UsageError: For a misspelt or unsupported top-level key, a missing section, or no fixed seed.
+        UsageError: For a misspelt or unsupported top-level key, a missing section, or no fixed
+            seed.
     """
     for key in cfg:
         if cfg[key] is not None and key in UNSUPPORTED_KEYS:
-            raise UsageError(f'the config sets {key}, which is not used here; use {UNSUPPORTED_KEYS[key]}')
+            raise UsageError(
+                f'the config sets {key}, which is not used here; use {UNSUPPORTED_KEYS[key]}'
+            )
         close = difflib.get_close_matches(key, KNOWN_KEYS, 1, cutoff=0.85)
         if key not in KNOWN_KEYS and close:
             raise UsageError(f'the config has an unknown key {key!r}; did you mean {close[0]!r}?')
     missing = [key for key in required if cfg.get(key) is None]
     if missing:
-        raise UsageError(f'the config has no {", ".join(missing)}; start from one of ours, for example '
-                         "_base_ = 'mmfgm::fgm/digits.py'")
+        raise UsageError(
+            f'the config has no {", ".join(missing)}; start from one of ours, for example '
+            "_base_ = 'mmfgm::fgm/digits.py'"
+        )
     if not isinstance(cfg.get('randomness', {}).get('seed'), int):
-        raise UsageError(f'randomness.seed must be a whole number, so that a resumed run repeats exactly, but is '
-                         f'{cfg.get("randomness", {}).get("seed")!r}')
+        raise UsageError(
+            'randomness.seed must be a whole number, so that a resumed run repeats exactly, but is'
+            f' {cfg.get("randomness", {}).get("seed")!r}'
+        )
 
 
 def check_work_dir(work_dir: str) -> None:
@@ -56,12 +90,16 @@ def check_work_dir(work_dir: str) -> None:
         with tempfile.TemporaryFile(dir=work_dir):
             pass
     except OSError as e:
-        raise UsageError(f'work_dir {work_dir!r} cannot be written to: {e.strerror or e}; choose another with --work-dir') from e
+        raise UsageError(
+            f'work_dir {work_dir!r} cannot be written to: {e.strerror or e}; choose another with'
+            ' --work-dir'
+        ) from e
 
 
 @RUNNERS.register_module()
 class FlowRunner(FlexibleRunner):
-    """FlexibleRunner with our strategies: one device, or DDP per network under a launcher, or what the config names."""
+    """FlexibleRunner with our strategies: one device, or DDP per network under a launcher, or what
+    the config names."""
 
     @classmethod
     def from_cfg(cls, cfg: Config) -> 'FlowRunner':
@@ -75,7 +113,8 @@ class FlowRunner(FlexibleRunner):
         return super().from_cfg(cfg)
 
     def prepare(self) -> None:
-        """Build everything that training needs, load or resume: all that can fail before it starts."""
+        """Build everything that training needs, load or resume: all that can fail before it
+        starts."""
         if self.strategy._prepared:
             return
         loop = self.train_loop
@@ -83,8 +122,13 @@ class FlowRunner(FlexibleRunner):
             self.model,
             optim_wrapper=self.optim_wrapper,
             param_scheduler=self.param_schedulers,
-            dispatch_kwargs=dict(epoch_length=len(loop.dataloader), max_epochs=1, max_iters=loop.max_iters,
-                                 train_micro_batch_size_per_gpu=loop.dataloader.batch_size))
+            dispatch_kwargs=dict(
+                epoch_length=len(loop.dataloader),
+                max_epochs=1,
+                max_iters=loop.max_iters,
+                train_micro_batch_size_per_gpu=loop.dataloader.batch_size,
+            ),
+        )
         self.model = self.strategy.model
         self.optim_wrapper = self.strategy.optim_wrapper
         if self.param_schedulers is not None:
@@ -92,8 +136,9 @@ class FlowRunner(FlexibleRunner):
         self.load_or_resume()
         self.call_hook('before_run')
 
-    def prepare_to_sample(self, checkpoint: Optional[str]) -> None:
-        """Build the model alone, with the weights of ``checkpoint``, or of a work dir's last one, if one is given."""
+    def prepare_to_sample(self, checkpoint: str | None) -> None:
+        """Build the model alone, with the weights of ``checkpoint``, or of a work dir's last one,
+        if one is given."""
         self.strategy.prepare(self.model)
         self.model = self.strategy.model
         if checkpoint is not None:
@@ -107,11 +152,13 @@ class FlowRunner(FlexibleRunner):
         self.call_hook('after_run')
         return model
 
-    def build_strategy(self, strategy: Optional[dict] = None, launcher: str = 'none', **kwargs):
-        """Fill in the strategy's type when the config leaves it out, and hold it against the launcher.
+    def build_strategy(self, strategy: dict | None = None, launcher: str = 'none', **kwargs):
+        """Fill in the strategy's type when the config leaves it out, and hold it against the
+        launcher.
 
         Raises:
-            UsageError: If the strategy needs several processes and there is no launcher, or the reverse.
+            UsageError: If the strategy needs several processes and there is no launcher, or the
+                reverse.
         """
         strategy = dict(strategy or {})
         name = strategy.setdefault('type', default_strategy(launcher)).removeprefix('mmfgm.')
@@ -119,19 +166,28 @@ class FlowRunner(FlexibleRunner):
             # MMEngine looks it up before the default scope exists, and has others of the same names
             strategy['type'] = f'mmfgm.{name}'
             if issubclass(STRATEGIES.get(name), ProcessGroupStrategy) != (launcher != 'none'):
-                raise UsageError(f'strategy {name} does not go with --launcher {launcher}: start DDPStrategy and FSDP2Strategy '
-                                 'with tools/dist_train.sh or tools/slurm_train.sh, SingleDeviceStrategy without a launcher')
+                raise UsageError(
+                    f'strategy {name} does not go with --launcher {launcher}: start DDPStrategy and'
+                    ' FSDP2Strategy with tools/dist_train.sh or tools/slurm_train.sh,'
+                    ' SingleDeviceStrategy without a launcher'
+                )
         return super().build_strategy(strategy, launcher=launcher, **kwargs)
 
-    def register_default_hooks(self, hooks: Optional[dict] = None) -> None:
-        """As MMEngine's, but ``default_hooks.NAME=None`` removes any hook, not only MMEngine's own."""
+    def register_default_hooks(self, hooks: dict | None = None) -> None:
+        """As MMEngine's, but ``default_hooks.NAME=None`` removes any hook, not only MMEngine's
+        own."""
         stock = ('runtime_info', 'timer', 'sampler_seed', 'logger', 'param_scheduler', 'checkpoint')
-        super().register_default_hooks({k: v for k, v in (hooks or {}).items() if v is not None or k in stock})
+        super().register_default_hooks(
+            {k: v for k, v in (hooks or {}).items() if v is not None or k in stock}
+        )
 
     def load_or_resume(self):
-        """As MMEngine's, but ``--resume`` without a checkpoint starts from the beginning, and says so."""
+        """As MMEngine's, but ``--resume`` without a checkpoint starts from the beginning, and says
+        so."""
         if self._resume is True and self._load_from is None:
             self._resume = latest_checkpoint(self.work_dir) or False
             if not self._resume:
-                self.logger.info(f'Nothing to resume in {self.work_dir}: starting from the beginning.')
+                self.logger.info(
+                    f'Nothing to resume in {self.work_dir}: starting from the beginning.'
+                )
         super().load_or_resume()

@@ -1,12 +1,14 @@
 # Copyright (c) mmfgm authors.
 """How the networks of a model meet the devices: each network is wrapped on its own, in place.
 
-The model itself stays a plain module, so the loop can call its phases; the maths never sees a wrapper.
+The model itself stays a plain module, so the loop can call its phases; the maths never sees a
+wrapper.
 """
+
 import functools
 import os
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Dict, Iterable, List, Optional, Sequence
 
 import torch
 import torch.distributed as dist
@@ -14,8 +16,13 @@ from mmengine._strategy.single_device import SingleDeviceStrategy as _SingleDevi
 from mmengine.device import get_device
 from mmengine.dist import init_dist
 from torch import nn
-from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_model_state_dict, get_optimizer_state_dict,
-                                                     set_model_state_dict, set_optimizer_state_dict)
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -31,7 +38,8 @@ PRECISIONS = ('fp32', 'tf32', 'bf16')
 
 
 def autocast_forward(network: nn.Module, device_type: str) -> None:
-    """Run a network's forward in bf16 and hand its output on in float32, so that losses stay in float32."""
+    """Run a network's forward in bf16 and hand its output on in float32, so that losses stay in
+    float32."""
     forward = network.forward
 
     @functools.wraps(forward)
@@ -47,10 +55,11 @@ class SingleDeviceStrategy(CheckpointMixin, _SingleDeviceStrategy):
     """Every network whole on one device.
 
     Args:
-        precision (str): ``'fp32'``; ``'tf32'`` for matrix products and convolutions of float32 on the
-            tensor cores of a GPU; or ``'bf16'`` for bf16 compute with float32 weights, losses and
-            optimizer state. Defaults to ``'fp32'``.
-        compile (bool): Run the networks of the training step through ``torch.compile``. Defaults to False.
+        precision (str): ``'fp32'``; ``'tf32'`` for matrix products and convolutions of float32 on
+            the tensor cores of a GPU; or ``'bf16'`` for bf16 compute with float32 weights, losses
+            and optimizer state. Defaults to ``'fp32'``.
+        compile (bool): Run the networks of the training step through ``torch.compile``. Defaults to
+            False.
         **kwargs: For MMEngine's ``BaseStrategy``.
 
     Raises:
@@ -59,7 +68,9 @@ class SingleDeviceStrategy(CheckpointMixin, _SingleDeviceStrategy):
 
     def __init__(self, *, precision: str = 'fp32', compile: bool = False, **kwargs):
         if precision not in PRECISIONS:
-            raise UsageError(f'strategy.precision must be one of {PRECISIONS}, but is {precision!r}')
+            raise UsageError(
+                f'strategy.precision must be one of {PRECISIONS}, but is {precision!r}'
+            )
         self.precision, self.compile = precision, compile
         super().__init__(**kwargs)
 
@@ -78,7 +89,9 @@ class SingleDeviceStrategy(CheckpointMixin, _SingleDeviceStrategy):
 
     def _allow_tf32(self) -> None:
         # torch allows it in convolutions unless told otherwise
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = self.precision != 'fp32'
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = (
+            self.precision != 'fp32'
+        )
 
     @contextmanager
     def frozen(self, networks: Iterable[nn.Module]):
@@ -99,7 +112,8 @@ class SingleDeviceStrategy(CheckpointMixin, _SingleDeviceStrategy):
 
     @contextmanager
     def accumulating(self, networks: Iterable[nn.Module], last: bool):
-        """Around forward and backward of a micro-batch: average gradients over processes only in the last."""
+        """Around forward and backward of a micro-batch: average gradients over processes only in
+        the last."""
         with ExitStack() as stack:
             for network in () if last else networks:
                 stack.enter_context(self.unsynchronised(network))
@@ -116,21 +130,30 @@ class SingleDeviceStrategy(CheckpointMixin, _SingleDeviceStrategy):
 
     # state
     def model_state_dict(self) -> dict:
-        """The model's tensors under their plain names, without networks that come from elsewhere and what shares their memory."""
+        """The model's tensors under their plain names, without networks that come from elsewhere
+        and what shares their memory."""
         skip = tuple(f'{name}.' for name in self.model.pretrained)
         state = get_model_state_dict(self.model)
         # an empty shard has no address
-        theirs = {local(value).data_ptr() for key, value in state.items() if key.startswith(skip)} - {0}
-        return {key: value for key, value in state.items()
-                if not key.startswith(skip) and local(value).data_ptr() not in theirs}
+        theirs = {
+            local(value).data_ptr() for key, value in state.items() if key.startswith(skip)
+        } - {0}
+        return {
+            key: value
+            for key, value in state.items()
+            if not key.startswith(skip) and local(value).data_ptr() not in theirs
+        }
 
     def load_model_state_dict(self, state_dict: dict, **kwargs) -> None:
-        check_shapes(self.model_state_dict(), {key: value.shape for key, value in state_dict.items()})
+        check_shapes(
+            self.model_state_dict(), {key: value.shape for key, value in state_dict.items()}
+        )
         set_model_state_dict(self.model, state_dict, options=StateDictOptions(strict=False))
 
 
-def init_processes(launcher: str, backend: Optional[str] = None, **kwargs) -> None:
-    """Connect the processes of a launcher, one per GPU, or with gloo where there is none; nothing without a launcher.
+def init_processes(launcher: str, backend: str | None = None, **kwargs) -> None:
+    """Connect the processes of a launcher, one per GPU, or with gloo where there is none; nothing
+    without a launcher.
 
     Raises:
         UsageError: If there are more processes than GPUs.
@@ -143,15 +166,19 @@ def init_processes(launcher: str, backend: Optional[str] = None, **kwargs) -> No
         return
     local = int(os.environ.get('LOCAL_WORLD_SIZE', os.environ.get('SLURM_NTASKS_PER_NODE', 1)))
     if local > torch.cuda.device_count():
-        raise UsageError(f'{local} processes were started on this machine, but it has {torch.cuda.device_count()} GPU(s); start '
-                         'one process per GPU')
+        raise UsageError(
+            f'{local} processes were started on this machine, but it has'
+            f' {torch.cuda.device_count()} GPU(s); start one process per GPU'
+        )
     init_dist(launcher, backend or 'nccl', **kwargs)
 
 
 class ProcessGroupStrategy(SingleDeviceStrategy):
     """What the strategies of several processes share."""
 
-    def _setup_distributed(self, launcher: str = 'pytorch', backend: Optional[str] = None, **kwargs) -> None:
+    def _setup_distributed(
+        self, launcher: str = 'pytorch', backend: str | None = None, **kwargs
+    ) -> None:
         init_processes(launcher, backend, **kwargs)
 
 
@@ -169,7 +196,11 @@ class DDPStrategy(ProcessGroupStrategy):
         device_ids = [torch.cuda.current_device()] if torch.cuda.is_available() else None
         for name in {name: None for phase in model.phases.values() for name in phase.trains}:
             wrapped = DistributedDataParallel(
-                getattr(model, name), device_ids, broadcast_buffers=False, gradient_as_bucket_view=True)
+                getattr(model, name),
+                device_ids,
+                broadcast_buffers=False,
+                gradient_as_bucket_view=True,
+            )
             setattr(model, name, wrapped)
         return model
 
@@ -181,20 +212,23 @@ class DDPStrategy(ProcessGroupStrategy):
 
 @STRATEGIES.register_module()
 class FSDP2Strategy(ProcessGroupStrategy):
-    """FSDP2 (``fully_shard``) of every network: parameters, gradients, optimizer state and averages.
+    """FSDP2 (``fully_shard``) of every network: parameters, gradients, optimizer state and
+    averages.
 
     Checkpoints are directories with one shard per process; they resume on any number of processes.
 
     Args:
         block_types (Sequence[str]): Class names of the layers that are gathered one at a time, for
             example ``('AdaLNBlock',)`` or ``('JointTransformerBlock',)``.
-        precision (str): As for :class:`SingleDeviceStrategy`, but ``'bf16'`` communicates parameters in bf16
-            too; gradients are reduced in float32 and the sharded master weights stay float32.
+        precision (str): As for :class:`SingleDeviceStrategy`, but ``'bf16'`` communicates
+            parameters in bf16 too; gradients are reduced in float32 and the sharded master weights
+            stay float32.
         compile (bool): Run each of those layers through ``torch.compile``. Defaults to False.
         **kwargs: For MMEngine's ``BaseStrategy``.
 
     Raises:
-        UsageError: If no layer of the velocity network is of ``block_types``; small networks beside it need none.
+        UsageError: If no layer of the velocity network is of ``block_types``; small networks beside
+            it need none.
     """
 
     sharded_checkpoints = True
@@ -207,21 +241,32 @@ class FSDP2Strategy(ProcessGroupStrategy):
         self._allow_tf32()
         device = get_device()
         mesh = init_device_mesh(torch.device(device).type, (dist.get_world_size(),))
-        # networks cast their inputs themselves, so that t stays float32; outputs feed losses in float32
+        # networks cast their inputs themselves, so that t stays float32; outputs feed losses in
+        # float32
         compute = torch.bfloat16 if self.precision == 'bf16' else None
         block_policy = MixedPrecisionPolicy(compute, torch.float32, cast_forward_inputs=False)
-        root_policy = MixedPrecisionPolicy(compute, torch.float32, torch.float32, cast_forward_inputs=False)
-        blocks = {name: [m for m in network.modules() if type(m).__name__ in self.block_types]
-                  for name, network in model.networks.items()}
+        root_policy = MixedPrecisionPolicy(
+            compute, torch.float32, torch.float32, cast_forward_inputs=False
+        )
+        blocks = {
+            name: [m for m in network.modules() if type(m).__name__ in self.block_types]
+            for name, network in model.networks.items()
+        }
         if any(has_adapters(network) for network in model.networks.values()):
-            raise UsageError('FSDP2Strategy cannot shard weights that networks share (model.lora); leave strategy.type out: each '
-                             'GPU then holds the one base whole, and only adapters are trained')
-        # the first network is of the velocity's architecture; heads beside it may be too small for blocks
+            raise UsageError(
+                'FSDP2Strategy cannot shard weights that networks share (model.lora); leave'
+                ' strategy.type out: each GPU then holds the one base whole, and only adapters are'
+                ' trained'
+            )
+        # the first network is of the velocity's architecture; heads beside it may be too small for
+        # blocks
         name, network = next(iter(model.networks.items()))
         if not blocks[name]:
             inside = sorted({type(m).__name__ for m in network.modules()})
-            raise UsageError(f'strategy.block_types={self.block_types} matches no layer of network {name!r}; it has layers of '
-                             f'types {inside}')
+            raise UsageError(
+                f'strategy.block_types={self.block_types} matches no layer of network {name!r}; it'
+                f' has layers of types {inside}'
+            )
         for name, network in model.networks.items():
             for block in blocks[name]:
                 if self.compile:
@@ -231,24 +276,36 @@ class FSDP2Strategy(ProcessGroupStrategy):
             fully_shard(network, mesh=mesh, mp_policy=root_policy, reshard_after_forward=True)
         return model.to(device)
 
-    def optim_state_dict(self) -> Dict[str, dict]:
+    def optim_state_dict(self) -> dict[str, dict]:
         flat = StateDictOptions(flatten_optimizer_state_dict=True)
         return {
-            name: get_optimizer_state_dict(getattr(self.model, name), wrapper.optimizer, options=flat)
+            name: get_optimizer_state_dict(
+                getattr(self.model, name), wrapper.optimizer, options=flat
+            )
             for name, wrapper in self.optim_wrapper.items()
         }
 
-    def load_optim_state_dict(self, state_dict: Dict[str, dict]) -> None:
+    def load_optim_state_dict(self, state_dict: dict[str, dict]) -> None:
         flat = StateDictOptions(flatten_optimizer_state_dict=True)
         for name, wrapper in self.optim_wrapper.items():
-            set_optimizer_state_dict(getattr(self.model, name), wrapper.optimizer, optim_state_dict=state_dict[name],
-                                     options=flat)
+            set_optimizer_state_dict(
+                getattr(self.model, name),
+                wrapper.optimizer,
+                optim_state_dict=state_dict[name],
+                options=flat,
+            )
 
 
 def default_strategy(launcher: str) -> str:
-    """The strategy a config gets when it names none: one device without a launcher, DDP with one."""
+    """The strategy a config gets when it names none: one device without a launcher, DDP with
+    one."""
     return 'mmfgm.SingleDeviceStrategy' if launcher == 'none' else 'mmfgm.DDPStrategy'
 
 
-__all__: List[str] = ['DDPStrategy', 'FSDP2Strategy', 'SingleDeviceStrategy', 'default_strategy',
-                      'init_processes']
+__all__: list[str] = [
+    'DDPStrategy',
+    'FSDP2Strategy',
+    'SingleDeviceStrategy',
+    'default_strategy',
+    'init_processes',
+]

@@ -10,8 +10,27 @@ from .shapes import ShapeScore
 from .wasserstein import sliced_wasserstein
 
 __all__ = [
-    'Evaluation', 'FID', 'FrechetDistance', 'GatheredMetric', 'InceptionScore', 'InceptionV3', 'KID', 'Pixels',
-    'PrecisionRecall', 'Reference', 'SampleMetric', 'ShapeScore', 'SlicedWasserstein', 'StreamingMoments',
-    'build_evaluations', 'build_feature', 'draw_over_nfe', 'draw_panels', 'frechet_distance', 'load_reference',
-    'save_reference', 'sliced_wasserstein', 'to_uint8'
+    'FID',
+    'KID',
+    'Evaluation',
+    'FrechetDistance',
+    'GatheredMetric',
+    'InceptionScore',
+    'InceptionV3',
+    'Pixels',
+    'PrecisionRecall',
+    'Reference',
+    'SampleMetric',
+    'ShapeScore',
+    'SlicedWasserstein',
+    'StreamingMoments',
+    'build_evaluations',
+    'build_feature',
+    'draw_over_nfe',
+    'draw_panels',
+    'frechet_distance',
+    'load_reference',
+    'save_reference',
+    'sliced_wasserstein',
+    'to_uint8',
 ]

@@ -6,14 +6,14 @@ A config's ``evaluations`` maps a name to::
     dict(interval=100,                                     # iterations; during training
          sampling=dict(network='generator_ema'),           # see mmfgm.models.Sampling
          dataset=dict(type='GenerationDataset', num_samples=10000, num_classes=10),
-         batch_size=1000,                                  # per process; does not change the numbers
-         metrics=dict(fd=dict(type='FrechetDistance', reference=dict(type='Digits'))))
+         batch_size=1000,                                  # per process; does not change the
+         numbers metrics=dict(fd=dict(type='FrechetDistance', reference=dict(type='Digits'))))
 """
+
 import os
 import os.path as osp
 import time
 from dataclasses import asdict, dataclass, field
-from typing import Dict, List, Optional
 
 import numpy as np
 import torch
@@ -30,11 +30,13 @@ from mmfgm.registry import DATASETS, METRICS
 
 @dataclass
 class Evaluation:
-    """One entry of a config's ``evaluations``; building it builds the data and the metrics' references.
+    """One entry of a config's ``evaluations``; building it builds the data and the metrics'
+    references.
 
     Args:
-        name (str): Its key in the config; metrics are reported as ``name/metric``, those of several values as
-            ``name/metric_value``, or as ``name/value`` if the metric has the evaluation's name.
+        name (str): Its key in the config; metrics are reported as ``name/metric``, those of several
+            values as ``name/metric_value``, or as ``name/value`` if the metric has the evaluation's
+            name.
         dataset (dict): Config of the items to generate.
         metrics (dict[str, dict]): Name to config of each metric.
         sampling (dict): Arguments of :class:`~mmfgm.models.Sampling`.
@@ -45,7 +47,7 @@ class Evaluation:
 
     name: str
     dataset: dict
-    metrics: Dict[str, dict]
+    metrics: dict[str, dict]
     sampling: dict
     interval: int = 0
     batch_size: int = 1000
@@ -54,58 +56,88 @@ class Evaluation:
 
     def __post_init__(self):
         if not isinstance(self.interval, int) or self.interval < 0:
-            raise UsageError(f'evaluations.{self.name}.interval must be a whole number of iterations, or 0 for never, but is '
-                             f'{self.interval!r}')
+            raise UsageError(
+                f'evaluations.{self.name}.interval must be a whole number of iterations, or 0 for'
+                f' never, but is {self.interval!r}'
+            )
         if not self.metrics:
-            raise UsageError(f'evaluations.{self.name} has no metrics; name one, for example '
-                             "metrics=dict(fd=dict(type='FrechetDistance', reference=...)), or remove it")
+            raise UsageError(
+                f'evaluations.{self.name} has no metrics; name one, for example '
+                "metrics=dict(fd=dict(type='FrechetDistance', reference=...)), or remove it"
+            )
         dataset = DATASETS.build(self.dataset)
         self.num_samples = len(dataset)
-        self.loader = DataLoader(dataset, self.batch_size, sampler=PaddedSampler(dataset), collate_fn=collate,
-                                 num_workers=self.num_workers)
+        self.loader = DataLoader(
+            dataset,
+            self.batch_size,
+            sampler=PaddedSampler(dataset),
+            collate_fn=collate,
+            num_workers=self.num_workers,
+        )
         self.built = {key: METRICS.build(metric) for key, metric in self.metrics.items()}
         for metric in self.built.values():
             metric.check(self.num_samples)
             metric.bind(dataset)
 
     @property
-    def value_names(self) -> List[str]:
+    def value_names(self) -> list[str]:
         """What :meth:`run` reports."""
-        return [self._name(key, value) for key, metric in self.built.items() for value in metric.value_names]
+        return [
+            self._name(key, value)
+            for key, metric in self.built.items()
+            for value in metric.value_names
+        ]
 
     def _name(self, key: str, value: str) -> str:
         if len(self.built[key].value_names) == 1:
             return f'{self.name}/{key}'
         return f'{self.name}/{value if key == self.name else f"{key}_{value}"}'
 
-    def pictures(self) -> Dict[str, np.ndarray]:
-        """What there is to look at after :meth:`run`, on the main process: name to RGB ``(H, W, 3)`` uint8."""
-        return {f'{self.name}_{title}' if key == self.name else f'{self.name}_{key}_{title}': picture
-                for key, metric in self.built.items() for title, picture in metric.pictures.items()}
+    def pictures(self) -> dict[str, np.ndarray]:
+        """What there is to look at after :meth:`run`, on the main process: name to RGB ``(H, W,
+        3)`` uint8."""
+        return {
+            f'{self.name}_{title}' if key == self.name else f'{self.name}_{key}_{title}': picture
+            for key, metric in self.built.items()
+            for title, picture in metric.pictures.items()
+        }
 
-    def _reset(self, model, sampling: Sampling, out_dir: Optional[str], config: Optional[dict]) -> None:
+    def _reset(self, model, sampling: Sampling, out_dir: str | None, config: dict | None) -> None:
         origin, saving = None, [key for key, metric in self.built.items() if metric.saves]
         if out_dir and saving:
-            origin = dict(sampling=asdict(sampling), weights=fingerprint(getattr(model, sampling.network)), config=config,
-                          dataset=self.dataset, data=getattr(self.loader.dataset, 'identity', None))
+            origin = dict(
+                sampling=asdict(sampling),
+                weights=fingerprint(getattr(model, sampling.network)),
+                config=config,
+                dataset=self.dataset,
+                data=getattr(self.loader.dataset, 'identity', None),
+            )
         for key, metric in self.built.items():
             # one metric has the folder to itself, several share it
             folder = osp.join(out_dir, key) if out_dir and saving != [key] else out_dir
             if origin and key in saving:
                 os.makedirs(folder, exist_ok=True)
             metric.reset(self.num_samples, folder, origin)
-        self.loader.sampler.skip = frozenset.intersection(*(frozenset(metric.finished()) for metric in self.built.values()))
+        self.loader.sampler.skip = frozenset.intersection(
+            *(frozenset(metric.finished()) for metric in self.built.values())
+        )
 
     @torch.no_grad()
-    def run(self, model, sampling: Optional[Sampling] = None, out_dir: Optional[str] = None,
-            config: Optional[dict] = None) -> Dict[str, float]:
+    def run(
+        self,
+        model,
+        sampling: Sampling | None = None,
+        out_dir: str | None = None,
+        config: dict | None = None,
+    ) -> dict[str, float]:
         """Generate every item once and measure; the same numbers on any number of processes.
 
         Args:
             model (FlowModel): Whose samples.
             sampling (Sampling, optional): Instead of the configured one.
-            out_dir (str, optional): Folder for what the metrics write beside their numbers. Items that an interrupted run
-                into it finished are not generated again, if weights, sampling, data and ``config`` are the same.
+            out_dir (str, optional): Folder for what the metrics write beside their numbers. Items
+                that an interrupted run into it finished are not generated again, if weights,
+                sampling, data and ``config`` are the same.
             config (dict, optional): What else the samples depend on, such as the model's config.
 
         Returns:
@@ -119,7 +151,9 @@ class Evaluation:
             for metric in self.built.values():
                 metric.release()
 
-    def _run(self, model, sampling: Sampling, out_dir: Optional[str], config: Optional[dict]) -> Dict[str, float]:
+    def _run(
+        self, model, sampling: Sampling, out_dir: str | None, config: dict | None
+    ) -> dict[str, float]:
         self._reset(model, sampling, out_dir, config)
         finished = len(self.loader.sampler.skip)
         start = last = time.time()
@@ -130,8 +164,12 @@ class Evaluation:
             if is_main_process() and time.time() - last > 30:
                 last = time.time()
                 eta = (last - start) / (i + 1) * (len(self.loader) - i - 1)
-                done = min(finished + (i + 1) * self.batch_size * get_world_size(), self.num_samples)
-                MMLogger.get_current_instance().info(f'{self.name}: {done}/{self.num_samples} samples, eta {eta:.0f} s')
+                done = min(
+                    finished + (i + 1) * self.batch_size * get_world_size(), self.num_samples
+                )
+                MMLogger.get_current_instance().info(
+                    f'{self.name}: {done}/{self.num_samples} samples, eta {eta:.0f} s'
+                )
         results = {}
         for key, metric in self.built.items():
             for name, value in metric.evaluate(self.num_samples).items():
@@ -139,6 +177,6 @@ class Evaluation:
         return results
 
 
-def build_evaluations(cfg: Optional[dict]) -> Dict[str, Evaluation]:
+def build_evaluations(cfg: dict | None) -> dict[str, Evaluation]:
     """Build a config's ``evaluations``, by name."""
     return {name: Evaluation(name=name, **entry) for name, entry in (cfg or {}).items()}

@@ -1,11 +1,12 @@
 # Copyright (c) mmfgm authors.
 """Feature functions: images or points to ``(N, dim)``, and what they need."""
+
 import json
 import os
 import os.path as osp
 from contextlib import contextmanager
-from functools import lru_cache
-from typing import Any, Optional, Tuple
+from functools import cache
+from typing import Any
 
 import torch
 from mmengine.device import get_device
@@ -21,16 +22,22 @@ from mmfgm.registry import TASK_UTILS
 
 
 def to_uint8(images: Tensor) -> Tensor:
-    """Images in [-1, 1] to uint8 by ``floor(clip(127.5 x + 128, 0, 255))``, the rule of EDM's FID; uint8 passes."""
-    return images if images.dtype == torch.uint8 else (images * 127.5 + 128).clip(0, 255).to(torch.uint8)
+    """Images in [-1, 1] to uint8 by ``floor(clip(127.5 x + 128, 0, 255))``, the rule of EDM's FID;
+    uint8 passes."""
+    return (
+        images
+        if images.dtype == torch.uint8
+        else (images * 127.5 + 128).clip(0, 255).to(torch.uint8)
+    )
 
 
 def build_feature(cfg: dict) -> Any:
-    """Build a feature function; equal configs share one, so a network is loaded and run once for all metrics."""
+    """Build a feature function; equal configs share one, so a network is loaded and run once for
+    all metrics."""
     return _build_feature(json.dumps(cfg, sort_keys=True))
 
 
-@lru_cache(maxsize=None)
+@cache
 def _build_feature(key: str) -> Any:
     return TASK_UTILS.build(json.loads(key))
 
@@ -48,7 +55,8 @@ def full_precision():
 
 @TASK_UTILS.register_module()
 class Pixels:
-    """The feature function that is the sample itself, flattened to ``(N, d)``; uint8 images count as [-1, 1]."""
+    """The feature function that is the sample itself, flattened to ``(N, d)``; uint8 images count
+    as [-1, 1]."""
 
     name = 'pixels'
 
@@ -58,15 +66,16 @@ class Pixels:
 
 @TASK_UTILS.register_module()
 class InceptionV3:
-    """The Inception of TensorFlow's 2015-12-05 graph, in torch-fidelity's port: the network behind FID.
+    """The Inception of TensorFlow's 2015-12-05 graph, in torch-fidelity's port: the network behind
+    FID.
 
     Inputs become uint8 by :func:`to_uint8` and are resized inside the network as TensorFlow 1 did.
 
     Args:
-        weights (str, optional): Local file of torch-fidelity's weights. Without it they are downloaded
-            into torch's hub folder.
-        sha256 (str, optional): How the file's SHA-256 begins. Defaults to that of the published file;
-            None accepts other weights of the same network, whose numbers nobody else has.
+        weights (str, optional): Local file of torch-fidelity's weights. Without it they are
+            downloaded into torch's hub folder.
+        sha256 (str, optional): How the file's SHA-256 begins. Defaults to that of the published
+            file; None accepts other weights of the same network, whose numbers nobody else has.
 
     Raises:
         UsageError: If torch-fidelity or the weights are missing, or are those of another network.
@@ -75,35 +84,50 @@ class InceptionV3:
     name = 'inception-v3-compat'
     dim = 2048
 
-    def __init__(self, weights: Optional[str] = None, sha256: Optional[str] = '6726825d'):
+    def __init__(self, weights: str | None = None, sha256: str | None = '6726825d'):
         try:
             from torch_fidelity import feature_extractor_inceptionv3 as port
         except ImportError as e:
-            raise UsageError(f'FID and its kin need torch-fidelity ({e}); install it: pip install "mmfgm[eval]"') from e
-        path = weights or download(port.URL_INCEPTION_V3, sha256,
-                                   'name it: feature=dict(type="InceptionV3", weights=PATH)')
+            raise UsageError(
+                f'FID and its kin need torch-fidelity ({e}); install it: pip install "mmfgm[eval]"'
+            ) from e
+        path = weights or download(
+            port.URL_INCEPTION_V3, sha256, 'name it: feature=dict(type="InceptionV3", weights=PATH)'
+        )
         if not osp.isfile(path):
-            raise UsageError(f'there are no Inception weights at {path!r}; leave `weights` out to download them, or get '
-                             f'{port.URL_INCEPTION_V3}')
+            raise UsageError(
+                f'there are no Inception weights at {path!r}; leave `weights` out to download them,'
+                f' or get {port.URL_INCEPTION_V3}'
+            )
         found = file_sha256(path)
         if sha256 is not None and not found.startswith(sha256):
-            raise UsageError(f'{path!r} is not the published Inception: its SHA-256 begins with {found[:8]}, not {sha256}, so '
-                             'its FID would compare with nobody else\'s; get the published file, or say sha256=None')
+            raise UsageError(
+                f'{path!r} is not the published Inception: its SHA-256 begins with {found[:8]}, not'
+                f" {sha256}, so its FID would compare with nobody else's; get the published file,"
+                ' or say sha256=None'
+            )
         # torch-fidelity would unpickle anything; after this the file is known to hold tensors only
         read_pickle(path)
         try:
-            self.network = port.FeatureExtractorInceptionV3(self.name, ['2048', 'logits_unbiased'], path)
+            self.network = port.FeatureExtractorInceptionV3(
+                self.name, ['2048', 'logits_unbiased'], path
+            )
         except (RuntimeError, TypeError, AttributeError) as e:
-            raise UsageError(f'{path!r} holds the weights of another network than Inception v3: {str(e)[:500]}') from e
-        self._last: Tuple[Optional[Tensor], Any] = (None, None)
+            raise UsageError(
+                f'{path!r} holds the weights of another network than Inception v3: {str(e)[:500]}'
+            ) from e
+        self._last: tuple[Tensor | None, Any] = (None, None)
 
     @torch.no_grad()
-    def _run(self, samples: Tensor) -> Tuple[Tensor, Tensor]:
+    def _run(self, samples: Tensor) -> tuple[Tensor, Tensor]:
         # several metrics ask about one batch
         if self._last[0] is not samples:
             images = to_uint8(samples).to(get_device())
             if images.ndim != 4 or images.shape[1] != 3:
-                raise UsageError(f'Inception takes images (N, 3, H, W), but the samples have shape {tuple(images.shape)}')
+                raise UsageError(
+                    'Inception takes images (N, 3, H, W), but the samples have shape'
+                    f' {tuple(images.shape)}'
+                )
             with full_precision():
                 self._last = (samples, self.network.to(images.device)(images))
         return self._last[1]
@@ -117,7 +141,7 @@ class InceptionV3:
         return self._run(samples)[1]
 
 
-def download(url: str, sha256: Optional[str], fix: str) -> str:
+def download(url: str, sha256: str | None, fix: str) -> str:
     """Download weights into torch's hub folder, once a machine; to be called by all processes.
 
     Args:
@@ -142,5 +166,7 @@ def download(url: str, sha256: Optional[str], fix: str) -> str:
     # the other processes of this machine wait; all look whether it worked
     barrier()
     if not osp.isfile(path):
-        raise UsageError(f'the weights could not be downloaded from {url}; get the file by other means and {fix}')
+        raise UsageError(
+            f'the weights could not be downloaded from {url}; get the file by other means and {fix}'
+        )
     return path

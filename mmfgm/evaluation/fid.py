@@ -1,6 +1,6 @@
 # Copyright (c) mmfgm authors.
-"""FID and its kin on Inception features; KID, Inception Score and precision/recall are torch-fidelity's."""
-from typing import Dict, Union
+"""FID and its kin on Inception features; KID, Inception Score and precision/recall are
+torch-fidelity's."""
 
 from torch import Tensor
 
@@ -19,26 +19,29 @@ class FID(FrechetDistance):
     """Fréchet Inception Distance (Heusel et al., 2017).
 
     Args:
-        reference (dict | str): Config of a dataset of images, or a ``.npz`` of ``tools/fid_stats.py`` or EDM.
+        reference (dict | str): Config of a dataset of images, or a ``.npz`` of
+            ``tools/fid_stats.py`` or EDM.
         feature (dict): Config of the feature function. Defaults to ``dict(type='InceptionV3')``.
     """
 
     name = 'fid'
 
-    def __init__(self, reference: Union[dict, str], feature: dict = INCEPTION):
+    def __init__(self, reference: dict | str, feature: dict = INCEPTION):
         super().__init__(reference, feature)
 
 
 class _ReferenceFeatures(GatheredMetric):
     """A metric that compares features with those of the reference, which must have as many."""
 
-    def __init__(self, reference: Union[dict, str], feature: dict):
+    def __init__(self, reference: dict | str, feature: dict):
         super().__init__()
         self.feature = build_feature(feature)
         self.reference = load_reference(reference, self.feature, keep_features=True).features
         if len(self.reference) < self.min_samples:
-            raise UsageError(f'{type(self).__name__} needs at least {self.min_samples} reference samples, but the reference '
-                             f'has {len(self.reference)}')
+            raise UsageError(
+                f'{type(self).__name__} needs at least {self.min_samples} reference samples, but'
+                f' the reference has {len(self.reference)}'
+            )
 
     def extract(self, samples: Tensor) -> Tensor:
         return self.feature(samples)
@@ -57,16 +60,32 @@ class KID(_ReferenceFeatures):
 
     value_names = ('mean', 'std')
 
-    def __init__(self, reference: Union[dict, str], subsets: int = 100, subset_size: int = 1000, feature: dict = INCEPTION):
+    def __init__(
+        self,
+        reference: dict | str,
+        subsets: int = 100,
+        subset_size: int = 1000,
+        feature: dict = INCEPTION,
+    ):
         self.min_samples = self.subset_size = subset_size
         self.subsets = subsets
         super().__init__(reference, feature)
 
-    def compute(self, values: Tensor) -> Dict[str, float]:
-        from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, KEY_METRIC_KID_STD, kid_features_to_metric
+    def compute(self, values: Tensor) -> dict[str, float]:
+        from torch_fidelity.metric_kid import (
+            KEY_METRIC_KID_MEAN,
+            KEY_METRIC_KID_STD,
+            kid_features_to_metric,
+        )
+
         # float64: the cubic kernel's sums cancel
-        out = kid_features_to_metric(values.double(), self.reference.double(), kid_subsets=self.subsets,
-                                     kid_subset_size=self.subset_size, verbose=False)
+        out = kid_features_to_metric(
+            values.double(),
+            self.reference.double(),
+            kid_subsets=self.subsets,
+            kid_subset_size=self.subset_size,
+            verbose=False,
+        )
         return dict(mean=out[KEY_METRIC_KID_MEAN], std=out[KEY_METRIC_KID_STD])
 
 
@@ -82,15 +101,24 @@ class PrecisionRecall(_ReferenceFeatures):
 
     value_names = ('precision', 'recall')
 
-    def __init__(self, reference: Union[dict, str], neighborhood: int = 3, feature: dict = INCEPTION):
+    def __init__(self, reference: dict | str, neighborhood: int = 3, feature: dict = INCEPTION):
         self.neighborhood = neighborhood
         self.min_samples = neighborhood + 1
         super().__init__(reference, feature)
 
-    def compute(self, values: Tensor) -> Dict[str, float]:
-        from torch_fidelity.metric_prc import KEY_METRIC_PRECISION, KEY_METRIC_RECALL, prc_features_to_metric
-        out = prc_features_to_metric(values, self.reference, prc_neighborhood=self.neighborhood, verbose=False)
-        return dict(precision=float(out[KEY_METRIC_PRECISION]), recall=float(out[KEY_METRIC_RECALL]))
+    def compute(self, values: Tensor) -> dict[str, float]:
+        from torch_fidelity.metric_prc import (
+            KEY_METRIC_PRECISION,
+            KEY_METRIC_RECALL,
+            prc_features_to_metric,
+        )
+
+        out = prc_features_to_metric(
+            values, self.reference, prc_neighborhood=self.neighborhood, verbose=False
+        )
+        return dict(
+            precision=float(out[KEY_METRIC_PRECISION]), recall=float(out[KEY_METRIC_RECALL])
+        )
 
 
 @METRICS.register_module()
@@ -99,7 +127,8 @@ class InceptionScore(GatheredMetric):
 
     Args:
         splits (int): Defaults to 10.
-        feature (dict): Config of a feature function with ``logits``. Defaults to ``dict(type='InceptionV3')``.
+        feature (dict): Config of a feature function with ``logits``. Defaults to
+            ``dict(type='InceptionV3')``.
     """
 
     value_names = ('mean', 'std')
@@ -109,13 +138,20 @@ class InceptionScore(GatheredMetric):
         self.feature = build_feature(feature)
         self.min_samples = self.splits = splits
         if not hasattr(self.feature, 'logits'):
-            raise UsageError('InceptionScore needs a feature function with logits, which '
-                             f'{type(self.feature).__name__} has not')
+            raise UsageError(
+                'InceptionScore needs a feature function with logits, which '
+                f'{type(self.feature).__name__} has not'
+            )
 
     def extract(self, samples: Tensor) -> Tensor:
         return self.feature.logits(samples)
 
-    def compute(self, values: Tensor) -> Dict[str, float]:
-        from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, KEY_METRIC_ISC_STD, isc_features_to_metric
+    def compute(self, values: Tensor) -> dict[str, float]:
+        from torch_fidelity.metric_isc import (
+            KEY_METRIC_ISC_MEAN,
+            KEY_METRIC_ISC_STD,
+            isc_features_to_metric,
+        )
+
         out = isc_features_to_metric(values, self.splits)
         return dict(mean=out[KEY_METRIC_ISC_MEAN], std=out[KEY_METRIC_ISC_STD])

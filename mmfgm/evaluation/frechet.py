@@ -1,5 +1,6 @@
 # Copyright (c) mmfgm authors.
 """Fréchet distance between Gaussians fitted to features, in float64 (Heusel et al., 2017)."""
+
 import torch
 from mmengine.dist import all_reduce
 from torch import Tensor
@@ -69,7 +70,8 @@ class StreamingMoments:
 def _roots(eigenvalues: Tensor) -> Tensor:
     """Roots of eigenvalues that are non-negative but for rounding.
 
-    What is below rounding error counts as 0: the root of 1e-16 is 1e-8, so noise there would show in the
+    What is below rounding error counts as 0: the root of 1e-16 is 1e-8, so noise there would show
+        in the
     distance and depend on the order of summation.
     """
     noise = len(eigenvalues) * torch.finfo(eigenvalues.dtype).eps * eigenvalues.abs().max()
@@ -89,13 +91,22 @@ def frechet_distance(mu_1, cov_1, mu_2, cov_2) -> float:
     Raises:
         ValueError: If the features differ in dimension or are not finite.
     """
-    mu_1, cov_1, mu_2, cov_2 = (torch.as_tensor(x, dtype=torch.float64) for x in (mu_1, cov_1, mu_2, cov_2))
-    if not mu_1.shape == mu_2.shape == cov_1.shape[1:] == cov_2.shape[1:] or not cov_1.shape == cov_2.shape:
-        raise ValueError(f'features of dimension {len(mu_1)} (covariance {tuple(cov_1.shape)}) cannot be compared with '
-                         f'features of dimension {len(mu_2)} (covariance {tuple(cov_2.shape)}); use statistics of the same '
-                         'feature function')
+    mu_1, cov_1, mu_2, cov_2 = (
+        torch.as_tensor(x, dtype=torch.float64) for x in (mu_1, cov_1, mu_2, cov_2)
+    )
+    if (
+        not mu_1.shape == mu_2.shape == cov_1.shape[1:] == cov_2.shape[1:]
+        or not cov_1.shape == cov_2.shape
+    ):
+        raise ValueError(
+            f'features of dimension {len(mu_1)} (covariance {tuple(cov_1.shape)}) cannot be'
+            f' compared with features of dimension {len(mu_2)} (covariance {tuple(cov_2.shape)});'
+            ' use statistics of the same feature function'
+        )
     if not all(x.isfinite().all() for x in (mu_1, cov_1, mu_2, cov_2)):
-        raise ValueError('feature statistics are not finite; look at the samples before the distance')
+        raise ValueError(
+            'feature statistics are not finite; look at the samples before the distance'
+        )
     mu_2, cov_2 = mu_2.to(mu_1.device), cov_2.to(mu_1.device)
     values, vectors = torch.linalg.eigh(cov_1)
     root_1 = vectors * _roots(values) @ vectors.T

@@ -5,7 +5,9 @@
 ``evaluate(size)`` combines all processes. An item whose ``idx`` is at least ``size`` is padding and
 does not count.
 """
-from typing import AbstractSet, Any, Dict, List, Optional, Sequence, Tuple, Union
+
+from collections.abc import Sequence
+from typing import AbstractSet, Any
 
 import numpy as np
 import torch
@@ -29,8 +31,8 @@ class SampleMetric(BaseMetric):
     """Base of our metrics.
 
     Attributes:
-        pictures (dict[str, np.ndarray]): What there is to look at after ``evaluate``, on the main process: name to RGB
-            ``(H, W, 3)`` uint8.
+        pictures (dict[str, np.ndarray]): What there is to look at after ``evaluate``, on the main
+            process: name to RGB ``(H, W, 3)`` uint8.
     """
 
     # of its only value
@@ -45,7 +47,7 @@ class SampleMetric(BaseMetric):
     @property
     def value_names(self) -> Sequence[str]:
         """Names of the values of ``evaluate``."""
-        return (self.name, )
+        return (self.name,)
 
     def bind(self, dataset: Any) -> None:
         """See the evaluation's dataset, which knows more of an item than what networks take."""
@@ -57,41 +59,49 @@ class SampleMetric(BaseMetric):
             UsageError: If the metric needs more samples.
         """
         if num_samples < self.min_samples:
-            raise UsageError(f'{type(self).__name__} needs at least {self.min_samples} samples, but the evaluation has '
-                             f'{num_samples}; raise its dataset.num_samples')
+            raise UsageError(
+                f'{type(self).__name__} needs at least {self.min_samples} samples, but the'
+                f' evaluation has {num_samples}; raise its dataset.num_samples'
+            )
 
-    def reset(self, num_samples: int, out_dir: Optional[str] = None, origin: Optional[dict] = None) -> None:
+    def reset(
+        self, num_samples: int, out_dir: str | None = None, origin: dict | None = None
+    ) -> None:
         """Forget everything and expect items ``0 .. num_samples - 1``.
 
         Args:
             num_samples (int): Number of items.
             out_dir (str, optional): Folder for what the metric writes, if it writes anything.
-            origin (dict, optional): All that the samples depend on; files of another origin are not taken up.
+            origin (dict, optional): All that the samples depend on; files of another origin are not
+                taken up.
         """
         self.results = []
         self.num_samples = num_samples
-        self.pictures: Dict[str, np.ndarray] = {}
+        self.pictures: dict[str, np.ndarray] = {}
 
     def finished(self) -> AbstractSet[int]:
-        """Items, the same on every process, that an interrupted run finished, and that need not be generated again."""
+        """Items, the same on every process, that an interrupted run finished, and that need not be
+        generated again."""
         return frozenset()
 
     def release(self) -> None:
         """Free what an evaluation took of the device; called when it ends, also by an error."""
 
-    def real(self, batch: dict, samples: Tensor) -> Tuple[List[int], Tensor]:
+    def real(self, batch: dict, samples: Tensor) -> tuple[list[int], Tensor]:
         """Drop padding: indices and samples of the items that count."""
         idx = [int(i) for i in batch['idx']]
         keep = [row for row, i in enumerate(idx) if i < self.num_samples]
         return [idx[row] for row in keep], samples if len(keep) == len(idx) else samples[keep]
 
-    def compute_metrics(self, results: list) -> Dict[str, float]:
+    def compute_metrics(self, results: list) -> dict[str, float]:
         raise NotImplementedError(f'{type(self).__name__} combines processes in evaluate()')
 
     def _check(self, counted: int, size: int) -> None:
         if counted != size:
-            raise UsageError(f'{type(self).__name__} saw {counted} samples of {size}: an evaluation must give every idx once; '
-                             'use PaddedSampler')
+            raise UsageError(
+                f'{type(self).__name__} saw {counted} samples of {size}: an evaluation must give'
+                ' every idx once; use PaddedSampler'
+            )
 
 
 @METRICS.register_module()
@@ -99,15 +109,15 @@ class FrechetDistance(SampleMetric):
     """Fréchet distance between generated samples and a reference, on a feature function.
 
     Args:
-        reference (dict | str): Config of a dataset whose items have ``x_0``, or a ``.npz`` file with the
-            statistics; see :func:`~mmfgm.evaluation.reference.load_reference`.
+        reference (dict | str): Config of a dataset whose items have ``x_0``, or a ``.npz`` file
+            with the statistics; see :func:`~mmfgm.evaluation.reference.load_reference`.
         feature (dict): Config of the feature function. Defaults to ``dict(type='Pixels')``.
     """
 
     name = 'fd'
     min_samples = 2
 
-    def __init__(self, reference: Union[dict, str], feature: dict = dict(type='Pixels')):
+    def __init__(self, reference: dict | str, feature: dict = dict(type='Pixels')):
         super().__init__()
         self.feature = build_feature(feature)
         self.reference = load_reference(reference, self.feature)
@@ -117,10 +127,13 @@ class FrechetDistance(SampleMetric):
         dim = len(self.reference.mean)
         if num_samples <= dim:
             MMLogger.get_current_instance().warning(
-                f'{self.name} of {num_samples} samples has a rank-deficient covariance of {dim} features: compare it only with '
-                'values of as many samples')
+                f'{self.name} of {num_samples} samples has a rank-deficient covariance of {dim}'
+                ' features: compare it only with values of as many samples'
+            )
 
-    def reset(self, num_samples: int, out_dir: Optional[str] = None, origin: Optional[dict] = None) -> None:
+    def reset(
+        self, num_samples: int, out_dir: str | None = None, origin: dict | None = None
+    ) -> None:
         super().reset(num_samples, out_dir, origin)
         self.moments = StreamingMoments(len(self.reference.mean))
 
@@ -129,10 +142,14 @@ class FrechetDistance(SampleMetric):
         if idx:
             self.moments.update(self.feature(samples))
 
-    def evaluate(self, size: int) -> Dict[str, float]:
+    def evaluate(self, size: int) -> dict[str, float]:
         self.moments.all_reduce()
         self._check(self.moments.n, size)
-        return {self.name: frechet_distance(self.moments.mean, self.moments.cov, self.reference.mean, self.reference.cov)}
+        return {
+            self.name: frechet_distance(
+                self.moments.mean, self.moments.cov, self.reference.mean, self.reference.cov
+            )
+        }
 
 
 class GatheredMetric(SampleMetric):
@@ -145,7 +162,7 @@ class GatheredMetric(SampleMetric):
         """``(N, ...)``: what the metric keeps of each sample."""
         raise NotImplementedError
 
-    def compute(self, values: Tensor) -> Dict[str, float]:
+    def compute(self, values: Tensor) -> dict[str, float]:
         """The metric of the values ``(num_samples, ...)``, float32 on the CPU."""
         raise NotImplementedError
 
@@ -154,14 +171,23 @@ class GatheredMetric(SampleMetric):
         if idx:
             self.results.append((torch.tensor(idx), self.extract(samples).float().cpu()))
 
-    def evaluate(self, size: int) -> Dict[str, float]:
+    def evaluate(self, size: int) -> dict[str, float]:
         gathered = gather_object(self.results)
         counted, values = [0], [None]
         if is_main_process():
-            idx = torch.cat([torch.empty(0, dtype=torch.int64), *(idx for results in gathered for idx, _ in results)])
+            idx = torch.cat(
+                [
+                    torch.empty(0, dtype=torch.int64),
+                    *(idx for results in gathered for idx, _ in results),
+                ]
+            )
             counted, order = [len(idx.unique())], idx.argsort()
             if counted[0] == len(idx) == size:
-                values = [self.compute(torch.cat([value for results in gathered for _, value in results])[order])]
+                values = [
+                    self.compute(
+                        torch.cat([value for results in gathered for _, value in results])[order]
+                    )
+                ]
         broadcast_object_list(counted)
         self._check(counted[0], size)
         broadcast_object_list(values)
@@ -182,11 +208,13 @@ class SlicedWasserstein(GatheredMetric):
     def __init__(self, reference: dict, num_projections: int = 128):
         super().__init__()
         dataset = DATASETS.build(reference)
-        self.reference = torch.cat([batch['x_0'] for batch in DataLoader(dataset, 1000, collate_fn=collate)])
+        self.reference = torch.cat(
+            [batch['x_0'] for batch in DataLoader(dataset, 1000, collate_fn=collate)]
+        )
         self.num_projections = num_projections
 
     def extract(self, samples: Tensor) -> Tensor:
         return samples
 
-    def compute(self, values: Tensor) -> Dict[str, float]:
+    def compute(self, values: Tensor) -> dict[str, float]:
         return dict(sw2=sliced_wasserstein(values, self.reference, self.num_projections))

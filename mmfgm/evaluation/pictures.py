@@ -1,7 +1,7 @@
 # Copyright (c) mmfgm authors.
 """Pictures that people look at: panels of samples side by side, and curves over NFE."""
+
 from io import BytesIO
-from typing import Dict, Optional
 
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -20,14 +20,15 @@ def _to_array(figure: Figure) -> np.ndarray:
     return np.asarray(Image.open(buffer).convert('RGB'))
 
 
-def draw_panels(panels: Dict[str, Tensor], nrow: int = 8, limit: Optional[float] = None) -> np.ndarray:
+def draw_panels(panels: dict[str, Tensor], nrow: int = 8, limit: float | None = None) -> np.ndarray:
     """Samples of several sources side by side, one titled panel each.
 
     Args:
-        panels (dict[str, Tensor]): Title to samples: points ``(N, 2)`` become a scatter plot, images
-            ``(N, C, H, W)`` in [-1, 1] a grid.
+        panels (dict[str, Tensor]): Title to samples: points ``(N, 2)`` become a scatter plot,
+            images ``(N, C, H, W)`` in [-1, 1] a grid.
         nrow (int): Images in a row of a grid. Defaults to 8.
-        limit (float, optional): Half-width of a scatter plot's axes. Defaults to that of the first panel.
+        limit (float, optional): Half-width of a scatter plot's axes. Defaults to that of the first
+            panel.
 
     Returns:
         np.ndarray: RGB, ``(H, W, 3)`` uint8.
@@ -36,7 +37,9 @@ def draw_panels(panels: Dict[str, Tensor], nrow: int = 8, limit: Optional[float]
         ValueError: If samples are neither points nor images of 1 or 3 channels.
     """
     figure = Figure(figsize=(4 * len(panels), 4.3), layout='constrained')
-    for ax, (title, samples) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items()):
+    for ax, (title, samples) in zip(
+        figure.subplots(1, len(panels), squeeze=False)[0], panels.items()
+    ):
         samples = samples.float().cpu()
         ax.set_title(title)
         if samples.shape[1:] == (2,):
@@ -48,22 +51,33 @@ def draw_panels(panels: Dict[str, Tensor], nrow: int = 8, limit: Optional[float]
             ax.imshow(grid.permute(1, 2, 0).numpy(), interpolation='nearest')
             ax.axis('off')
         else:
-            raise ValueError(f'cannot draw samples of shape {tuple(samples.shape)}; expected (N, 2), (N, 1, H, W) or '
-                             '(N, 3, H, W)')
+            raise ValueError(
+                f'cannot draw samples of shape {tuple(samples.shape)}; expected (N, 2), (N, 1, H,'
+                ' W) or (N, 3, H, W)'
+            )
     return _to_array(figure)
 
 
-def draw_over_nfe(results: Dict[str, Dict[int, float]], metric: str) -> np.ndarray:
-    """A metric over network evaluations, one line or point for each source; RGB ``(H, W, 3)`` uint8."""
+def draw_over_nfe(results: dict[str, dict[int, float]], metric: str) -> np.ndarray:
+    """A metric over network evaluations, one line or point for each source; RGB ``(H, W, 3)``
+    uint8."""
     figure = Figure(figsize=(6, 4), layout='constrained')
     ax = figure.subplots()
     for name, values in results.items():
         nfe = sorted(values)
-        ax.plot(nfe, [values[n] for n in nfe], marker='o' if len(nfe) > 1 else '*',
-                markersize=5 if len(nfe) > 1 else 14, linestyle='-' if len(nfe) > 1 else 'none', label=name)
+        ax.plot(
+            nfe,
+            [values[n] for n in nfe],
+            marker='o' if len(nfe) > 1 else '*',
+            markersize=5 if len(nfe) > 1 else 14,
+            linestyle='-' if len(nfe) > 1 else 'none',
+            label=name,
+        )
     ax.set(xscale='log', yscale='log', xlabel='network evaluations (NFE)', ylabel=metric)
-    ax.set_xticks(sorted({n for values in results.values() for n in values}),
-                  labels=[str(n) for n in sorted({n for values in results.values() for n in values})])
+    ax.set_xticks(
+        sorted({n for values in results.values() for n in values}),
+        labels=[str(n) for n in sorted({n for values in results.values() for n in values})],
+    )
     ax.minorticks_off()
     ax.grid(alpha=0.3)
     ax.legend()

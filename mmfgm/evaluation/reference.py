@@ -1,10 +1,12 @@
 # Copyright (c) mmfgm authors.
-"""What generated samples are compared with: statistics of a data set's features, from images or from a file."""
+"""What generated samples are compared with: statistics of a data set's features, from images or
+from a file."""
+
 import os
 import time
 import zipfile
 from dataclasses import dataclass
-from typing import Any, Optional, Union
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,26 +30,28 @@ class Reference:
         mean (Tensor): ``(d,)`` float64.
         cov (Tensor): ``(d, d)`` float64, unbiased.
         n (int, optional): Number of samples; None if the file does not say.
-        features (Tensor, optional): The features ``(n, d)`` themselves, float32, in the order of the set.
+        features (Tensor, optional): The features ``(n, d)`` themselves, float32, in the order of
+            the set.
     """
 
     mean: Tensor
     cov: Tensor
-    n: Optional[int] = None
-    features: Optional[Tensor] = None
+    n: int | None = None
+    features: Tensor | None = None
 
 
-def load_reference(reference: Union[str, dict], feature: Any, keep_features: bool = False) -> Reference:
+def load_reference(reference: str | dict, feature: Any, keep_features: bool = False) -> Reference:
     """Statistics from a ``.npz`` file, or from the images of a data set.
 
     Args:
-        reference (str | dict): A file of :func:`save_reference` or of EDM (``mu`` and ``sigma``), or the
-            config of a dataset whose items have ``x_0``, computed on all processes together.
+        reference (str | dict): A file of :func:`save_reference` or of EDM (``mu`` and ``sigma``),
+            or the config of a dataset whose items have ``x_0``, computed on all processes together.
         feature: The feature function that the samples will go through.
         keep_features (bool): Whether the metric compares features, not only their moments.
 
     Raises:
-        UsageError: If the file cannot be read or is of another feature function, or has no features.
+        UsageError: If the file cannot be read or is of another feature function, or has no
+            features.
     """
     if not isinstance(reference, str):
         return _compute(DATASETS.build(reference), feature, keep_features)
@@ -55,29 +59,46 @@ def load_reference(reference: Union[str, dict], feature: Any, keep_features: boo
         with np.load(reference) as content:
             data = {key: content[key] for key in content.files}
     except (OSError, ValueError, zipfile.BadZipFile, EOFError) as e:
-        raise UsageError(f'reference statistics {reference!r} cannot be read as a .npz file: {e}; make them with '
-                         'tools/fid_stats.py') from e
+        raise UsageError(
+            f'reference statistics {reference!r} cannot be read as a .npz file: {e}; make them with'
+            ' tools/fid_stats.py'
+        ) from e
     if not {'mu', 'sigma'} <= set(data):
-        raise UsageError(f'reference statistics {reference!r} must hold mu and sigma, but hold {sorted(data)}')
+        raise UsageError(
+            f'reference statistics {reference!r} must hold mu and sigma, but hold {sorted(data)}'
+        )
     mean, cov = (torch.from_numpy(data[key].astype(np.float64)) for key in ('mu', 'sigma'))
     dim = getattr(feature, 'dim', None) or len(mean)
     if mean.shape != (dim,) or cov.shape != (dim, dim):
-        raise UsageError(f'reference statistics {reference!r} are of dimension {tuple(mean.shape)}, covariance '
-                         f'{tuple(cov.shape)}, but {type(feature).__name__} has {dim} features; make them with '
-                         'tools/fid_stats.py for this feature function')
+        raise UsageError(
+            f'reference statistics {reference!r} are of dimension {tuple(mean.shape)}, covariance '
+            f'{tuple(cov.shape)}, but {type(feature).__name__} has {dim} features; make them with '
+            'tools/fid_stats.py for this feature function'
+        )
     made_by = str(data.get('feature', feature.name))
     if made_by != feature.name:
-        raise UsageError(f'reference statistics {reference!r} are of the features {made_by!r}, not {feature.name!r}')
+        raise UsageError(
+            f'reference statistics {reference!r} are of the features {made_by!r}, not'
+            f' {feature.name!r}'
+        )
     if keep_features and 'features' not in data:
-        raise UsageError(f'reference statistics {reference!r} hold no features, which KID and precision/recall compare; make '
-                         'them with tools/fid_stats.py --features')
+        raise UsageError(
+            f'reference statistics {reference!r} hold no features, which KID and precision/recall'
+            ' compare; make them with tools/fid_stats.py --features'
+        )
     features = torch.from_numpy(data['features']) if keep_features else None
     return Reference(mean, cov, int(data['n']) if 'n' in data else None, features)
 
 
 def save_reference(path: str, reference: Reference, feature: Any) -> None:
-    """Write a ``.npz`` with ``mu``, ``sigma`` (EDM's keys), ``n``, ``feature`` and perhaps ``features``, in one go."""
-    data = dict(mu=reference.mean.cpu().numpy(), sigma=reference.cov.cpu().numpy(), n=reference.n, feature=feature.name)
+    """Write a ``.npz`` with ``mu``, ``sigma`` (EDM's keys), ``n``, ``feature`` and perhaps
+    ``features``, in one go."""
+    data = dict(
+        mu=reference.mean.cpu().numpy(),
+        sigma=reference.cov.cpu().numpy(),
+        n=reference.n,
+        feature=feature.name,
+    )
     if reference.features is not None:
         data['features'] = reference.features.numpy()
     partial = f'{path}.partial'
@@ -88,7 +109,8 @@ def save_reference(path: str, reference: Reference, feature: Any) -> None:
 
 @torch.no_grad()
 def _compute(dataset, feature: Any, keep_features: bool) -> Reference:
-    """Each process takes every world_size-th item; the moments are summed, features put back in order."""
+    """Each process takes every world_size-th item; the moments are summed, features put back in
+    order."""
     rank, world_size = get_dist_info()
     mine = range(rank, len(dataset), world_size)
     moments, kept = None, []
@@ -103,9 +125,14 @@ def _compute(dataset, feature: Any, keep_features: bool) -> Reference:
             last = time.time()
             left = max(len(mine) - 500 * done, 0)
             MMLogger.get_current_instance().info(
-                f'Reference features: {500 * done}/{len(mine)}, eta {(last - start) / (500 * done) * left:.0f} s')
+                f'Reference features: {500 * done}/{len(mine)}, eta'
+                f' {(last - start) / (500 * done) * left:.0f} s'
+            )
     if len(dataset) < max(2, world_size):
-        raise UsageError(f'the reference {type(dataset).__name__} has {len(dataset)} samples, too few for statistics')
+        raise UsageError(
+            f'the reference {type(dataset).__name__} has {len(dataset)} samples, too few for'
+            ' statistics'
+        )
     moments.all_reduce()
     if not keep_features:
         return Reference(moments.mean, moments.cov, moments.n)

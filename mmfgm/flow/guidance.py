@@ -1,12 +1,13 @@
 # Copyright (c) mmfgm authors.
 """Classifier-free guidance, the only place it is written (Ho & Salimans, 2022)."""
+
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Callable, Dict
 
 import torch
 from torch import Tensor
 
-Condition = Dict[str, Tensor]
+Condition = dict[str, Tensor]
 
 
 @dataclass(frozen=True)

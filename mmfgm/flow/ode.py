@@ -4,7 +4,8 @@
 ``velocity(x, t)`` takes ``x (N, *event)`` and ``t (N,)``. ``times`` is a decreasing 1-D tensor,
 usually from 1 (noise) to 0 (data).
 """
-from typing import Callable, Optional
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -37,13 +38,16 @@ def uniform_times(steps: int, device=None) -> Tensor:
 
 
 def shifted_times(steps: int, shift: float, device=None) -> Tensor:
-    """The ``steps + 1`` float32 times of diffusers' ``FlowMatchEulerDiscreteScheduler(shift=shift)``.
+    """The ``steps + 1`` float32 times of diffusers'
+    ``FlowMatchEulerDiscreteScheduler(shift=shift)``.
 
-    ``t -> shift t / (1 + (shift - 1) t)`` (Esser et al., 2024, Eq. 23) of an even grid, whose low end, 1/1000,
-    the scheduler has shifted once already; then 0.
+    ``t -> shift t / (1 + (shift - 1) t)`` (Esser et al., 2024, Eq. 23) of an even grid, whose low
+    end, 1/1000, the scheduler has shifted once already; then 0.
     """
     if steps < 1 or shift <= 0:
-        raise ValueError(f'needs at least 1 step and a positive shift, but got steps={steps}, shift={shift}')
+        raise ValueError(
+            f'needs at least 1 step and a positive shift, but got steps={steps}, shift={shift}'
+        )
 
     def shifted(t):
         return shift * t / (1 + (shift - 1) * t)
@@ -54,10 +58,14 @@ def shifted_times(steps: int, shift: float, device=None) -> Tensor:
 
 def _check_times(times: Tensor) -> None:
     if times.ndim != 1 or len(times) < 2:
-        raise ValueError(f'times must be a 1-D tensor of at least 2 values, but has shape {tuple(times.shape)}')
+        raise ValueError(
+            f'times must be a 1-D tensor of at least 2 values, but has shape {tuple(times.shape)}'
+        )
 
 
-def euler(velocity: Velocity, x_1: Tensor, times: Tensor, callback: Optional[Callback] = None) -> Tensor:
+def euler(
+    velocity: Velocity, x_1: Tensor, times: Tensor, callback: Callback | None = None
+) -> Tensor:
     """Euler's method: first order, one evaluation a step (NFE = ``len(times) - 1``).
 
     Args:
@@ -78,7 +86,9 @@ def euler(velocity: Velocity, x_1: Tensor, times: Tensor, callback: Optional[Cal
     return x
 
 
-def heun(velocity: Velocity, x_1: Tensor, times: Tensor, callback: Optional[Callback] = None) -> Tensor:
+def heun(
+    velocity: Velocity, x_1: Tensor, times: Tensor, callback: Callback | None = None
+) -> Tensor:
     """Heun's method: second order, two evaluations a step (NFE = ``2 (len(times) - 1)``).
 
     Takes and returns what :func:`euler` does.

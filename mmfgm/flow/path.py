@@ -3,8 +3,8 @@
 
 Time runs from data to noise: ``t = 0`` is data, ``t = 1`` is noise.
 """
+
 from dataclasses import dataclass
-from typing import Optional
 
 import torch
 from torch import Tensor
@@ -21,8 +21,10 @@ def expand_t(t: Tensor, x: Tensor) -> Tensor:
         ValueError: If ``t`` is not one time per sample.
     """
     if t.shape != x.shape[:1]:
-        raise ValueError(f'expected one time per sample, shape ({len(x)},), but t has shape '
-                         f'{tuple(t.shape)}; expand a scalar time with t.expand(len(x))')
+        raise ValueError(
+            f'expected one time per sample, shape ({len(x)},), but t has shape '
+            f'{tuple(t.shape)}; expand a scalar time with t.expand(len(x))'
+        )
     return t.to(x.dtype).view(-1, *(1,) * (x.ndim - 1))
 
 
@@ -70,7 +72,7 @@ class LinearPath:
         return (x_t - x_0) / expand_t(t, x_t)
 
     @classmethod
-    def sample(cls, x_0: Tensor, t: Tensor, eps: Optional[Tensor] = None) -> PathSample:
+    def sample(cls, x_0: Tensor, t: Tensor, eps: Tensor | None = None) -> PathSample:
         """Draw ``x_t ~ q_t(. | x_0)``; ``eps`` is standard normal unless it is given."""
         if eps is None:
             eps = torch.randn_like(x_0)

@@ -1,7 +1,7 @@
 # Copyright (c) mmfgm authors.
 """Densities of the training time ``t``; each call gives float32 times of shape ``(N,)``."""
+
 from dataclasses import dataclass
-from typing import Optional
 
 import torch
 from torch import Tensor
@@ -20,9 +20,11 @@ class Uniform:
 
     def __post_init__(self):
         if not 0 <= self.low <= self.high <= 1:
-            raise ValueError(f'Uniform needs 0 <= low <= high <= 1, but got low={self.low}, high={self.high}')
+            raise ValueError(
+                f'Uniform needs 0 <= low <= high <= 1, but got low={self.low}, high={self.high}'
+            )
 
-    def __call__(self, n: int, device=None, generator: Optional[torch.Generator] = None) -> Tensor:
+    def __call__(self, n: int, device=None, generator: torch.Generator | None = None) -> Tensor:
         t = torch.rand(n, device=device, generator=generator, dtype=torch.float32)
         return self.low + (self.high - self.low) * t
 
@@ -44,6 +46,6 @@ class LogitNormal:
         if not self.std > 0:
             raise ValueError(f'LogitNormal needs std > 0, but got std={self.std}')
 
-    def __call__(self, n: int, device=None, generator: Optional[torch.Generator] = None) -> Tensor:
+    def __call__(self, n: int, device=None, generator: torch.Generator | None = None) -> Tensor:
         normal = torch.randn(n, device=device, generator=generator, dtype=torch.float32)
         return torch.sigmoid(self.mean + self.std * normal)

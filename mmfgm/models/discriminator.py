@@ -1,6 +1,6 @@
 # Copyright (c) mmfgm authors.
 from dataclasses import dataclass, field
-from typing import Any, Dict
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,8 @@ from mmfgm.registry import MODELS, TASK_UTILS
 
 @MODELS.register_module()
 class ConvDiscriminator(nn.Module):
-    """Lightweight convolutional head on a feature map (Appendix B.2): ``(N, D, h, w)`` to logits ``(N, 1, h', w')``.
+    """Lightweight convolutional head on a feature map (Appendix B.2): ``(N, D, h, w)`` to logits
+    ``(N, 1, h', w')``.
 
     Args:
         in_channels (int): Channels D of the features; filled in from the network.
@@ -23,8 +24,11 @@ class ConvDiscriminator(nn.Module):
         super().__init__()
         layers = [nn.Conv2d(in_channels, channels, 1)]
         for _ in range(num_layers):
-            layers += [nn.SiLU(), nn.Conv2d(channels, channels, 3, stride=2, padding=1),
-                       nn.GroupNorm(min(32, channels), channels)]
+            layers += [
+                nn.SiLU(),
+                nn.Conv2d(channels, channels, 3, stride=2, padding=1),
+                nn.GroupNorm(min(32, channels), channels),
+            ]
         self.layers = nn.Sequential(*layers, nn.SiLU(), nn.Conv2d(channels, 1, 3, padding=1))
 
     def forward(self, features: Tensor) -> Tensor:
@@ -36,17 +40,18 @@ class ConvDiscriminator(nn.Module):
 class GAN:
     """Settings of the adversarial terms of FGM (Appendix B.2), and how logits are made.
 
-    Real and generated latents are noised to ``t`` of their own sampler, the online network gives the
-    features of one layer, and the head judges them.
+    Real and generated latents are noised to ``t`` of their own sampler, the online network gives
+    the features of one layer, and the head judges them.
 
     Args:
         time_sampler (dict): Density of ``t``; the paper samples low noise here.
         feature_layer (int): Layer of the online network, counted from 1. Defaults to 2.
         generator_weight (float): Weight in the generator's loss. Defaults to 1e-2.
-        discriminator_weight (float): Weight beside the online network's flow-matching loss. Defaults to 5e-2.
-        train_features (bool): Whether the discriminator's loss also trains the online network, as in DMD2
-            (Yin et al., 2024), on which the paper draws: the paper weights that loss, and a weight means
-            nothing to a head that Adam trains alone. Defaults to True.
+        discriminator_weight (float): Weight beside the online network's flow-matching loss.
+            Defaults to 5e-2.
+        train_features (bool): Whether the discriminator's loss also trains the online network, as
+            in DMD2 (Yin et al., 2024), on which the paper draws: the paper weights that loss, and a
+            weight means nothing to a head that Adam trains alone. Defaults to True.
         head (dict): Config of the head. Defaults to ``dict(type='ConvDiscriminator')``.
     """
 
@@ -65,7 +70,14 @@ class GAN:
         network.check_feature_layer(self.feature_layer)
         return MODELS.build(self.head, default_args=dict(in_channels=network.feature_dim))
 
-    def logits(self, online: nn.Module, head: nn.Module, x_0: Tensor, cond: Dict[str, Any], train_features: bool) -> Tensor:
+    def logits(
+        self,
+        online: nn.Module,
+        head: nn.Module,
+        x_0: Tensor,
+        cond: dict[str, Any],
+        train_features: bool,
+    ) -> Tensor:
         """Noise ``x_0 (N, *event)``, take the online network's features, and judge them."""
         path = LinearPath.sample(x_0, self.sampler(len(x_0), x_0.device))
         with torch.set_grad_enabled(train_features):

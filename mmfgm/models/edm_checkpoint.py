@@ -1,5 +1,7 @@
 # Copyright (c) mmfgm authors.
-"""Reads the network pickles that NVIDIA published with EDM (Karras et al., 2022) without running anything in them."""
+"""Reads the network pickles that NVIDIA published with EDM (Karras et al., 2022) without running
+anything in them."""
+
 import io
 import math
 import os
@@ -7,7 +9,7 @@ import pickle
 import pickletools
 import re
 from collections import Counter
-from typing import Any, Dict, List, Set, Tuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,13 +18,18 @@ from mmfgm.errors import UsageError
 
 from .networks import EDMUNet
 
-ADVICE = "expected one of EDM's published networks, such as edm-cifar10-32x32-cond-vp.pkl; download it again"
-# how torch pickles a storage: first its magic number 0x1950a86a20f9469cfc6c; not a zip or tar archive
+ADVICE = (
+    "expected one of EDM's published networks, such as edm-cifar10-32x32-cond-vp.pkl; download it"
+    ' again'
+)
+# how torch pickles a storage: first its magic number 0x1950a86a20f9469cfc6c; not a zip or tar
+# archive
 STORAGE_START = b'\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.'
 
 
 class _Inert:
-    """Stands for a global of the file: keeps its arguments and its state, and does nothing with them."""
+    """Stands for a global of the file: keeps its arguments and its state, and does nothing with
+    them."""
 
     # no __dict__: nothing in the file can become an attribute that somebody calls
     __slots__ = ('args', 'state')
@@ -38,7 +45,9 @@ class _Inert:
 
 
 _Persistent, _Container, _Tensor, _Parameter, _Storage = (
-    type(name, (_Inert, ), dict(__slots__=())) for name in ('object', 'container', 'tensor', 'parameter', 'storage'))
+    type(name, (_Inert,), dict(__slots__=()))
+    for name in ('object', 'container', 'tensor', 'parameter', 'storage')
+)
 
 
 class _Dict(dict):
@@ -62,12 +71,16 @@ GLOBALS = {
 
 
 class _Unpickler(pickle.Unpickler):
-    """Builds the object graph out of stand-ins; no name of the file is ever looked up in a module."""
+    """Builds the object graph out of stand-ins; no name of the file is ever looked up in a
+    module."""
 
     def find_class(self, module, name):
         full_name = f'{module}.{name}'
         if full_name not in GLOBALS:
-            raise UsageError(f'holds {full_name[:200]}, which is not of a network and could run code (it was not); {ADVICE}')
+            raise UsageError(
+                f'holds {full_name[:200]}, which is not of a network and could run code (it was'
+                f' not); {ADVICE}'
+            )
         return GLOBALS[full_name]
 
     def persistent_load(self, pid):
@@ -77,7 +90,8 @@ class _Unpickler(pickle.Unpickler):
 def _open(data: bytes) -> Any:
     """Unpickle into stand-ins. Hostile bytes may raise anything."""
     for count, (opcode, arg, _) in enumerate(pickletools.genops(data)):
-        # writers count their memo up: a huge index would have the unpickler allocate that many slots
+        # writers count their memo up: a huge index would have the unpickler allocate that many
+        # slots
         huge = opcode.name in ('PUT', 'BINPUT', 'LONG_BINPUT') and arg > count
         # extension codes may bypass find_class
         if huge or opcode.name in ('EXT1', 'EXT2', 'EXT4'):
@@ -85,51 +99,75 @@ def _open(data: bytes) -> Any:
     return _Unpickler(io.BytesIO(data)).load()
 
 
-def _once(item: Any, name: str, seen: Set[int]) -> Any:
+def _once(item: Any, name: str, seen: set[int]) -> Any:
     """Stops cycles, and small files that unfold into large ones."""
     if id(item) in seen:
-        raise UsageError(f'holds {name[:200]!r} within itself or twice, which no network of EDM does; {ADVICE}')
+        raise UsageError(
+            f'holds {name[:200]!r} within itself or twice, which no network of EDM does; {ADVICE}'
+        )
     seen.add(id(item))
     return item
 
 
 def _storage(stand_in: _Storage) -> torch.storage.TypedStorage:
-    data, = stand_in.args
+    (data,) = stand_in.args
     if not data.startswith(STORAGE_START):
-        raise UsageError(f'has a storage in a format that torch does not use inside pickles; {ADVICE}')
+        raise UsageError(
+            f'has a storage in a format that torch does not use inside pickles; {ADVICE}'
+        )
     try:
         storage = torch.load(io.BytesIO(data), map_location='cpu', weights_only=True)
     except pickle.UnpicklingError as e:
         culprit = re.search(r'GLOBAL (\S+)|$', str(e)).group(1) or 'damaged'
-        raise UsageError(f'has a storage with more than numbers ({culprit[:200]}); none of it was run; {ADVICE}') from e
+        raise UsageError(
+            f'has a storage with more than numbers ({culprit[:200]}); none of it was run; {ADVICE}'
+        ) from e
     if not isinstance(storage, torch.storage.TypedStorage) or not storage.dtype.is_floating_point:
-        raise UsageError(f'has a storage of {getattr(storage, "dtype", type(storage))}, not of floating-point; {ADVICE}')
+        raise UsageError(
+            f'has a storage of {getattr(storage, "dtype", type(storage))}, not of floating-point;'
+            f' {ADVICE}'
+        )
     return storage
 
 
-def _tensor(stand_in: _Inert, name: str, seen: Set[int]) -> Tensor:
+def _tensor(stand_in: _Inert, name: str, seen: set[int]) -> Tensor:
     """Rebuild a tensor as float32, within the bounds of its storage."""
     if isinstance(stand_in, _Parameter):
         stand_in = stand_in.args[0]
     if not isinstance(stand_in, _Tensor):
-        raise UsageError(f'has a {type(stand_in).__name__} where the tensor {name[:200]!r} was expected; {ADVICE}')
+        raise UsageError(
+            f'has a {type(stand_in).__name__} where the tensor {name[:200]!r} was expected;'
+            f' {ADVICE}'
+        )
     source, offset, size, stride = stand_in.args[:4]
     storage = _storage(_once(source, name, seen))
-    untyped = storage._untyped_storage   # the public untyped() warns
+    untyped = storage._untyped_storage  # the public untyped() warns
     length = untyped.nbytes() // storage.dtype.itemsize
     numbers = (offset, *size, *stride)
-    inside = all(type(n) is int and n >= 0 for n in numbers) and len(size) == len(stride) and math.prod(size) <= length
-    if not inside or (math.prod(size) and offset + sum((n - 1) * s for n, s in zip(size, stride)) >= length):
-        raise UsageError(f'has a tensor {name[:200]!r} that does not fit in its storage of {length} numbers; {ADVICE}')
+    inside = (
+        all(type(n) is int and n >= 0 for n in numbers)
+        and len(size) == len(stride)
+        and math.prod(size) <= length
+    )
+    if not inside or (
+        math.prod(size) and offset + sum((n - 1) * s for n, s in zip(size, stride)) >= length
+    ):
+        raise UsageError(
+            f'has a tensor {name[:200]!r} that does not fit in its storage of {length} numbers;'
+            f' {ADVICE}'
+        )
     return torch.empty(0, dtype=storage.dtype).set_(untyped, offset, size, stride).float()
 
 
-def _state(module: _Inert) -> Dict[str, Any]:
+def _state(module: _Inert) -> dict[str, Any]:
     return module.args[0]['state'] if isinstance(module, _Persistent) else module.state
 
 
-def _collect(module: _Inert, prefix: str, tensors: Dict[str, Tensor], states: List[dict], seen: Set[int]) -> None:
-    """Add the tensors below a module to ``tensors`` and the modules' attributes to ``states``, outermost first."""
+def _collect(
+    module: _Inert, prefix: str, tensors: dict[str, Tensor], states: list[dict], seen: set[int]
+) -> None:
+    """Add the tensors below a module to ``tensors`` and the modules' attributes to ``states``,
+    outermost first."""
     state = _state(_once(module, prefix, seen))
     states.append(state)
     for name, value in (*state['_parameters'].items(), *state['_buffers'].items()):
@@ -142,23 +180,34 @@ def _collect(module: _Inert, prefix: str, tensors: Dict[str, Tensor], states: Li
 
 def _check_class(module: Any, expected: str, what: str, fix: str) -> None:
     if not isinstance(module, _Persistent):
-        raise UsageError(f'has a {type(module).__name__} as its {what}, where a network was expected; {ADVICE}')
+        raise UsageError(
+            f'has a {type(module).__name__} as its {what}, where a network was expected; {ADVICE}'
+        )
     name = module.args[0]['class_name']
     if name != expected:
-        raise UsageError(f'has the {what} {str(name)[:80]}, but only {expected} can be converted; {fix}')
+        raise UsageError(
+            f'has the {what} {str(name)[:80]}, but only {expected} can be converted; {fix}'
+        )
 
 
-def _refuse_other_architectures(tensors: Dict[str, Tensor]) -> None:
+def _refuse_other_architectures(tensors: dict[str, Tensor]) -> None:
     for name, value in tensors.items():
         resampling = name.endswith('.resample_filter')
-        if re.search(r'^map_noise\.|_aux_(down|up|skip|residual)\b', name) or (resampling and max(value.shape) > 2):
-            raise UsageError(f'is an NCSN++ network (it has the tensor {name!r} {tuple(value.shape)}), but only DDPM++ can '
-                             "be converted; use the file with 'vp' instead of 've' in its name")
+        if re.search(r'^map_noise\.|_aux_(down|up|skip|residual)\b', name) or (
+            resampling and max(value.shape) > 2
+        ):
+            raise UsageError(
+                f'is an NCSN++ network (it has the tensor {name!r} {tuple(value.shape)}), but only'
+                " DDPM++ can be converted; use the file with 'vp' instead of 've' in its name"
+            )
         if resampling and not value.eq(0.25).all():
-            raise UsageError(f'resamples with the filter {name!r} other than the 2x2 mean, which EDMUNet has not; {ADVICE}')
+            raise UsageError(
+                f'resamples with the filter {name!r} other than the 2x2 mean, which EDMUNet has'
+                f' not; {ADVICE}'
+            )
 
 
-def _recorded(states: List[dict], name: str, default: float) -> float:
+def _recorded(states: list[dict], name: str, default: float) -> float:
     """A constructor's value, as the outermost module that knows it has it."""
     for state in states:
         for values in (state, state.get('_init_kwargs')):
@@ -167,12 +216,16 @@ def _recorded(states: List[dict], name: str, default: float) -> float:
     return default
 
 
-def _infer_unet(tensors: Dict[str, Tensor]) -> Dict[str, Any]:
+def _infer_unet(tensors: dict[str, Tensor]) -> dict[str, Any]:
     """The arguments of EDMUNet, but for the dropout, from the names and shapes of its tensors."""
-    blocks = Counter(re.findall(r'^enc\.(\d+)x\1_block\d+\.conv0\.weight$', '\n'.join(tensors), re.MULTILINE))
+    blocks = Counter(
+        re.findall(r'^enc\.(\d+)x\1_block\d+\.conv0\.weight$', '\n'.join(tensors), re.MULTILINE)
+    )
     levels = sorted(blocks, key=int, reverse=True)
     if not levels:
-        raise UsageError(f'has no encoder blocks (enc.32x32_block0 and so on) in its network; {ADVICE}')
+        raise UsageError(
+            f'has no encoder blocks (enc.32x32_block0 and so on) in its network; {ADVICE}'
+        )
     full = f'{levels[0]}x{levels[0]}'
     model_channels, in_channels = tensors[f'enc.{full}_conv.weight'].shape[:2]
 
@@ -186,65 +239,95 @@ def _infer_unet(tensors: Dict[str, Tensor]) -> Dict[str, Any]:
         label_dim=inputs('map_label'),
         augment_dim=inputs('map_augment'),
         model_channels=model_channels,
-        channel_mult=[tensors[f'enc.{r}x{r}_block0.conv0.weight'].shape[0] // model_channels for r in levels],
+        channel_mult=[
+            tensors[f'enc.{r}x{r}_block0.conv0.weight'].shape[0] // model_channels for r in levels
+        ],
         num_blocks=blocks[levels[0]],
         # not from the decoder: its lowest in0 has attention at any resolution
-        attn_resolutions=[int(r) for r in levels if f'enc.{r}x{r}_block0.qkv.weight' in tensors])
+        attn_resolutions=[int(r) for r in levels if f'enc.{r}x{r}_block0.qkv.weight' in tensors],
+    )
 
 
-def _check_shapes(tensors: Dict[str, Tensor], unet: Dict[str, Any]) -> None:
+def _check_shapes(tensors: dict[str, Tensor], unet: dict[str, Any]) -> None:
     with torch.device('meta'):
-        expected = {name: tuple(value.shape) for name, value in EDMUNet(**unet).state_dict().items()}
+        expected = {
+            name: tuple(value.shape) for name, value in EDMUNet(**unet).state_dict().items()
+        }
     found = {name: tuple(value.shape) for name, value in tensors.items()}
     for name in (*expected, *found):
         if expected.get(name) != found.get(name):
-            raise UsageError(f'is no DDPM++ network: {name[:200]!r} has the shape {found.get(name)} there, but '
-                             f'{expected.get(name)} in EDMUNet with {unet}; {ADVICE}')
+            raise UsageError(
+                f'is no DDPM++ network: {name[:200]!r} has the shape {found.get(name)} there, but '
+                f'{expected.get(name)} in EDMUNet with {unet}; {ADVICE}'
+            )
 
 
-def _convert(content: Any, key: str) -> Tuple[Dict[str, Tensor], Dict[str, Any]]:
+def _convert(content: Any, key: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if not isinstance(content, dict) or key not in content:
-        found = [str(name)[:40] for name in content][:20] if isinstance(content, dict) else type(content).__name__
+        found = (
+            [str(name)[:40] for name in content][:20]
+            if isinstance(content, dict)
+            else type(content).__name__
+        )
         raise UsageError(f'has no {key!r}; it holds {found}; choose the key of the network')
     network, tensors, states = content[key], {}, []
-    _check_class(network, 'EDMPrecond', f'preconditioning (at {key!r})', 'use a file edm-*.pkl of EDM: they all have it')
-    _check_class(_state(network)['_modules']['model'], 'SongUNet', 'model class', "use a 'vp' file (DDPM++)")
+    _check_class(
+        network,
+        'EDMPrecond',
+        f'preconditioning (at {key!r})',
+        'use a file edm-*.pkl of EDM: they all have it',
+    )
+    _check_class(
+        _state(network)['_modules']['model'], 'SongUNet', 'model class', "use a 'vp' file (DDPM++)"
+    )
     _collect(network, '', tensors, states, set())
     tensors = {re.sub(r'^model\.', '', name): value for name, value in tensors.items()}
     _refuse_other_architectures(tensors)
 
     sigma_data, dropout = _recorded(states, 'sigma_data', 0.5), _recorded(states, 'dropout', 0.0)
     if not 0 < sigma_data < math.inf or not 0 <= dropout < 1:
-        raise UsageError(f'records sigma_data={sigma_data} and dropout={dropout}, which no network has; {ADVICE}')
+        raise UsageError(
+            f'records sigma_data={sigma_data} and dropout={dropout}, which no network has; {ADVICE}'
+        )
     unet = dict(_infer_unet(tensors), dropout=dropout)
     _check_shapes(tensors, unet)
     return tensors, dict(unet=unet, sigma_data=sigma_data)
 
 
-def read_edm_pickle(filename: str, key: str = 'ema') -> Tuple[Dict[str, Tensor], Dict[str, Any]]:
-    """Read a DDPM++ network from one of EDM's pickles, on the CPU and in float32; nothing in the file is run.
+def read_edm_pickle(filename: str, key: str = 'ema') -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read a DDPM++ network from one of EDM's pickles, on the CPU and in float32; nothing in the
+    file is run.
 
     Args:
         filename (str): For example ``edm-cifar10-32x32-cond-vp.pkl``.
-        key (str): Which network of the file. Defaults to ``'ema'``, the only one in published files.
+        key (str): Which network of the file. Defaults to ``'ema'``, the only one in published
+            files.
 
     Returns:
-        tuple: The state dict of :class:`EDMUNet`, and ``dict(unet=..., sigma_data=...)`` with the arguments
-        of ``EDMUNet`` and :class:`EDMVelocity`, inferred from the tensors and what the file records.
+        tuple: The state dict of :class:`EDMUNet`, and ``dict(unet=..., sigma_data=...)`` with the
+            arguments
+        of ``EDMUNet`` and :class:`EDMVelocity`, inferred from the tensors and what the file
+        records.
 
     Raises:
-        UsageError: If the file does not exist, is damaged, holds anything that could run code, or holds
-            another network: an NCSN++ (``ve``), another model class or another preconditioning.
+        UsageError: If the file does not exist, is damaged, holds anything that could run code, or
+            holds another network: an NCSN++ (``ve``), another model class or another
+                preconditioning.
     """
     try:
         with open(filename, 'rb') as f:
             data = f.read()
     except OSError as e:
-        raise UsageError(f'the network pickle {filename!r} cannot be read: {e.strerror} (looked in {os.getcwd()})') from e
+        raise UsageError(
+            f'the network pickle {filename!r} cannot be read: {e.strerror} (looked in'
+            f' {os.getcwd()})'
+        ) from e
     try:
         return _convert(_open(data), key)
     except UsageError as e:
         raise UsageError(f'{filename!r} {e}') from e
     # damaged and hostile bytes raise anything, MemoryError and RecursionError included
     except Exception as e:
-        raise UsageError(f'{filename!r} is damaged ({type(e).__name__}: {str(e)[:200]}); {ADVICE}') from e
+        raise UsageError(
+            f'{filename!r} is damaged ({type(e).__name__}: {str(e)[:200]}); {ADVICE}'
+        ) from e

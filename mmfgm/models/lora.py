@@ -1,9 +1,10 @@
 # Copyright (c) mmfgm authors.
 """Low-rank adapters (Hu et al., 2022): several networks for the memory of one frozen base."""
+
 import copy
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import Dict, Iterable, List, Sequence, Tuple, Union
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +28,9 @@ def has_adapters(network: nn.Module) -> bool:
 
 def _copy_sharing(network: nn.Module, shared: Iterable[Tensor]) -> nn.Module:
     """A deep copy in which the ``shared`` tensors, and buffers, are those of the original."""
-    return copy.deepcopy(network, {id(tensor): tensor for tensor in chain(shared, network.buffers())})
+    return copy.deepcopy(
+        network, {id(tensor): tensor for tensor in chain(shared, network.buffers())}
+    )
 
 
 def copy_network(network: nn.Module) -> nn.Module:
@@ -37,9 +40,10 @@ def copy_network(network: nn.Module) -> nn.Module:
     return _copy_sharing(network, (p for p in network.parameters() if not p.requires_grad))
 
 
-def move_to(module: nn.Module, target: Union[str, torch.device, torch.dtype]) -> None:
-    """``module.to(target)``, which keeps shared parameters shared, but makes a new tensor for each use of a shared buffer."""
-    uses: Dict[int, List[Tuple[nn.Module, str]]] = {}
+def move_to(module: nn.Module, target: str | torch.device | torch.dtype) -> None:
+    """``module.to(target)``, which keeps shared parameters shared, but makes a new tensor for each
+    use of a shared buffer."""
+    uses: dict[int, list[tuple[nn.Module, str]]] = {}
     for part in module.modules():
         for name, buffer in part.named_buffers(recurse=False):
             uses.setdefault(id(buffer), []).append((part, name))
@@ -51,12 +55,14 @@ def move_to(module: nn.Module, target: Union[str, torch.device, torch.dtype]) ->
 
 @dataclass
 class LoRA:
-    """``W + alpha / rank B A`` in place of each chosen ``W``, which is frozen; ``B`` starts at 0, so nothing changes at first.
+    """``W + alpha / rank B A`` in place of each chosen ``W``, which is frozen; ``B`` starts at 0,
+    so nothing changes at first.
 
     Args:
         rank (int): Rows of ``A``.
         alpha (float): Scale of the update, times the rank.
-        target_modules (Sequence[str]): Endings of the names of the layers to adapt, for example ``('attn.to_q',)``.
+        target_modules (Sequence[str]): Endings of the names of the layers to adapt, for example
+            ``('attn.to_q',)``.
 
     Raises:
         UsageError: If the rank is not a positive whole number, or there are no target modules.
@@ -68,13 +74,18 @@ class LoRA:
 
     def __post_init__(self):
         if not isinstance(self.rank, int) or self.rank < 1:
-            raise UsageError(f'lora.rank must be a whole number of at least 1, but is {self.rank!r}')
+            raise UsageError(
+                f'lora.rank must be a whole number of at least 1, but is {self.rank!r}'
+            )
         if isinstance(self.target_modules, str) or not self.target_modules:
-            raise UsageError("lora.target_modules must list endings of layers' names, for example ('attn.to_q', 'attn.to_k'), "
-                             f'but is {self.target_modules!r}')
+            raise UsageError(
+                "lora.target_modules must list endings of layers' names, for example ('attn.to_q',"
+                f" 'attn.to_k'), but is {self.target_modules!r}"
+            )
 
     def adapted(self, network: nn.Module) -> nn.Module:
-        """A copy that shares the weights of a network, which are frozen, and trains adapters of its own in float32.
+        """A copy that shares the weights of a network, which are frozen, and trains adapters of its
+        own in float32.
 
         Raises:
             UsageError: If an ending matches no layer that can be adapted.
@@ -82,16 +93,29 @@ class LoRA:
         names = [name for name, _ in network.named_modules()]
         for ending in self.target_modules:
             if not any(name == ending or name.endswith(f'.{ending}') for name in names):
-                layers = sorted({name.split('.')[-1] for name, m in network.named_modules() if isinstance(m, nn.Linear)})
-                raise UsageError(f'lora.target_modules: no layer of {type(network).__name__} is called {ending!r}; the last '
-                                 f'parts of the names of its linear layers are {layers}')
+                layers = sorted(
+                    {
+                        name.split('.')[-1]
+                        for name, m in network.named_modules()
+                        if isinstance(m, nn.Linear)
+                    }
+                )
+                raise UsageError(
+                    f'lora.target_modules: no layer of {type(network).__name__} is called'
+                    f' {ending!r}; the last parts of the names of its linear layers are {layers}'
+                )
         peft = _peft()
-        settings = peft.LoraConfig(r=self.rank, lora_alpha=self.alpha, target_modules=list(self.target_modules))
+        settings = peft.LoraConfig(
+            r=self.rank, lora_alpha=self.alpha, target_modules=list(self.target_modules)
+        )
         adapted = _copy_sharing(network, network.parameters())
         try:
             peft.inject_adapter_in_model(settings, adapted)
         except ValueError as e:
-            raise UsageError(f'lora.target_modules {tuple(self.target_modules)} name a layer that cannot be adapted: {e}') from e
+            raise UsageError(
+                f'lora.target_modules {tuple(self.target_modules)} name a layer that cannot be'
+                f' adapted: {e}'
+            ) from e
         for p in adapted.parameters():
             if p.requires_grad:
                 p.data = p.data.float()
@@ -100,12 +124,15 @@ class LoRA:
 
 @torch.no_grad()
 def merge_adapters(network: nn.Module) -> nn.Module:
-    """A copy of an adapted network in which each ``W`` is ``W + alpha / rank B A``, in plain layers of their old names.
+    """A copy of an adapted network in which each ``W`` is ``W + alpha / rank B A``, in plain layers
+    of their old names.
 
     Frozen tensors that no adapter touches stay shared with the original.
     """
     layer_type = _peft().tuners.tuners_utils.BaseTunerLayer
-    layers = {name: module for name, module in network.named_modules() if isinstance(module, layer_type)}
+    layers = {
+        name: module for name, module in network.named_modules() if isinstance(module, layer_type)
+    }
     memo = {id(p): p for p in network.parameters() if not p.requires_grad}
     for layer in layers.values():
         # what is merged into must be a copy

@@ -14,10 +14,11 @@ def from_uint8(images: Tensor) -> Tensor:
 
 @MODELS.register_module()
 class ImagePreprocessor(BaseDataPreprocessor):
-    """Move batches to the device, bring uint8 images to [-1, 1] there, and flip them while training.
+    """Move batches to the device, bring uint8 images to [-1, 1] there, and flip them while
+    training.
 
-    Flips are drawn by the training process, one per image, so that a resumed run repeats them whatever
-    the number of loader workers.
+    Flips are drawn by the training process, one per image, so that a resumed run repeats them
+    whatever the number of loader workers.
 
     Args:
         flip_prob (float): Probability of mirroring a training image. Defaults to 0.5.

@@ -1,8 +1,10 @@
 # Copyright (c) mmfgm authors.
-"""How much autograd keeps for the backward pass, found out on tensors without values that pass for a GPU's."""
+"""How much autograd keeps for the backward pass, found out on tensors without values that pass for
+a GPU's."""
+
+from collections.abc import Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
-from typing import Dict, Sequence, Tuple
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +17,9 @@ from mmfgm.errors import UsageError
 from mmfgm.models import FlowModel
 
 
-def dummy_batch(network: nn.Module, batch_size: int) -> Dict[str, Tensor]:
-    """A training batch of zeros; conditions of further shapes come from ``network.dummy_conditions(batch_size)``.
+def dummy_batch(network: nn.Module, batch_size: int) -> dict[str, Tensor]:
+    """A training batch of zeros; conditions of further shapes come from
+    ``network.dummy_conditions(batch_size)``.
 
     Raises:
         UsageError: If the network does not say which conditions it takes.
@@ -24,12 +27,20 @@ def dummy_batch(network: nn.Module, batch_size: int) -> Dict[str, Tensor]:
     if hasattr(network, 'dummy_conditions'):
         cond = network.dummy_conditions(batch_size)
     elif getattr(network, 'num_classes', None) is not None:
-        cond = dict(labels=torch.zeros(batch_size, dtype=torch.int64)) if network.num_classes else {}
+        cond = (
+            dict(labels=torch.zeros(batch_size, dtype=torch.int64)) if network.num_classes else {}
+        )
     else:
-        raise UsageError(f'{type(network).__name__} does not say which conditions it takes; give it num_classes (0: none) '
-                         'or dummy_conditions(batch_size) -> dict of tensors')
+        raise UsageError(
+            f'{type(network).__name__} does not say which conditions it takes; give it num_classes'
+            ' (0: none) or dummy_conditions(batch_size) -> dict of tensors'
+        )
     batch = dict(cond, x_0=torch.zeros(batch_size, *network.event_shape))
-    return dict(idx=torch.arange(batch_size), **batch, **{f'real_{name}': value for name, value in batch.items()})
+    return dict(
+        idx=torch.arange(batch_size),
+        **batch,
+        **{f'real_{name}': value for name, value in batch.items()},
+    )
 
 
 class _FusedAttention(torch.autograd.Function):
@@ -43,13 +54,14 @@ class _FusedAttention(torch.autograd.Function):
 
 
 class _AttentionOfGPU(TorchFunctionMode):
-    """Chooses attention as torch does on a GPU; without one it would always keep the matrix of weights."""
+    """Chooses attention as torch does on a GPU; without one it would always keep the matrix of
+    weights."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if func is not scaled_dot_product_attention:
             return func(*args, **kwargs)
-        qkv = [*args[:3], *(kwargs[name] for name in ('query', 'key', 'value')[len(args):])]
+        qkv = [*args[:3], *(kwargs[name] for name in ('query', 'key', 'value')[len(args) :])]
         # fused kernels want channels side by side
         if any(x.stride(-1) != 1 for x in qkv):
             return func(*args, **kwargs)
@@ -63,14 +75,15 @@ def _storage(tensor: Tensor) -> int:
 
 
 class _Kept(TorchDispatchMode):
-    """Collects what autograd keeps while this is active, each storage once and without the weights themselves."""
+    """Collects what autograd keeps while this is active, each storage once and without the weights
+    themselves."""
 
     def __init__(self, weights: Sequence[Tensor]):
         super().__init__()
         self.weights = {_storage(weight) for weight in weights}
         # tensors are held, so that their storage's number is not given to another
-        self.copies: Dict[int, Tensor] = {}
-        self.kept: Dict[int, Tensor] = {}
+        self.copies: dict[int, Tensor] = {}
+        self.kept: dict[int, Tensor] = {}
         self.hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -84,7 +97,7 @@ class _Kept(TorchDispatchMode):
             self.kept[_storage(tensor)] = tensor
         return tensor
 
-    def bytes(self) -> Tuple[int, int]:
+    def bytes(self) -> tuple[int, int]:
         """Of activations, and of copies of weights in another precision."""
         sizes = {key: tensor.untyped_storage().nbytes() for key, tensor in self.kept.items()}
         casts = sum(size for key, size in sizes.items() if key in self.copies)
@@ -114,8 +127,9 @@ def _autocast():
 
 
 def _to_fake_gpu(model: FlowModel, bf16: bool, sharded: bool) -> None:
-    """Replace tensors on the meta device by such that pass for a GPU's, and set the precision of strategies."""
-    replaced = {}   # by id: networks with adapters share a base
+    """Replace tensors on the meta device by such that pass for a GPU's, and set the precision of
+    strategies."""
+    replaced = {}  # by id: networks with adapters share a base
     for module in model.modules():
         for tensors in (module._parameters, module._buffers):
             for name, old in tensors.items():
@@ -143,7 +157,8 @@ def _to_fake_gpu(model: FlowModel, bf16: bool, sharded: bool) -> None:
 
 @contextmanager
 def _recomputed(model: FlowModel, weights: Sequence[Tensor]):
-    """Yields a list that grows by the bytes each block keeps while diffusers' checkpointing computes it again."""
+    """Yields a list that grows by the bytes each block keeps while diffusers' checkpointing
+    computes it again."""
     sizes = [0]
 
     def checkpoint(block, *args, original, **kwargs):
@@ -163,19 +178,23 @@ def _recomputed(model: FlowModel, weights: Sequence[Tensor]):
             m._gradient_checkpointing_func = original
 
 
-def kept_bytes(model: FlowModel, batch_size: int, bf16: bool, sharded: bool,
-               share_samples: bool) -> Dict[str, Tuple[int, int]]:
-    """Phase to bytes of activations and of bf16 copies of weights that its backward pass needs at once.
+def kept_bytes(
+    model: FlowModel, batch_size: int, bf16: bool, sharded: bool, share_samples: bool
+) -> dict[str, tuple[int, int]]:
+    """Phase to bytes of activations and of bf16 copies of weights that its backward pass needs at
+    once.
 
     Args:
-        model (FlowModel): On the meta device; its tensors are replaced, so it is of no use afterwards.
+        model (FlowModel): On the meta device; its tensors are replaced, so it is of no use
+            afterwards.
         batch_size (int): Of one process.
         bf16 (bool): Compute in bf16: with autocast, or with bf16 weights if ``sharded``.
         sharded (bool): Whether the strategy is FSDP2, whose gathered weights are not counted.
         share_samples (bool): Whether every phase holds the generator's graph.
 
     Raises:
-        UsageError: If the network does not say which conditions it takes, or needs values to be run.
+        UsageError: If the network does not say which conditions it takes, or needs values to be
+            run.
     """
     with FakeTensorMode(), _AttentionOfGPU():
         _to_fake_gpu(model, bf16, sharded)
@@ -184,15 +203,24 @@ def kept_bytes(model: FlowModel, batch_size: int, bf16: bool, sharded: bool,
         weights = [*model.parameters(), *model.buffers()]
         found = {}
         for phase, spec in model.phases.items():
-            frozen = [p for name in spec.freezes for p in getattr(model, name).parameters() if p.requires_grad]
+            frozen = [
+                p
+                for name in spec.freezes
+                for p in getattr(model, name).parameters()
+                if p.requires_grad
+            ]
             for p in frozen:
                 p.requires_grad_(False)
             try:
                 with _recomputed(model, weights) as again, _Kept(weights) as kept:
                     # held, as the training loop does
-                    losses = model.loss(phase, model.prepare(batch, spec.differentiable or share_samples))
+                    losses = model.loss(
+                        phase, model.prepare(batch, spec.differentiable or share_samples)
+                    )
             except (RuntimeError, TypeError, ValueError) as e:
-                raise UsageError(f'phase {phase!r} cannot be run on tensors without values: {str(e)[:300]}') from e
+                raise UsageError(
+                    f'phase {phase!r} cannot be run on tensors without values: {str(e)[:300]}'
+                ) from e
             for p in frozen:
                 p.requires_grad_(True)
             activations, casts = kept.bytes()

@@ -1,12 +1,17 @@
 # Copyright (c) mmfgm authors.
-"""Encode images with Stable Diffusion 3's VAE, and their captions with its text encoders, once, for training without them.
+"""Encode images with Stable Diffusion 3's VAE, and their captions with its text encoders, once, for
+training without them.
 
-IMAGES is a folder, a .zip, or webdataset shards: a .tar or a folder of them. Every image is turned upright as its EXIF says,
-made RGB, resized (bicubic, antialiased) so that its shorter side has --resolution pixels, which enlarges smaller ones, and
-cut to the square in its centre: what is outside is lost. The latents are (mean - shift_factor) * scaling_factor of the VAE's
-distribution, computed in float32. A 1024-pixel image takes 0.52 MB in bf16, a 512-pixel one 0.13 MB; for captions see
-cache_prompts.py. A run that is killed goes on where it stopped. Several processes share the work, as there.
+IMAGES is a folder, a .zip, or webdataset shards: a .tar or a folder of them. Every image is turned
+    upright as its EXIF says,
+made RGB, resized (bicubic, antialiased) so that its shorter side has --resolution pixels, which
+enlarges smaller ones, and cut to the square in its centre: what is outside is lost. The latents are
+    (mean - shift_factor) * scaling_factor of the VAE's
+distribution, computed in float32. A 1024-pixel image takes 0.52 MB in bf16, a 512-pixel one 0.13
+MB; for captions see cache_prompts.py. A run that is killed goes on where it stopped. Several
+processes share the work, as there.
 """
+
 import argparse
 import hashlib
 import io
@@ -15,8 +20,8 @@ import os
 import os.path as osp
 import tarfile
 import zipfile
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Callable, Dict, List, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
@@ -27,25 +32,38 @@ from torch import Tensor
 from mmfgm.datasets.images import SUFFIXES
 from mmfgm.errors import UsageError
 
-from .caching import DTYPES, ShardWriter, add_caching_arguments, keep_good, on_main, run_job, start
 from .cache_prompts import read_prompts
+from .caching import DTYPES, ShardWriter, add_caching_arguments, keep_good, on_main, run_job, start
 from .cli import run_tool
 from .sd3_encoders import PromptEncoder, identify, load_vae
 
 
-def parse_args(argv: Optional[Sequence[str]]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument('images', help='a folder or .zip of images, a .tar or a folder of .tar')
-    parser.add_argument('--resolution', type=int, default=1024, help='pixels of a side (default: 1024)')
-    parser.add_argument('--captions', metavar='FILE', help='a .jsonl of {"file_name": ..., "text": ...}, or "txt" for a '
-                        'KEY.txt beside each KEY.jpg, as in webdataset')
-    parser.add_argument('--workers', type=int, default=4, help='threads that decode images (default: 4)')
+    parser.add_argument(
+        '--resolution', type=int, default=1024, help='pixels of a side (default: 1024)'
+    )
+    parser.add_argument(
+        '--captions',
+        metavar='FILE',
+        help=(
+            'a .jsonl of {"file_name": ..., "text": ...}, or "txt" for a '
+            'KEY.txt beside each KEY.jpg, as in webdataset'
+        ),
+    )
+    parser.add_argument(
+        '--workers', type=int, default=4, help='threads that decode images (default: 4)'
+    )
     add_caching_arguments(parser)
     return parser.parse_args(argv)
 
 
 class Files:
-    """The files below a folder, in a ``.zip``, or in ``.tar`` shards, by their sorted relative names.
+    """The files below a folder, in a ``.zip``, or in ``.tar`` shards, by their sorted relative
+    names.
 
     Raises:
         UsageError: If there are none, or an archive is damaged.
@@ -55,8 +73,11 @@ class Files:
         self.path, self.zip, self.tars = path, None, {}
         try:
             if osp.isdir(path):
-                names = [osp.relpath(osp.join(root, name), path).replace(os.sep, '/')
-                         for root, _, files in os.walk(path, followlinks=True) for name in files]
+                names = [
+                    osp.relpath(osp.join(root, name), path).replace(os.sep, '/')
+                    for root, _, files in os.walk(path, followlinks=True)
+                    for name in files
+                ]
                 self.sizes = {name: osp.getsize(osp.join(path, name)) for name in names}
                 tars = [osp.join(path, name) for name in sorted(names) if name.endswith('.tar')]
                 if tars and not any(name.lower().endswith(SUFFIXES) for name in names):
@@ -67,10 +88,15 @@ class Files:
                 self.zip = zipfile.ZipFile(path)
                 self.sizes = {info.filename: info.file_size for info in self.zip.infolist()}
         except (OSError, zipfile.BadZipFile, tarfile.TarError) as e:
-            raise UsageError(f'images come from a folder, a .zip, a .tar or a folder of .tar, but {path!r} cannot be read '
-                             f'as one: {e}') from e
-        self.images = sorted(name for name in self.sizes
-                             if name.lower().endswith(SUFFIXES) and not name.split('/')[-1].startswith('.'))
+            raise UsageError(
+                f'images come from a folder, a .zip, a .tar or a folder of .tar, but {path!r}'
+                f' cannot be read as one: {e}'
+            ) from e
+        self.images = sorted(
+            name
+            for name in self.sizes
+            if name.lower().endswith(SUFFIXES) and not name.split('/')[-1].startswith('.')
+        )
         if not self.images:
             raise UsageError(f'{path!r} holds no images; expected are {", ".join(SUFFIXES)} files')
 
@@ -79,8 +105,13 @@ class Files:
         for tar in tars:
             prefix = '' if tar == self.path else f'{osp.relpath(tar, self.path)}/'
             with tarfile.open(tar, 'r:') as f:
-                self.tars.update({prefix + member.name: (tar, member.offset_data, member.size)
-                                  for member in f if member.isfile()})
+                self.tars.update(
+                    {
+                        prefix + member.name: (tar, member.offset_data, member.size)
+                        for member in f
+                        if member.isfile()
+                    }
+                )
         self.sizes = {name: size for name, (_, _, size) in self.tars.items()}
 
     def read(self, name: str) -> bytes:
@@ -103,34 +134,47 @@ def read_image(content: bytes, resolution: int) -> Tensor:
     """
     try:
         image = ImageOps.exif_transpose(Image.open(io.BytesIO(content)))
-        if image.mode.startswith(('I', 'F')):   # which PIL would clip
+        if image.mode.startswith(('I', 'F')):  # which PIL would clip
             raise ValueError(f'mode {image.mode}, expected are 8-bit images')
         image = image.convert('RGB')
-    except Exception as e:   # a damaged file can raise anything
+    except Exception as e:  # a damaged file can raise anything
         raise UsageError(f'cannot be read as an image ({e})') from e
     scale = resolution / min(image.size)
     width, height = (max(resolution, round(side * scale)) for side in image.size)
     left, top = (width - resolution) // 2, (height - resolution) // 2
-    image = image.resize((width, height), Image.Resampling.BICUBIC).crop((left, top, left + resolution, top + resolution))
+    image = image.resize((width, height), Image.Resampling.BICUBIC).crop(
+        (left, top, left + resolution, top + resolution)
+    )
     return torch.from_numpy(np.array(image)).permute(2, 0, 1) / 127.5 - 1
 
 
-def read_captions(files: Files, source: str) -> List[Optional[str]]:
+def read_captions(files: Files, source: str) -> list[str | None]:
     """The caption of each image, None where there is none."""
     if source == 'txt':
         names = [f'{osp.splitext(name)[0]}.txt' for name in files.images]
-        return [files.read(name).decode('utf-8', 'replace').strip() if name in files.sizes else None for name in names]
+        return [
+            files.read(name).decode('utf-8', 'replace').strip() if name in files.sizes else None
+            for name in names
+        ]
     names, texts = (read_prompts(source, column)[1] for column in ('file_name', 'text'))
     captions = dict(zip(map(str, names), texts))
     unknown = [name for name in captions if name not in files.sizes]
     if unknown:
-        raise UsageError(f'{source!r} has captions for {len(unknown)} files that are not in {files.path!r}, such as '
-                         f'{unknown[0]!r}; file_name is relative to it')
+        raise UsageError(
+            f'{source!r} has captions for {len(unknown)} files that are not in {files.path!r}, such'
+            f' as {unknown[0]!r}; file_name is relative to it'
+        )
     return [captions.get(name) for name in files.images]
 
 
-def make_encode(args: argparse.Namespace, vae: torch.nn.Module, files: Files, names: Sequence[str], captions: Sequence[str],
-                encoder: Optional[PromptEncoder]) -> Callable[[List[int]], Tuple[Dict[str, Tensor], List[list]]]:
+def make_encode(
+    args: argparse.Namespace,
+    vae: torch.nn.Module,
+    files: Files,
+    names: Sequence[str],
+    captions: Sequence[str],
+    encoder: PromptEncoder | None,
+) -> Callable[[list[int]], tuple[dict[str, Tensor], list[list]]]:
     """What :func:`run_job` calls for a batch of items."""
     pool = ThreadPoolExecutor(max(1, args.workers))
     dtype = getattr(torch, DTYPES[args.dtype])
@@ -140,19 +184,28 @@ def make_encode(args: argparse.Namespace, vae: torch.nn.Module, files: Files, na
             return read_image(files.read(names[item]), args.resolution)
         except UsageError as e:
             if args.on_bad == 'error':
-                raise UsageError(f'{names[item]!r} in {files.path!r} {e}; replace it, or skip it with --on-bad skip') from e
+                raise UsageError(
+                    f'{names[item]!r} in {files.path!r} {e}; replace it, or skip it with --on-bad'
+                    ' skip'
+                ) from e
             return str(e)
 
     @torch.no_grad()
     def encode(items):
         images = list(pool.map(read, items))
-        skipped = [[names[item], image] for item, image in zip(items, images) if isinstance(image, str)]
-        items, images = [item for item, image in zip(items, images) if not isinstance(image, str)], \
-                        [image for image in images if not isinstance(image, str)]
+        skipped = [
+            [names[item], image] for item, image in zip(items, images) if isinstance(image, str)
+        ]
+        items, images = (
+            [item for item, image in zip(items, images) if not isinstance(image, str)],
+            [image for image in images if not isinstance(image, str)],
+        )
         if not images:
             return {}, skipped
         mean = vae.encode(torch.stack(images).to(vae.device)).latent_dist.mean
-        tensors = dict(x_0=((mean - vae.config.shift_factor) * vae.config.scaling_factor).to('cpu', dtype))
+        tensors = dict(
+            x_0=((mean - vae.config.shift_factor) * vae.config.scaling_factor).to('cpu', dtype)
+        )
         if encoder is not None:
             tensors.update(encoder.encode([captions[item] for item in items]))
         return tensors, skipped
@@ -160,39 +213,82 @@ def make_encode(args: argparse.Namespace, vae: torch.nn.Module, files: Files, na
     return encode
 
 
-def cache_latents(argv: Optional[Sequence[str]] = None) -> None:
+def cache_latents(argv: Sequence[str] | None = None) -> None:
     """Encode as the command line says."""
     args = parse_args(argv)
     device = start(args)
     vae = load_vae(args.model, device)
     factor = 2 ** (len(vae.config.block_out_channels) - 1)
     if args.resolution < 1 or args.resolution % factor:
-        raise UsageError(f'--resolution must be a multiple of the {factor} pixels of a latent, but is {args.resolution}')
-    files = on_main(lambda: Files(args.images)) if not args.images.endswith('.zip') else Files(args.images)
+        raise UsageError(
+            f'--resolution must be a multiple of the {factor} pixels of a latent, but is'
+            f' {args.resolution}'
+        )
+    files = (
+        on_main(lambda: Files(args.images))
+        if not args.images.endswith('.zip')
+        else Files(args.images)
+    )
     names, captions, skipped, encoder = files.images, [''] * len(files.images), [], None
     side = args.resolution // factor
-    identity, layout = dict(vae=on_main(lambda: identify(vae))), dict(x_0=[vae.config.latent_channels, side, side])
-    settings = dict(dtype=DTYPES[args.dtype], batch_size=args.batch_size, shard_size=args.shard_size,
-                    resolution=args.resolution, aspect='shorter side to resolution, centre crop',
-                    shift_factor=vae.config.shift_factor, scaling_factor=vae.config.scaling_factor)
+    identity, layout = (
+        dict(vae=on_main(lambda: identify(vae))),
+        dict(x_0=[vae.config.latent_channels, side, side]),
+    )
+    settings = dict(
+        dtype=DTYPES[args.dtype],
+        batch_size=args.batch_size,
+        shard_size=args.shard_size,
+        resolution=args.resolution,
+        aspect='shorter side to resolution, centre crop',
+        shift_factor=vae.config.shift_factor,
+        scaling_factor=vae.config.scaling_factor,
+    )
     if args.captions:
         encoder = PromptEncoder(args, device)
         captions = on_main(lambda: read_captions(files, args.captions))
         bad = on_main(lambda: encoder.bad(captions))
-        skipped = on_main(lambda: keep_good([f'caption of {name}' for name in names], bad, args.on_bad))
-        names, captions = ([value for i, value in enumerate(values) if i not in bad] for values in (names, captions))
-        identity, layout, settings = ({**a, **b} for a, b in ((identity, encoder.identity), (layout, encoder.layout),
-                                                              (settings, encoder.settings)))
-    listing = json.dumps([[name, files.sizes[name], caption] for name, caption in zip(names, captions)])
-    job = dict(kind='latents', identity=identity, settings=settings, layout=layout,
-               source=dict(count=len(names), sha256=hashlib.sha256(listing.encode()).hexdigest(), skipped=skipped))
+        skipped = on_main(
+            lambda: keep_good([f'caption of {name}' for name in names], bad, args.on_bad)
+        )
+        names, captions = (
+            [value for i, value in enumerate(values) if i not in bad]
+            for values in (names, captions)
+        )
+        identity, layout, settings = (
+            {**a, **b}
+            for a, b in (
+                (identity, encoder.identity),
+                (layout, encoder.layout),
+                (settings, encoder.settings),
+            )
+        )
+    listing = json.dumps(
+        [[name, files.sizes[name], caption] for name, caption in zip(names, captions)]
+    )
+    job = dict(
+        kind='latents',
+        identity=identity,
+        settings=settings,
+        layout=layout,
+        source=dict(
+            count=len(names), sha256=hashlib.sha256(listing.encode()).hexdigest(), skipped=skipped
+        ),
+    )
     if skipped and is_main_process():
         print(f'{len(skipped)} images are left out; the manifest lists them', flush=True)
-    run_job(ShardWriter(args.out, job), len(names), args.shard_size, args.batch_size,
-            make_encode(args, vae, files, names, captions, encoder), encoder and (lambda: encoder.encode([''])), 'image')
+    run_job(
+        ShardWriter(args.out, job),
+        len(names),
+        args.shard_size,
+        args.batch_size,
+        make_encode(args, vae, files, names, captions, encoder),
+        encoder and (lambda: encoder.encode([''])),
+        'image',
+    )
 
 
-def main(argv: Optional[Sequence[str]] = None) -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     run_tool(cache_latents, argv)
 
 

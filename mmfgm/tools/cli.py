@@ -1,16 +1,17 @@
 # Copyright (c) mmfgm authors.
 """What the command-line tools share: configs, launchers, and errors that fit on one screen."""
+
 import argparse
 import logging
 import os
 import os.path as osp
 import sys
-from typing import Callable, Optional, Sequence
+from collections.abc import Callable, Sequence
 
 import torch.distributed as dist
 from mmengine.config import Config, DictAction
 
-from mmfgm.apis.config import config_path, read_config  # noqa: F401 - of all tools
+from mmfgm.apis.config import config_path, read_config
 from mmfgm.engine import NonFiniteError
 from mmfgm.errors import UsageError
 
@@ -24,9 +25,17 @@ CONFIG_HELP = 'config file, or mmfgm::PATH for one that comes with mmfgm'
 def add_common_arguments(parser: argparse.ArgumentParser, config_help: str = CONFIG_HELP) -> None:
     """The arguments every OpenMMLab tool has."""
     parser.add_argument('config', help=config_help)
-    parser.add_argument('--work-dir', help='where logs and checkpoints go (default: work_dirs/FOLDER/NAME of the config)')
-    parser.add_argument('--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE',
-                        help='override config values, e.g. train_cfg.max_iters=100')
+    parser.add_argument(
+        '--work-dir',
+        help='where logs and checkpoints go (default: work_dirs/FOLDER/NAME of the config)',
+    )
+    parser.add_argument(
+        '--cfg-options',
+        nargs='+',
+        action=DictAction,
+        metavar='KEY=VALUE',
+        help='override config values, e.g. train_cfg.max_iters=100',
+    )
     parser.add_argument('--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'], default='none')
     parser.add_argument('--local_rank', '--local-rank', type=int, default=0, help=argparse.SUPPRESS)
 
@@ -41,7 +50,9 @@ def load_config(args: argparse.Namespace) -> Config:
     try:
         cfg.merge_from_dict(args.cfg_options or {})
     except (KeyError, TypeError, AttributeError) as e:
-        raise UsageError(f'--cfg-options {args.cfg_options} does not fit the config: {type(e).__name__}: {e}') from e
+        raise UsageError(
+            f'--cfg-options {args.cfg_options} does not fit the config: {type(e).__name__}: {e}'
+        ) from e
     cfg.launcher = args.launcher
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
     if args.work_dir:
@@ -52,7 +63,9 @@ def load_config(args: argparse.Namespace) -> Config:
     return cfg
 
 
-def run_tool(main: Callable[[Optional[Sequence[str]]], None], argv: Optional[Sequence[str]] = None) -> None:
+def run_tool(
+    main: Callable[[Sequence[str] | None], None], argv: Sequence[str] | None = None
+) -> None:
     """Run a tool; mistakes of the user end in a message and exit code 2, not in a traceback.
 
     A run stopped by a non-finite value exits with 3, one stopped by SIGTERM with 75.
@@ -68,7 +81,8 @@ def run_tool(main: Callable[[Optional[Sequence[str]]], None], argv: Optional[Seq
     # not in a finally: after another error the peers may be waiting in a collective
     if dist.is_initialized():
         dist.destroy_process_group()
-        # a thread of the backend that outlives the interpreter aborts the process: leave without the teardown
+        # a thread of the backend that outlives the interpreter aborts the process: leave without
+        # the teardown
         logging.shutdown()
         sys.stdout.flush()
         sys.stderr.flush()

@@ -1,14 +1,16 @@
 # Copyright (c) mmfgm authors.
 """Estimate the GPU memory that training a config takes, without weights, data or a GPU.
 
-Parameters, gradients, optimizer state and averages are counted exactly, on the meta device. Activations are what
-autograd keeps for the backward pass, counted in a forward pass on tensors without values. Not counted are workspaces,
-temporary tensors and evaluation (its batch size and decoder are its own); the reserve is for them.
+Parameters, gradients, optimizer state and averages are counted exactly, on the meta device.
+Activations are what autograd keeps for the backward pass, counted in a forward pass on tensors
+without values. Not counted are workspaces, temporary tensors and evaluation (its batch size and
+decoder are its own); the reserve is for them.
 """
+
 import argparse
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Dict, Optional, Sequence
 from unittest import mock
 
 import torch
@@ -26,22 +28,47 @@ from .activations import kept_bytes
 from .cli import CONFIG_HELP, building, load_config, run_tool
 
 # GiB, as torch.cuda reports them
-GPUS = {'T4-16GB': 14.6, 'V100-16GB': 15.8, 'V100-32GB': 31.7, 'L4-24GB': 22.0, 'A10G-24GB': 22.0, 'RTX3090-24GB': 23.6,
-        'RTX4090-24GB': 23.6, 'A100-40GB': 39.4, 'A100-80GB': 79.1, 'L40S-48GB': 44.4, 'H100-80GB': 79.1,
-        'H200-141GB': 139.7}
+GPUS = {
+    'T4-16GB': 14.6,
+    'V100-16GB': 15.8,
+    'V100-32GB': 31.7,
+    'L4-24GB': 22.0,
+    'A10G-24GB': 22.0,
+    'RTX3090-24GB': 23.6,
+    'RTX4090-24GB': 23.6,
+    'A100-40GB': 39.4,
+    'A100-80GB': 79.1,
+    'L40S-48GB': 44.4,
+    'H100-80GB': 79.1,
+    'H200-141GB': 139.7,
+}
 CONTEXT_GIB = 1.0
 RESERVE = 0.1
 GIB = 1 << 30
 COLUMNS = ('parameters', 'gradients', 'optimizer', 'EMA', 'gathered/cast', 'activations')
 
 
-def parse_args(argv: Optional[Sequence[str]]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument('config', help=CONFIG_HELP)
-    parser.add_argument('--gpus', type=int, default=1, help='GPUs of the run, one process each (default: 1)')
-    parser.add_argument('--gpu', metavar='SIZE', help=f'does it fit: GiB of one GPU, or one of {", ".join(GPUS)}')
-    parser.add_argument('--batch-size', type=int, help='samples per GPU (default: train_dataloader.batch_size)')
-    parser.add_argument('--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE', help='override config values')
+    parser.add_argument(
+        '--gpus', type=int, default=1, help='GPUs of the run, one process each (default: 1)'
+    )
+    parser.add_argument(
+        '--gpu', metavar='SIZE', help=f'does it fit: GiB of one GPU, or one of {", ".join(GPUS)}'
+    )
+    parser.add_argument(
+        '--batch-size', type=int, help='samples per GPU (default: train_dataloader.batch_size)'
+    )
+    parser.add_argument(
+        '--cfg-options',
+        nargs='+',
+        action=DictAction,
+        metavar='KEY=VALUE',
+        help='override config values',
+    )
     parser.set_defaults(launcher='none', work_dir=None, local_rank=0)
     return parser.parse_args(argv)
 
@@ -78,14 +105,20 @@ class Plan:
             UsageError: For a strategy or precision that is unknown or does not go with ``gpus``.
         """
         strategy = dict(cfg.get('strategy') or {})
-        name = strategy.get('type', default_strategy('none' if gpus == 1 else 'pytorch')).removeprefix('mmfgm.')
+        name = strategy.get(
+            'type', default_strategy('none' if gpus == 1 else 'pytorch')
+        ).removeprefix('mmfgm.')
         known = ('SingleDeviceStrategy', 'DDPStrategy', 'FSDP2Strategy')
         if name not in known or gpus < 1 or (name == known[0] and gpus > 1):
-            raise UsageError(f'memory is known for the strategies {known} and the first for one GPU only, but the config '
-                             f'and --gpus say {name} on {gpus} GPU(s)')
+            raise UsageError(
+                f'memory is known for the strategies {known} and the first for one GPU only, but'
+                f' the config and --gpus say {name} on {gpus} GPU(s)'
+            )
         precision = strategy.get('precision', 'fp32')
         if precision not in PRECISIONS:
-            raise UsageError(f'strategy.precision must be one of {PRECISIONS}, but is {precision!r}')
+            raise UsageError(
+                f'strategy.precision must be one of {PRECISIONS}, but is {precision!r}'
+            )
         return cls(name, precision, gpus, tuple(strategy.get('block_types', ())))
 
     @property
@@ -101,12 +134,13 @@ class Plan:
 
 @dataclass
 class Memory:
-    """Bytes per GPU by kind and network, and the numbers of parameters; ``phase`` is the one that keeps most."""
+    """Bytes per GPU by kind and network, and the numbers of parameters; ``phase`` is the one that
+    keeps most."""
 
     batch_size: int
-    numbers: Dict[str, int] = field(default_factory=dict)
-    networks: Dict[str, Dict[str, int]] = field(default_factory=dict)
-    totals: Dict[str, int] = field(default_factory=dict)
+    numbers: dict[str, int] = field(default_factory=dict)
+    networks: dict[str, dict[str, int]] = field(default_factory=dict)
+    totals: dict[str, int] = field(default_factory=dict)
     phase: str = ''
 
     @property
@@ -117,7 +151,7 @@ class Memory:
 class _SameCondition:
     """Stands in for "no condition", which has the same shapes."""
 
-    def __call__(self, cond: Dict[str, Tensor]) -> Dict[str, Tensor]:
+    def __call__(self, cond: dict[str, Tensor]) -> dict[str, Tensor]:
         return cond
 
 
@@ -128,7 +162,7 @@ def build_on_meta(cfg: Config) -> FlowModel:
         UsageError: If one of its parts needs values.
     """
     model = cfg.model.to_dict()
-    model['decoder'] = None   # runs in evaluations only
+    model['decoder'] = None  # runs in evaluations only
     if model.get('teacher'):
         model['teacher'] = dict(checkpoint=None)
     if model.get('guidance'):
@@ -142,7 +176,9 @@ def build_on_meta(cfg: Config) -> FlowModel:
         try:
             return MODELS.build(model)
         except RuntimeError as e:
-            raise UsageError(f'the model cannot be built on the meta device, without values: {str(e)[:300]}') from e
+            raise UsageError(
+                f'the model cannot be built on the meta device, without values: {str(e)[:300]}'
+            ) from e
 
     # a checksum needs values
     with torch.device('meta'), mock.patch('mmfgm.models.fgm.fingerprint', return_value=''):
@@ -150,19 +186,34 @@ def build_on_meta(cfg: Config) -> FlowModel:
 
 
 def without_weights(network: dict) -> dict:
-    """A network config that names a diffusers pipeline, with the architecture read from it instead of the weights.
+    """A network config that names a diffusers pipeline, with the architecture read from it instead
+    of the weights.
 
     Raises:
         UsageError: If the network is of another kind, or the pipeline has no config.
     """
     if network['type'].removeprefix('mmfgm.') != 'SD3':
-        raise UsageError(f'the architecture of a pretrained {network["type"]} is not known without its weights; give a '
-                         'config without pretrained=')
+        raise UsageError(
+            f'the architecture of a pretrained {network["type"]} is not known without its weights;'
+            ' give a config without pretrained='
+        )
     from diffusers import SD3Transformer2DModel
-    rest = {key: value for key, value in network.items() if key not in ('pretrained', 'subfolder', 'revision', 'variant')}
-    config = building(lambda: SD3Transformer2DModel.load_config(
-        network['pretrained'], subfolder=network.get('subfolder', 'transformer'), revision=network.get('revision')))
-    return dict(rest, config={key: value for key, value in config.items() if not key.startswith('_')})
+
+    rest = {
+        key: value
+        for key, value in network.items()
+        if key not in ('pretrained', 'subfolder', 'revision', 'variant')
+    }
+    config = building(
+        lambda: SD3Transformer2DModel.load_config(
+            network['pretrained'],
+            subfolder=network.get('subfolder', 'transformer'),
+            revision=network.get('revision'),
+        )
+    )
+    return dict(
+        rest, config={key: value for key, value in config.items() if not key.startswith('_')}
+    )
 
 
 def optimizer_bytes(wrapper, plan: Plan) -> int:
@@ -172,22 +223,33 @@ def optimizer_bytes(wrapper, plan: Plan) -> int:
         p.grad = torch.empty_like(p)
     wrapper.optimizer.step()
     wrapper.optimizer.zero_grad()
-    return sum(plan.local_bytes(value) if value.shape == p.shape else value.nbytes
-               for p in params for value in wrapper.optimizer.state[p].values() if isinstance(value, Tensor))
+    return sum(
+        plan.local_bytes(value) if value.shape == p.shape else value.nbytes
+        for p in params
+        for value in wrapper.optimizer.state[p].values()
+        if isinstance(value, Tensor)
+    )
 
 
-def gathered_bytes(networks: Dict[str, nn.Module], trained: Sequence[str], plan: Plan) -> int:
-    """Bytes that FSDP2 holds beside the shards: two blocks and the layers outside of blocks, and one block's gradients.
+def gathered_bytes(networks: dict[str, nn.Module], trained: Sequence[str], plan: Plan) -> int:
+    """Bytes that FSDP2 holds beside the shards: two blocks and the layers outside of blocks, and
+    one block's gradients.
 
     Raises:
         UsageError: If no layer of the velocity network is a block.
     """
-    if not any(type(m).__name__ in plan.block_types for m in next(iter(networks.values())).modules()):
+    if not any(
+        type(m).__name__ in plan.block_types for m in next(iter(networks.values())).modules()
+    ):
         raise UsageError(f'strategy.block_types={plan.block_types} matches no layer of the network')
     itemsize = 2 if plan.precision == 'bf16' else 4
     largest = 0
     for name, network in networks.items():
-        blocks = [sum(p.numel() for p in m.parameters()) for m in network.modules() if type(m).__name__ in plan.block_types]
+        blocks = [
+            sum(p.numel() for p in m.parameters())
+            for m in network.modules()
+            if type(m).__name__ in plan.block_types
+        ]
         rest = sum(p.numel() for p in network.parameters()) - sum(blocks)
         units = sorted([*blocks, 0, 0])[-2:]
         # a gradient is copied to float32 before it is reduced
@@ -217,18 +279,24 @@ def count(model: FlowModel, cfg: Config, plan: Plan, batch_size: int) -> Memory:
         row = memory.networks[name] = dict.fromkeys(COLUMNS, 0)
         row['EMA' if name in model.ema_decays else 'parameters'] = weights
         if name in trained:
-            row['gradients'] = sum(plan.local_bytes(p) for p in network.parameters() if p.requires_grad)
+            row['gradients'] = sum(
+                plan.local_bytes(p) for p in network.parameters() if p.requires_grad
+            )
             row['optimizer'] = optimizer_bytes(wrappers[name], plan)
-    memory.totals = {column: sum(row[column] for row in memory.networks.values()) for column in COLUMNS}
-    if plan.strategy != 'DDPStrategy':   # whose buckets stay
-        memory.totals['gradients'] = max(sum(memory.networks[name]['gradients'] for name in phase.trains)
-                                         for phase in model.phases.values())
+    memory.totals = {
+        column: sum(row[column] for row in memory.networks.values()) for column in COLUMNS
+    }
+    if plan.strategy != 'DDPStrategy':  # whose buckets stay
+        memory.totals['gradients'] = max(
+            sum(memory.networks[name]['gradients'] for name in phase.trains)
+            for phase in model.phases.values()
+        )
     if plan.sharded:
         memory.totals['gathered/cast'] = gathered_bytes(model.networks, trained, plan)
     return memory
 
 
-def estimate(cfg: Config, gpus: int, batch_size: Optional[int] = None) -> Memory:
+def estimate(cfg: Config, gpus: int, batch_size: int | None = None) -> Memory:
     """Memory per GPU of training a config.
 
     Raises:
@@ -236,7 +304,9 @@ def estimate(cfg: Config, gpus: int, batch_size: Optional[int] = None) -> Memory
     """
     missing = [key for key in ('model', 'optim_wrapper', 'train_dataloader') if not cfg.get(key)]
     if missing:
-        raise UsageError(f'the config has no {", ".join(missing)}, so it does not say what training takes')
+        raise UsageError(
+            f'the config has no {", ".join(missing)}, so it does not say what training takes'
+        )
     batch_size = cfg.train_dataloader.get('batch_size', 1) if batch_size is None else batch_size
     if batch_size < 1:
         raise UsageError(f'--batch-size must be at least 1, but is {batch_size}')
@@ -244,8 +314,13 @@ def estimate(cfg: Config, gpus: int, batch_size: Optional[int] = None) -> Memory
     plan = Plan.of(cfg, gpus)
     model = build_on_meta(cfg)
     memory = count(model, cfg, plan, batch_size)
-    kept = kept_bytes(model, batch_size, plan.precision == 'bf16', plan.sharded,
-                      (cfg.get('train_cfg') or {}).get('share_samples', False))
+    kept = kept_bytes(
+        model,
+        batch_size,
+        plan.precision == 'bf16',
+        plan.sharded,
+        (cfg.get('train_cfg') or {}).get('share_samples', False),
+    )
     memory.phase = max(kept, key=lambda phase: sum(kept[phase]))
     memory.totals['activations'], casts = kept[memory.phase]
     memory.totals['gathered/cast'] += casts
@@ -256,36 +331,54 @@ def table(memory: Memory) -> str:
     """What each network takes, and the sum, in GiB."""
     rows = [('GiB per GPU', 'numbers', *COLUMNS, 'sum')]
     for name, row in memory.networks.items():
-        rows.append((name, f'{memory.numbers[name] / 1e6:.1f} M',
-                     *(f'{row[c] / GIB:.3f}' if row[c] else '' for c in COLUMNS), f'{sum(row.values()) / GIB:.3f}'))
-    rows.append(('total', f'{sum(memory.numbers.values()) / 1e6:.1f} M', *(f'{memory.totals[c] / GIB:.3f}' for c in COLUMNS),
-                 f'{memory.total / GIB:.3f}'))
+        rows.append(
+            (
+                name,
+                f'{memory.numbers[name] / 1e6:.1f} M',
+                *(f'{row[c] / GIB:.3f}' if row[c] else '' for c in COLUMNS),
+                f'{sum(row.values()) / GIB:.3f}',
+            )
+        )
+    rows.append(
+        (
+            'total',
+            f'{sum(memory.numbers.values()) / 1e6:.1f} M',
+            *(f'{memory.totals[c] / GIB:.3f}' for c in COLUMNS),
+            f'{memory.total / GIB:.3f}',
+        )
+    )
     widths = [max(map(len, column)) for column in zip(*rows)]
-    return '\n'.join('  '.join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows)
+    return '\n'.join(
+        '  '.join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows
+    )
 
 
-def estimate_memory(argv: Optional[Sequence[str]] = None) -> None:
+def estimate_memory(argv: Sequence[str] | None = None) -> None:
     """Estimate as the command line says; exits with 1 if it does not fit the GPU that was named."""
     args = parse_args(argv)
     size = None if args.gpu is None else gpu_gib(args.gpu)
     cfg = load_config(args)
     memory = estimate(cfg, args.gpus, args.batch_size)
     plan = Plan.of(cfg, args.gpus)
-    print(f'{args.config} on {plan.gpus} GPU(s): {plan.strategy}, {plan.precision}, batch of {memory.batch_size} per GPU\n\n'
-          f'{table(memory)}\n\n'
-          f'Activations are those of phase {memory.phase!r}, which keeps most; gradients are those that exist at one time.')
+    print(
+        f'{args.config} on {plan.gpus} GPU(s): {plan.strategy}, {plan.precision}, batch of'
+        f' {memory.batch_size} per GPU\n\n{table(memory)}\n\nActivations are those of phase'
+        f' {memory.phase!r}, which keeps most; gradients are those that exist at one time.'
+    )
     if size is None:
         return
     usable = (size - CONTEXT_GIB) * (1 - RESERVE)
     fits = memory.total <= usable * GIB
-    print(f'{args.gpu} has {size:.1f} GiB, of which {usable:.1f} GiB are left after {CONTEXT_GIB:.0f} GiB for the CUDA '
-          f'context and {RESERVE:.0%} for workspaces and fragmentation: {memory.total / GIB:.1f} GiB '
-          f'{"fit" if fits else "do NOT fit"}.')
+    print(
+        f'{args.gpu} has {size:.1f} GiB, of which {usable:.1f} GiB are left after {CONTEXT_GIB:.0f}'
+        f' GiB for the CUDA context and {RESERVE:.0%} for workspaces and fragmentation:'
+        f' {memory.total / GIB:.1f} GiB {"fit" if fits else "do NOT fit"}.'
+    )
     if not fits:
         raise SystemExit(1)
 
 
-def main(argv: Optional[Sequence[str]] = None) -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     run_tool(estimate_memory, argv)
 
 

@@ -1,13 +1,16 @@
 # Copyright (c) mmfgm authors.
 """Export a trained one-step generator for people who do not train.
 
-Of a Stable Diffusion 3 network, OUT is a pipeline for plain diffusers, with no mmfgm: the transformer is the only part that
-differs from the base, and StableDiffusion3Pipeline.from_pretrained(OUT)(prompt, num_inference_steps=1, guidance_scale=1.0)
-makes the generator's one-step image. Of any other network, OUT is a safetensors file and its description, for
-mmfgm.apis.OneStepPipeline and FGMInferencer. OUT appears only when it is whole.
+Of a Stable Diffusion 3 network, OUT is a pipeline for plain diffusers, with no mmfgm: the
+    transformer is the only part that
+differs from the base, and StableDiffusion3Pipeline.from_pretrained(OUT)(prompt,
+num_inference_steps=1, guidance_scale=1.0) makes the generator's one-step image. Of any other
+network, OUT is a safetensors file and its description, for mmfgm.apis.OneStepPipeline and
+FGMInferencer. OUT appears only when it is whole.
 """
+
 import argparse
-from typing import Optional, Sequence
+from collections.abc import Sequence
 
 from mmengine.config import DictAction
 
@@ -16,42 +19,97 @@ from mmfgm.apis.export import DTYPES, export_generator
 from .cli import CONFIG_HELP, building, read_config, run_tool
 
 
-def parse_args(argv: Optional[Sequence[str]]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument('config', help=CONFIG_HELP)
-    parser.add_argument('checkpoint', help='a .pth file, a sharded checkpoint, a work dir, meaning its last checkpoint, or '
-                        'a file of tools/merge_checkpoint.py')
+    parser.add_argument(
+        'checkpoint',
+        help=(
+            'a .pth file, a sharded checkpoint, a work dir, meaning its last checkpoint, or '
+            'a file of tools/merge_checkpoint.py'
+        ),
+    )
     parser.add_argument('out', help='the folder to make')
-    parser.add_argument('--base', default=None, metavar='MODEL', help='Stable Diffusion 3 folder of diffusers, or an id on the '
-                        "hub, whose other parts are taken (default: the config's model.network.pretrained)")
-    parser.add_argument('--network', default=None, metavar='NAME',
-                        help="which average of the generator, or generator itself (default: the config's first average)")
-    parser.add_argument('--dtype', choices=list(DTYPES), default='fp32', help='of the written weights (default: fp32)')
-    parser.add_argument('--max-shard-size', default='10GB', metavar='SIZE', help="of the pipeline's files (default: 10GB)")
-    parser.add_argument('--lora', action='store_true',
-                        help="of a training with model.lora, the adapters alone, for diffusers' load_lora_weights; refused where "
-                        'the generator has a t_star, c_in, c_out or c_skip other than 1, or a teacher of its own, as adapters '
-                        'cannot hold that: without --lora, all of it is merged into the transformer')
+    parser.add_argument(
+        '--base',
+        default=None,
+        metavar='MODEL',
+        help=(
+            'Stable Diffusion 3 folder of diffusers, or an id on the '
+            "hub, whose other parts are taken (default: the config's model.network.pretrained)"
+        ),
+    )
+    parser.add_argument(
+        '--network',
+        default=None,
+        metavar='NAME',
+        help=(
+            "which average of the generator, or generator itself (default: the config's first"
+            ' average)'
+        ),
+    )
+    parser.add_argument(
+        '--dtype',
+        choices=list(DTYPES),
+        default='fp32',
+        help='of the written weights (default: fp32)',
+    )
+    parser.add_argument(
+        '--max-shard-size',
+        default='10GB',
+        metavar='SIZE',
+        help="of the pipeline's files (default: 10GB)",
+    )
+    parser.add_argument(
+        '--lora',
+        action='store_true',
+        help=(
+            "of a training with model.lora, the adapters alone, for diffusers' load_lora_weights;"
+            ' refused where the generator has a t_star, c_in, c_out or c_skip other than 1, or a'
+            ' teacher of its own, as adapters cannot hold that: without --lora, all of it is merged'
+            ' into the transformer'
+        ),
+    )
     parser.add_argument('--force', action='store_true', help='replace OUT, if it is an export')
-    parser.add_argument('--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE',
-                        help='override config values, as in the training')
+    parser.add_argument(
+        '--cfg-options',
+        nargs='+',
+        action=DictAction,
+        metavar='KEY=VALUE',
+        help='override config values, as in the training',
+    )
     return parser.parse_args(argv)
 
 
-def export_diffusers(argv: Optional[Sequence[str]] = None) -> None:
+def export_diffusers(argv: Sequence[str] | None = None) -> None:
     """Export as the command line says."""
     args = parse_args(argv)
     cfg = read_config(args.config)
     cfg.merge_from_dict(args.cfg_options or {})
-    made = building(lambda: export_generator(cfg, args.checkpoint, args.out, args.base, args.network, args.dtype,
-                                             args.max_shard_size, args.lora, args.force))
-    opened = dict(pipeline=f"diffusers.StableDiffusion3Pipeline.from_pretrained({args.out!r})",
-                  lora=f"pipe.load_lora_weights({args.out!r}), pipe being diffusers' pipeline of the base",
-                  generator=f"mmfgm.apis.OneStepPipeline.from_pretrained({args.out!r})")[made]
+    made = building(
+        lambda: export_generator(
+            cfg,
+            args.checkpoint,
+            args.out,
+            args.base,
+            args.network,
+            args.dtype,
+            args.max_shard_size,
+            args.lora,
+            args.force,
+        )
+    )
+    opened = dict(
+        pipeline=f'diffusers.StableDiffusion3Pipeline.from_pretrained({args.out!r})',
+        lora=f"pipe.load_lora_weights({args.out!r}), pipe being diffusers' pipeline of the base",
+        generator=f'mmfgm.apis.OneStepPipeline.from_pretrained({args.out!r})',
+    )[made]
     print(f'{args.out}: open it with {opened}; README.md says more')
 
 
-def main(argv: Optional[Sequence[str]] = None) -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     run_tool(export_diffusers, argv)
 
 

@@ -1,9 +1,11 @@
 # Copyright (c) mmfgm authors.
-"""Make a file of reference statistics: from a folder or .zip of images, or from the data set that a config measures against."""
+"""Make a file of reference statistics: from a folder or .zip of images, or from the data set that a
+config measures against."""
+
 import argparse
 import os
 import os.path as osp
-from typing import Optional, Sequence
+from collections.abc import Sequence
 
 from mmengine.config import Config
 from mmengine.dist import is_main_process
@@ -17,15 +19,26 @@ from mmfgm.evaluation import build_feature, load_reference, save_reference
 from .cli import add_common_arguments, building, load_config, run_tool
 
 
-def parse_args(argv: Optional[Sequence[str]]) -> argparse.Namespace:
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    add_common_arguments(parser, 'folder or .zip of images, or a config, whose evaluation names the data set')
+    add_common_arguments(
+        parser, 'folder or .zip of images, or a config, whose evaluation names the data set'
+    )
     parser.add_argument('out', help='where the statistics go, a .npz file')
-    parser.add_argument('--evaluation', default='fid', help="which of the config's evaluations (default: fid)")
+    parser.add_argument(
+        '--evaluation', default='fid', help="which of the config's evaluations (default: fid)"
+    )
     parser.add_argument('--metric', default='fid', help='which of its metrics (default: fid)')
-    parser.add_argument('--weights', default=None, help='local Inception weights (default: as the config says, or downloaded)')
-    parser.add_argument('--features', action='store_true',
-                        help='keep the features too, which KID and precision/recall compare (8 kB an image)')
+    parser.add_argument(
+        '--weights',
+        default=None,
+        help='local Inception weights (default: as the config says, or downloaded)',
+    )
+    parser.add_argument(
+        '--features',
+        action='store_true',
+        help='keep the features too, which KID and precision/recall compare (8 kB an image)',
+    )
     parser.add_argument('--force', action='store_true', help='overwrite OUT')
     return parser.parse_args(argv)
 
@@ -38,12 +51,14 @@ def find_metric(cfg: Config, evaluation: str, metric: str) -> dict:
     """
     entry = (cfg.get('evaluations') or {}).get(evaluation, {}).get('metrics', {}).get(metric, {})
     if not isinstance(entry.get('reference'), dict):
-        raise UsageError(f'the config has no data set at evaluations.{evaluation}.metrics.{metric}.reference, but '
-                         f'{entry.get("reference")!r}; name another with --evaluation and --metric')
+        raise UsageError(
+            f'the config has no data set at evaluations.{evaluation}.metrics.{metric}.reference,'
+            f' but {entry.get("reference")!r}; name another with --evaluation and --metric'
+        )
     return entry
 
 
-def fid_stats(argv: Optional[Sequence[str]] = None) -> None:
+def fid_stats(argv: Sequence[str] | None = None) -> None:
     """Compute and save the statistics as the command line says."""
     args = parse_args(argv)
     if not args.out.endswith('.npz'):
@@ -55,7 +70,10 @@ def fid_stats(argv: Optional[Sequence[str]] = None) -> None:
         metric = find_metric(load_config(args), args.evaluation, args.metric)
         reference, feature = metric['reference'], metric.get('feature', dict(type='InceptionV3'))
     else:
-        reference, feature = dict(type='ImageFolder', path=args.config, labels=False), dict(type='InceptionV3')
+        reference, feature = (
+            dict(type='ImageFolder', path=args.config, labels=False),
+            dict(type='InceptionV3'),
+        )
     if args.weights:
         feature = {**feature, 'weights': args.weights}
     init_default_scope('mmfgm')
@@ -65,10 +83,13 @@ def fid_stats(argv: Optional[Sequence[str]] = None) -> None:
     statistics = building(lambda: load_reference(reference, extractor, args.features))
     if is_main_process():
         save_reference(args.out, statistics, extractor)
-        print(f'{args.out}: {statistics.n} samples, {len(statistics.mean)} features of {extractor.name}')
+        print(
+            f'{args.out}: {statistics.n} samples, {len(statistics.mean)} features of'
+            f' {extractor.name}'
+        )
 
 
-def main(argv: Optional[Sequence[str]] = None) -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     run_tool(fid_stats, argv)
 
 

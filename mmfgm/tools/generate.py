@@ -1,17 +1,19 @@
 # Copyright (c) mmfgm authors.
 """Generate images with a trained one-step generator, or its teacher, or both beside each other.
 
-What to generate is one of: --prompt TEXT ..., --prompts FILE (.txt, .jsonl, .csv or .parquet), --labels N ..., or
---num-samples N, which for a model with classes goes through them in turn. OUT gets 000000.png and so on, grid.png, and
-metadata.jsonl with a line for each image, and mmfgm_images.json, by which --force knows it; with --compare, the teacher's
-images too, and compare.png.
+What to generate is one of: --prompt TEXT ..., --prompts FILE (.txt, .jsonl, .csv or .parquet),
+    --labels N ..., or
+--num-samples N, which for a model with classes goes through them in turn. OUT gets 000000.png and
+so on, grid.png, and metadata.jsonl with a line for each image, and mmfgm_images.json, by which
+--force knows it; with --compare, the teacher's images too, and compare.png.
 """
+
 import argparse
 import json
 import math
 import os.path as osp
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Dict, List, Optional, Sequence
 
 import torch
 from mmengine.config import DictAction
@@ -35,31 +37,80 @@ MARKER = 'mmfgm_images.json'
 IN_GRID = 100
 
 
-def parse_args(argv: Optional[Sequence[str]]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('config', help=f'{CONFIG_HELP}; or the folder of an export, which needs no weights')
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        'config', help=f'{CONFIG_HELP}; or the folder of an export, which needs no weights'
+    )
     parser.add_argument('weights', nargs='?', help='training checkpoint or work dir, or an export')
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument('--prompt', nargs='+', metavar='TEXT')
     what.add_argument('--prompts', metavar='FILE')
     what.add_argument('--labels', nargs='+', type=int, metavar='N')
     what.add_argument('--num-samples', type=int, metavar='N')
-    parser.add_argument('--column', default='prompt', help='of a .jsonl, .csv or .parquet (default: prompt)')
-    parser.add_argument('--seeds', nargs='+', type=int, default=[0], metavar='N', help='one for each image; a single one is of '
-                        'the first, and the next image has the next (default: 0)')
+    parser.add_argument(
+        '--column', default='prompt', help='of a .jsonl, .csv or .parquet (default: prompt)'
+    )
+    parser.add_argument(
+        '--seeds',
+        nargs='+',
+        type=int,
+        default=[0],
+        metavar='N',
+        help=(
+            'one for each image; a single one is of '
+            'the first, and the next image has the next (default: 0)'
+        ),
+    )
     parser.add_argument('--out', required=True, metavar='DIR', help='the folder to make')
     parser.add_argument('--force', action='store_true', help='replace OUT, if this tool made it')
-    parser.add_argument('--network', default=None, metavar='NAME', help='default: the average of the generator')
-    parser.add_argument('--compare', nargs='?', type=int, const=0, default=None, metavar='NFE', help='draw the teacher at NFE '
-                        "evaluations too (default: as the config's sample pictures do, or 50)")
+    parser.add_argument(
+        '--network', default=None, metavar='NAME', help='default: the average of the generator'
+    )
+    parser.add_argument(
+        '--compare',
+        nargs='?',
+        type=int,
+        const=0,
+        default=None,
+        metavar='NFE',
+        help=(
+            'draw the teacher at NFE '
+            "evaluations too (default: as the config's sample pictures do, or 50)"
+        ),
+    )
     parser.add_argument('--solver', default=None, help="the teacher's: euler or heun")
-    parser.add_argument('--guidance', type=float, default=None, metavar='SCALE', help="the teacher's; 1 for none")
-    parser.add_argument('--shift', type=float, default=None, help="of the teacher's time grid; 3 for SD3's scheduler")
-    parser.add_argument('--nfe', type=int, default=None, metavar='N', help='of a --network that is integrated')
-    parser.add_argument('--batch-size', type=int, default=8, help='images per network call (default: 8)')
-    parser.add_argument('--precision', choices=['fp32', 'bf16'], default='fp32', help='of the networks (default: fp32)')
+    parser.add_argument(
+        '--guidance', type=float, default=None, metavar='SCALE', help="the teacher's; 1 for none"
+    )
+    parser.add_argument(
+        '--shift',
+        type=float,
+        default=None,
+        help="of the teacher's time grid; 3 for SD3's scheduler",
+    )
+    parser.add_argument(
+        '--nfe', type=int, default=None, metavar='N', help='of a --network that is integrated'
+    )
+    parser.add_argument(
+        '--batch-size', type=int, default=8, help='images per network call (default: 8)'
+    )
+    parser.add_argument(
+        '--precision',
+        choices=['fp32', 'bf16'],
+        default='fp32',
+        help='of the networks (default: fp32)',
+    )
     parser.add_argument('--device', default=None, help='default: the GPU, if there is one')
-    parser.add_argument('--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE', help='override config values')
+    parser.add_argument(
+        '--cfg-options',
+        nargs='+',
+        action=DictAction,
+        metavar='KEY=VALUE',
+        help='override config values',
+    )
     return parser.parse_args(argv)
 
 
@@ -87,44 +138,73 @@ def read_inputs(args: argparse.Namespace, inferencer: FGMInferencer) -> list:
     return [i % classes if classes else None for i in range(args.num_samples)]
 
 
-def samplings_of(args: argparse.Namespace, inferencer: FGMInferencer) -> Dict[str, Sampling]:
-    """File suffix to how those images are made: the network asked for, and with --compare the teacher."""
-    asked = {name: getattr(args, name) for name in ('solver', 'guidance', 'shift') if getattr(args, name) is not None}
+def samplings_of(args: argparse.Namespace, inferencer: FGMInferencer) -> dict[str, Sampling]:
+    """File suffix to how those images are made: the network asked for, and with --compare the
+    teacher."""
+    asked = {
+        name: getattr(args, name)
+        for name in ('solver', 'guidance', 'shift')
+        if getattr(args, name) is not None
+    }
     main = inferencer.default_sampling(args.network)
     one_step = main.network in inferencer.model.one_step
-    main = replace(main, **({} if one_step else asked), **({} if args.nfe is None else dict(nfe=args.nfe)))
+    main = replace(
+        main, **({} if one_step else asked), **({} if args.nfe is None else dict(nfe=args.nfe))
+    )
     samplings = {'': main}
     if args.compare is None:
         if asked and one_step:
-            raise UsageError(f'--{", --".join(asked)} are of an ODE solver, and {main.network} has none; add --compare')
+            raise UsageError(
+                f'--{", --".join(asked)} are of an ODE solver, and {main.network} has none; add'
+                ' --compare'
+            )
         return samplings
     if 'teacher' not in inferencer.networks:
-        raise UsageError('--compare needs the teacher, and an export holds the generator alone: give the config of the training, '
-                         'then the checkpoint or the export')
+        raise UsageError(
+            '--compare needs the teacher, and an export holds the generator alone: give the config'
+            ' of the training, then the checkpoint or the export'
+        )
     nfe = dict(nfe=args.compare) if args.compare else {}
-    return {**samplings, '_teacher': replace(inferencer.default_sampling('teacher'), **asked, **nfe)}
+    return {
+        **samplings,
+        '_teacher': replace(inferencer.default_sampling('teacher'), **asked, **nfe),
+    }
 
 
-def generate_all(inferencer: FGMInferencer, inputs: list, seeds: List[int], sampling: Sampling, batch_size: int,
-                 folder: str, suffix: str) -> List[torch.Tensor]:
+def generate_all(
+    inferencer: FGMInferencer,
+    inputs: list,
+    seeds: list[int],
+    sampling: Sampling,
+    batch_size: int,
+    folder: str,
+    suffix: str,
+) -> list[torch.Tensor]:
     """Generate and save every image; returns the first ones, for the grid."""
-    options = dict(network=sampling.network, nfe=sampling.nfe, solver=sampling.solver, shift=sampling.shift,
-                   guidance=sampling.guidance)
-    kept: List[torch.Tensor] = []
+    options = dict(
+        network=sampling.network,
+        nfe=sampling.nfe,
+        solver=sampling.solver,
+        shift=sampling.shift,
+        guidance=sampling.guidance,
+    )
+    kept: list[torch.Tensor] = []
     print(f'{sampling.network}, {sampling.nfe} NFE', flush=True)
     progress = Progress(len(inputs), 'image')
     for first in range(0, len(inputs), batch_size):
-        part = inputs[first:first + batch_size]
+        part = inputs[first : first + batch_size]
         part = len(part) if part[0] is None else part
-        samples = inferencer(part, seeds[first:first + batch_size], batch_size, out='tensor', **options)['predictions']
-        kept += samples[:IN_GRID - len(kept)]
+        samples = inferencer(
+            part, seeds[first : first + batch_size], batch_size, out='tensor', **options
+        )['predictions']
+        kept += samples[: IN_GRID - len(kept)]
         for i, sample in enumerate(samples, first):
             convert(sample, 'pil').save(osp.join(folder, f'{i:06d}{suffix}.png'))
         progress.step(len(samples))
     return kept
 
 
-def generate(argv: Optional[Sequence[str]] = None) -> None:
+def generate(argv: Sequence[str] | None = None) -> None:
     """Generate as the command line says; the folder appears only when it is whole."""
     args = parse_args(argv)
     inferencer = building(lambda: build_inferencer(args))
@@ -141,23 +221,38 @@ def generate(argv: Optional[Sequence[str]] = None) -> None:
         panels, lines = {}, []
         for suffix, sampling in samplings.items():
             panels[f'{sampling.network}, {sampling.nfe} NFE'] = generate_all(
-                inferencer, inputs, seeds, sampling, args.batch_size, folder, suffix)
-            lines += [dict(file=f'{i:06d}{suffix}.png', seed=seed, **({condition: value} if condition else {}), **vars(sampling))
-                      for i, (seed, value) in enumerate(zip(seeds, inputs))]
+                inferencer, inputs, seeds, sampling, args.batch_size, folder, suffix
+            )
+            lines += [
+                dict(
+                    file=f'{i:06d}{suffix}.png',
+                    seed=seed,
+                    **({condition: value} if condition else {}),
+                    **vars(sampling),
+                )
+                for i, (seed, value) in enumerate(zip(seeds, inputs))
+            ]
         first = next(iter(panels.values()))
         nrow = math.ceil(math.sqrt(len(first)))
         Image.fromarray(draw_grid(first, nrow)).save(osp.join(folder, 'grid.png'))
         if len(panels) > 1:
-            picture = draw_panels({title: torch.stack(samples) for title, samples in panels.items()}, nrow)
+            picture = draw_panels(
+                {title: torch.stack(samples) for title, samples in panels.items()}, nrow
+            )
             Image.fromarray(picture).save(osp.join(folder, 'compare.png'))
         with open(osp.join(folder, METADATA), 'w', encoding='utf-8') as f:
             f.writelines(f'{json.dumps(line, ensure_ascii=False)}\n' for line in lines)
         with open(osp.join(folder, MARKER), 'w', encoding='utf-8') as f:
-            f.write(json.dumps(dict(format=1, images=len(lines), mmfgm=__version__), indent=2) + '\n')
-    print(f'{args.out}: {len(lines):,} images, grid.png, {METADATA}{" and compare.png" if len(panels) > 1 else ""}')
+            f.write(
+                json.dumps(dict(format=1, images=len(lines), mmfgm=__version__), indent=2) + '\n'
+            )
+    print(
+        f'{args.out}: {len(lines):,} images, grid.png,'
+        f' {METADATA}{" and compare.png" if len(panels) > 1 else ""}'
+    )
 
 
-def main(argv: Optional[Sequence[str]] = None) -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     run_tool(generate, argv)
 
 

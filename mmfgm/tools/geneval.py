@@ -1,19 +1,23 @@
 # Copyright (c) mmfgm authors.
-"""GenEval: write its prompts, score a folder of images, generate and score with a diffusers pipeline, print results.
+"""GenEval: write its prompts, score a folder of images, generate and score with a diffusers
+pipeline, print results.
 
   prompts OUT.jsonl      the 553 prompts, for tools/cache_prompts.py or another generator
-  score FOLDER           images in the reference's layout: FOLDER/00000/metadata.jsonl and FOLDER/00000/samples/0000.png
-  run CONFIG             generate the images of a config's pipeline (configs/geneval), then score them
-  summary RESULTS.jsonl  the scores of finished results, ours or the reference's
+  score FOLDER           images in the reference's layout: FOLDER/00000/metadata.jsonl and
+  FOLDER/00000/samples/0000.png run CONFIG             generate the images of a config's pipeline
+  (configs/geneval), then score them summary RESULTS.jsonl  the scores of finished results, ours or
+  the reference's
 
-What a killed run finished is not repeated. Several processes share the work: torchrun ... --launcher pytorch.
+What a killed run finished is not repeated. Several processes share the work: torchrun ...
+    --launcher pytorch.
 """
+
 import argparse
 import gc
 import json
 import os
 import os.path as osp
-from typing import Dict, List, Optional, Sequence
+from collections.abc import Sequence
 
 import torch
 from mmengine.config import Config, DictAction
@@ -35,45 +39,99 @@ from .cli import CONFIG_HELP, add_common_arguments, building, load_config, run_t
 from .geneval_jobs import generate_images, score_folder
 
 SCORING_CONFIG = 'mmfgm::_base_/evaluation/geneval.py'
-TASKS = dict(single_object='single object', two_object='two objects', counting='counting', colors='colors', position='position',
-             color_attr='color attribution')
+TASKS = dict(
+    single_object='single object',
+    two_object='two objects',
+    counting='counting',
+    colors='colors',
+    position='position',
+    color_attr='color attribution',
+)
 
 
 def _add_scoring_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument('--num-samples', type=int, default=4, help='images of each prompt (default: 4)')
-    parser.add_argument('--on-bad', choices=['fail', 'skip'], default='fail', help='count missing and unreadable images as '
-                        'wrong, or leave them out; either way they are named (default: fail)')
-    parser.add_argument('--batch-size', type=int, default=8, help='images judged at once, per process (default: 8)')
-    parser.add_argument('--num-workers', type=int, default=2, help='processes that read images, per process (default: 2)')
-    parser.add_argument('--sheet-prompts', type=int, default=20, help='prompts on the picture sheet of each task (default: 20)')
+    parser.add_argument(
+        '--num-samples', type=int, default=4, help='images of each prompt (default: 4)'
+    )
+    parser.add_argument(
+        '--on-bad',
+        choices=['fail', 'skip'],
+        default='fail',
+        help=(
+            'count missing and unreadable images as '
+            'wrong, or leave them out; either way they are named (default: fail)'
+        ),
+    )
+    parser.add_argument(
+        '--batch-size', type=int, default=8, help='images judged at once, per process (default: 8)'
+    )
+    parser.add_argument(
+        '--num-workers',
+        type=int,
+        default=2,
+        help='processes that read images, per process (default: 2)',
+    )
+    parser.add_argument(
+        '--sheet-prompts',
+        type=int,
+        default=20,
+        help='prompts on the picture sheet of each task (default: 20)',
+    )
 
 
-def parse_args(argv: Optional[Sequence[str]]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     commands = parser.add_subparsers(dest='command', required=True)
     prompts = commands.add_parser('prompts', help='write the prompts')
     prompts.add_argument('out', help='the .jsonl file to write')
-    prompts.add_argument('--seed', type=int, default=43, help="of the draw (default: 43, the paper's)")
-    prompts.add_argument('--n', type=int, default=100,
-                         help="prompts drawn for each task but the first (default: 100, the paper's)")
+    prompts.add_argument(
+        '--seed', type=int, default=43, help="of the draw (default: 43, the paper's)"
+    )
+    prompts.add_argument(
+        '--n',
+        type=int,
+        default=100,
+        help="prompts drawn for each task but the first (default: 100, the paper's)",
+    )
     prompts.add_argument('--force', action='store_true', help='overwrite OUT')
     score = commands.add_parser('score', help='score a folder of images')
     score.add_argument('folder', help="images in the reference's layout")
-    score.add_argument('--config', default=SCORING_CONFIG, help=f'{CONFIG_HELP}; its GenEval metric names detector and colour '
-                       'classifier (default: %(default)s)')
+    score.add_argument(
+        '--config',
+        default=SCORING_CONFIG,
+        help=(
+            f'{CONFIG_HELP}; its GenEval metric names detector and colour '
+            'classifier (default: %(default)s)'
+        ),
+    )
     score.add_argument('--work-dir', help='where results go (default: FOLDER)')
-    score.add_argument('--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE', help='override config values, e.g. '
-                       'evaluations.geneval.metrics.geneval.detector.checkpoint=FILE')
+    score.add_argument(
+        '--cfg-options',
+        nargs='+',
+        action=DictAction,
+        metavar='KEY=VALUE',
+        help=(
+            'override config values, e.g. '
+            'evaluations.geneval.metrics.geneval.detector.checkpoint=FILE'
+        ),
+    )
     score.add_argument('--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'], default='none')
     score.add_argument('--local_rank', '--local-rank', type=int, default=0, help=argparse.SUPPRESS)
     _add_scoring_arguments(score)
     run = commands.add_parser('run', help='generate with a diffusers pipeline, and score')
     add_common_arguments(run)
-    run.add_argument('--prompts', default=None, metavar='FILE', help="a prompt file (default: GenEval's 553 prompts)")
+    run.add_argument(
+        '--prompts',
+        default=None,
+        metavar='FILE',
+        help="a prompt file (default: GenEval's 553 prompts)",
+    )
     run.add_argument('--seed', type=int, default=0, help='selects other noise (default: 0)')
     _add_scoring_arguments(run)
     summary = commands.add_parser('summary', help='print the scores of finished results')
-    summary.add_argument('results', help='a results.jsonl, ours or the reference\'s')
+    summary.add_argument('results', help="a results.jsonl, ours or the reference's")
     return parser.parse_args(argv)
 
 
@@ -83,28 +141,50 @@ def find_metric(cfg: Config) -> dict:
     Raises:
         UsageError: If there is none.
     """
-    found = [metric for evaluation in (cfg.get('evaluations') or {}).values() for metric in evaluation.get('metrics', {}).values()
-             if str(metric.get('type')).split('.')[-1] == 'GenEval']
+    found = [
+        metric
+        for evaluation in (cfg.get('evaluations') or {}).values()
+        for metric in evaluation.get('metrics', {}).values()
+        if str(metric.get('type')).split('.')[-1] == 'GenEval'
+    ]
     if not found:
-        raise UsageError(f'the config has no metric of type GenEval among its evaluations; begin it with _base_ = '
-                         f'{SCORING_CONFIG!r}')
+        raise UsageError(
+            'the config has no metric of type GenEval among its evaluations; begin it with _base_'
+            f' = {SCORING_CONFIG!r}'
+        )
     return found[0]
 
 
-def format_scores(scores: Dict[str, float], rows: List[dict], nfe: Optional[int] = None) -> str:
+def format_scores(scores: dict[str, float], rows: list[dict], nfe: int | None = None) -> str:
     """A table of the scores, tasks in the paper's order."""
-    counts: Dict[str, int] = {}
+    counts: dict[str, int] = {}
     for row in rows:
         counts[row['tag']] = counts.get(row['tag'], 0) + 1
     tags = sorted(counts, key=lambda tag: list(TASKS).index(tag) if tag in TASKS else len(TASKS))
     lines = [(TASKS.get(tag, tag), f'{scores[tag]:.4f}', f'{counts[tag]:,} images') for tag in tags]
     lines += [
-        ('overall', f'{scores["overall"]:.4f}', f'95% interval {scores["overall_low"]:.4f} to {scores["overall_high"]:.4f}'),
+        (
+            'overall',
+            f'{scores["overall"]:.4f}',
+            f'95% interval {scores["overall_low"]:.4f} to {scores["overall_high"]:.4f}',
+        ),
         ('correct images', f'{100 * scores["images"]:.2f}%', f'of {len(rows):,}'),
-        ('prompts with one', f'{100 * scores["prompts"]:.2f}%', f'of {len({row["metadata"] for row in rows}):,}'),
-        ('NFE', '-' if nfe is None else str(nfe), 'not known' if nfe is None else 'network evaluations of an image, counted')]
+        (
+            'prompts with one',
+            f'{100 * scores["prompts"]:.2f}%',
+            f'of {len({row["metadata"] for row in rows}):,}',
+        ),
+        (
+            'NFE',
+            '-' if nfe is None else str(nfe),
+            'not known' if nfe is None else 'network evaluations of an image, counted',
+        ),
+    ]
     widths = [max(len(line[i]) for line in lines) for i in range(2)]
-    return '\n'.join(f'{name.ljust(widths[0])}  {value.rjust(widths[1])}  {about}' for name, value, about in lines)
+    return '\n'.join(
+        f'{name.ljust(widths[0])}  {value.rjust(widths[1])}  {about}'
+        for name, value, about in lines
+    )
 
 
 def _prompts(args: argparse.Namespace) -> None:
@@ -122,10 +202,18 @@ def _prompts(args: argparse.Namespace) -> None:
 
 
 def _start(args: argparse.Namespace) -> None:
-    limits = dict(num_samples=0 if args.command == 'score' else 1, batch_size=1, num_workers=0, sheet_prompts=0)
+    limits = dict(
+        num_samples=0 if args.command == 'score' else 1,
+        batch_size=1,
+        num_workers=0,
+        sheet_prompts=0,
+    )
     for name, smallest in limits.items():
         if getattr(args, name) < smallest:
-            raise UsageError(f'--{name.replace("_", "-")} must be at least {smallest}, but is {getattr(args, name)}')
+            raise UsageError(
+                f'--{name.replace("_", "-")} must be at least {smallest}, but is'
+                f' {getattr(args, name)}'
+            )
     init_default_scope('mmfgm')
     MMLogger.get_instance('mmfgm')
     connect(args)
@@ -136,29 +224,49 @@ def _build_scorer(cfg: Config) -> Scorer:
     return building(lambda: Scorer(metric.detector, metric.get('colors'), metric.get('options')))
 
 
-def _score(args: argparse.Namespace, scorer: Scorer, folder: str, out_dir: str, nfe: Optional[int] = None) -> Optional[dict]:
-    result = score_folder(folder, scorer.to(get_device()), out_dir, args.num_samples, args.on_bad == 'skip', args.batch_size,
-                          args.num_workers, args.sheet_prompts, nfe)
+def _score(
+    args: argparse.Namespace, scorer: Scorer, folder: str, out_dir: str, nfe: int | None = None
+) -> dict | None:
+    result = score_folder(
+        folder,
+        scorer.to(get_device()),
+        out_dir,
+        args.num_samples,
+        args.on_bad == 'skip',
+        args.batch_size,
+        args.num_workers,
+        args.sheet_prompts,
+        nfe,
+    )
     if is_main_process():
         _print(result, scorer, args.on_bad, out_dir, nfe)
     return result
 
 
-def _print(result: dict, scorer: Scorer, on_bad: str, out_dir: str, nfe: Optional[int]) -> None:
+def _print(result: dict, scorer: Scorer, on_bad: str, out_dir: str, nfe: int | None) -> None:
     bad = result['bad']
     if bad:
         shown = '\n  '.join(f'{name}: {reason}' for name, reason in list(bad.items())[:10])
-        print(f'\n{len(bad)} images are missing or unreadable and {"are left out" if on_bad == "skip" else "count as wrong"}; '
-              f'metrics.json lists them:\n  {shown}{f"{chr(10)}  ..." if len(bad) > 10 else ""}')
-    print(f'\n{format_scores(result["scores"], result["rows"], nfe)}\n\nDetector: {scorer.note or scorer.label}.\n'
-          f'Written to {out_dir}: results.jsonl, metrics.json, and a picture sheet for each task in sheets.', flush=True)
+        print(
+            f'\n{len(bad)} images are missing or unreadable and'
+            f' {"are left out" if on_bad == "skip" else "count as wrong"}; metrics.json lists'
+            f' them:\n  {shown}{f"{chr(10)}  ..." if len(bad) > 10 else ""}'
+        )
+    print(
+        f'\n{format_scores(result["scores"], result["rows"], nfe)}\n\nDetector:'
+        f' {scorer.note or scorer.label}.\nWritten to {out_dir}: results.jsonl, metrics.json, and a'
+        ' picture sheet for each task in sheets.',
+        flush=True,
+    )
 
 
-def _run(args: argparse.Namespace) -> Optional[dict]:
+def _run(args: argparse.Namespace) -> dict | None:
     cfg = load_config(args)
     if not cfg.get('pipeline'):
-        raise UsageError(f'the config {args.config!r} describes no pipeline; expected is pipeline=dict(type="DiffusersPipeline", '
-                         '...), as in configs/geneval/sd3.py')
+        raise UsageError(
+            f'the config {args.config!r} describes no pipeline; expected is'
+            ' pipeline=dict(type="DiffusersPipeline", ...), as in configs/geneval/sd3.py'
+        )
     pipeline = building(lambda: TASK_UTILS.build(cfg.pipeline))
     rows = on_main(lambda: metadata_rows(args.prompts))
     # on the CPU, and before hours of generating: whatever is wrong with the detector shows now
@@ -180,13 +288,17 @@ def _summary(args: argparse.Namespace) -> dict:
             with open(about, encoding='utf-8') as f:
                 nfe = json.load(f).get('nfe')
         except (OSError, ValueError, AttributeError) as e:
-            raise UsageError(f'{about!r} is not what scoring writes beside the results: {e}; remove it, or score again') from e
+            raise UsageError(
+                f'{about!r} is not what scoring writes beside the results: {e}; remove it, or score'
+                ' again'
+            ) from e
     print(format_scores(scores, rows, nfe))
     return dict(scores=scores, rows=rows, bad={})
 
 
-def geneval(argv: Optional[Sequence[str]] = None) -> Optional[dict]:
-    """Do as the command line says; scoring returns ``scores``, ``rows`` and ``bad`` on the main process."""
+def geneval(argv: Sequence[str] | None = None) -> dict | None:
+    """Do as the command line says; scoring returns ``scores``, ``rows`` and ``bad`` on the main
+    process."""
     args = parse_args(argv)
     if args.command == 'prompts':
         return _prompts(args)
@@ -201,7 +313,7 @@ def geneval(argv: Optional[Sequence[str]] = None) -> Optional[dict]:
     return _score(args, _build_scorer(load_config(args)), folder, args.work_dir or folder)
 
 
-def main(argv: Optional[Sequence[str]] = None) -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     run_tool(geneval, argv)
 
 

@@ -1,11 +1,12 @@
 # Copyright (c) mmfgm authors.
-"""The long parts of tools/geneval.py, shared by several processes and taken up where a run was killed."""
+"""The long parts of tools/geneval.py, shared by several processes and taken up where a run was
+killed."""
+
 import hashlib
 import json
 import os
 import os.path as osp
 from concurrent.futures import ThreadPoolExecutor
-from typing import Dict, List, Optional, Tuple
 
 import numpy as np
 from mmengine.dist import barrier, gather_object, get_dist_info
@@ -16,8 +17,16 @@ from mmfgm.datasets.files import sha256, write_file
 from mmfgm.engine.runner import check_work_dir
 from mmfgm.errors import UsageError
 from mmfgm.evaluation.geneval.dataset import item_seed
-from mmfgm.evaluation.geneval.layout import (Entry, VerdictLog, encode_png, image_name, read_image, result_row, scan_folder,
-                                             write_image)
+from mmfgm.evaluation.geneval.layout import (
+    Entry,
+    VerdictLog,
+    encode_png,
+    image_name,
+    read_image,
+    result_row,
+    scan_folder,
+    write_image,
+)
 from mmfgm.evaluation.geneval.metric import publish
 from mmfgm.evaluation.geneval.pipelines import DiffusersPipeline
 from mmfgm.evaluation.geneval.scorer import Scorer
@@ -38,23 +47,32 @@ def _read_origin(folder: str, origin: dict) -> dict:
         os.makedirs(folder, exist_ok=True)
         if not osp.isfile(path):
             if any(name.isdigit() for name in os.listdir(folder)):
-                raise UsageError(f'{folder!r} holds images already, but {path} does not say of what; name another folder with '
-                                 '--work-dir, or score them with python tools/geneval.py score')
+                raise UsageError(
+                    f'{folder!r} holds images already, but {path} does not say of what; name'
+                    ' another folder with --work-dir, or score them with python tools/geneval.py'
+                    ' score'
+                )
             write_file(path, json.dumps(origin, indent=1).encode())
         with open(path, encoding='utf-8') as f:
             found = json.load(f)
     except (OSError, ValueError) as e:
         if isinstance(e, UsageError):
             raise
-        raise UsageError(f'the folder {folder!r} cannot be used: {e}; name another with --work-dir') from e
+        raise UsageError(
+            f'the folder {folder!r} cannot be used: {e}; name another with --work-dir'
+        ) from e
     differs = list(differences(origin, {key: found.get(key) for key in origin}))
     if differs:
-        raise UsageError(f'{folder!r} holds images of something else: {"; ".join(differs[:4])}; name another folder with '
-                         '--work-dir, or delete it')
+        raise UsageError(
+            f'{folder!r} holds images of something else: {"; ".join(differs[:4])}; name another'
+            ' folder with --work-dir, or delete it'
+        )
     return found
 
 
-def generate_images(pipeline: DiffusersPipeline, rows: List[dict], folder: str, num_samples: int, seed: int) -> Optional[int]:
+def generate_images(
+    pipeline: DiffusersPipeline, rows: list[dict], folder: str, num_samples: int, seed: int
+) -> int | None:
     """Generate the images of a folder that are not there yet.
 
     Args:
@@ -68,22 +86,37 @@ def generate_images(pipeline: DiffusersPipeline, rows: List[dict], folder: str, 
         int, optional: Network evaluations of an image, counted.
     """
     rank, world_size = get_dist_info()
-    entries = [Entry(image_name(prompt, sample), row) for prompt, row in enumerate(rows) for sample in range(num_samples)]
+    entries = [
+        Entry(image_name(prompt, sample), row)
+        for prompt, row in enumerate(rows)
+        for sample in range(num_samples)
+    ]
 
-    def plan() -> Tuple[dict, List[int]]:
+    def plan() -> tuple[dict, list[int]]:
         digest = hashlib.sha256(json.dumps(rows).encode()).hexdigest()
-        origin = json.loads(json.dumps(dict(pipeline.identity, prompts=digest, num_samples=num_samples, seed=seed), default=str))
+        origin = json.loads(
+            json.dumps(
+                dict(pipeline.identity, prompts=digest, num_samples=num_samples, seed=seed),
+                default=str,
+            )
+        )
         found = _read_origin(folder, origin)
-        return found, [i for i, entry in enumerate(entries) if not osp.isfile(osp.join(folder, entry.name))]
+        return found, [
+            i for i, entry in enumerate(entries) if not osp.isfile(osp.join(folder, entry.name))
+        ]
 
     origin, todo = on_main(plan)
     if rank == 0 and len(todo) < len(entries):
-        print(f'{len(entries) - len(todo):,} of {len(entries):,} images are there already', flush=True)
+        print(
+            f'{len(entries) - len(todo):,} of {len(entries):,} images are there already', flush=True
+        )
     mine = todo[rank::world_size]
     progress = Progress(len(mine), 'image')
     for first in range(0, len(mine), pipeline.batch_size):
-        part = mine[first:first + pipeline.batch_size]
-        images = pipeline.generate([entries[i].row['prompt'] for i in part], [item_seed(i, seed) for i in part])
+        part = mine[first : first + pipeline.batch_size]
+        images = pipeline.generate(
+            [entries[i].row['prompt'] for i in part], [item_seed(i, seed) for i in part]
+        )
         with ThreadPoolExecutor() as pool:
             for i, content in zip(part, pool.map(encode_png, images)):
                 write_image(folder, entries[i], content)
@@ -98,13 +131,13 @@ def generate_images(pipeline: DiffusersPipeline, rows: List[dict], folder: str, 
 class _Images(Dataset):
     """``(entry, image or None, digest of the file, why it cannot be read)``."""
 
-    def __init__(self, folder: str, entries: List[Entry]):
+    def __init__(self, folder: str, entries: list[Entry]):
         self.folder, self.entries = folder, entries
 
     def __len__(self) -> int:
         return len(self.entries)
 
-    def __getitem__(self, index: int) -> Tuple[Entry, Optional[np.ndarray], str, str]:
+    def __getitem__(self, index: int) -> tuple[Entry, np.ndarray | None, str, str]:
         entry = self.entries[index]
         path = osp.join(self.folder, entry.name)
         try:
@@ -113,9 +146,19 @@ class _Images(Dataset):
             return entry, None, '', str(e)
 
 
-def score_folder(folder: str, scorer: Scorer, out_dir: str, num_samples: int = 4, skip_bad: bool = False, batch_size: int = 8,
-                 num_workers: int = 2, sheet_prompts: int = 20, nfe: Optional[int] = None) -> Optional[dict]:
-    """Judge the images of a folder in the reference's layout, and write what :func:`publish` writes.
+def score_folder(
+    folder: str,
+    scorer: Scorer,
+    out_dir: str,
+    num_samples: int = 4,
+    skip_bad: bool = False,
+    batch_size: int = 8,
+    num_workers: int = 2,
+    sheet_prompts: int = 20,
+    nfe: int | None = None,
+) -> dict | None:
+    """Judge the images of a folder in the reference's layout, and write what :func:`publish`
+    writes.
 
     Args:
         folder (str): Of the images.
@@ -128,12 +171,13 @@ def score_folder(folder: str, scorer: Scorer, out_dir: str, num_samples: int = 4
         nfe (int, optional): Network evaluations of an image, to be written beside the scores.
 
     Returns:
-        dict, optional: ``scores``, result ``rows`` and what is ``bad``, name to reason; on the main process.
+        dict, optional: ``scores``, result ``rows`` and what is ``bad``, name to reason; on the main
+            process.
     """
     rank, world_size = get_dist_info()
     log = VerdictLog(out_dir, scorer.identity, rank)
 
-    def plan() -> Tuple[List[Entry], List[Entry], Dict[str, dict]]:
+    def plan() -> tuple[list[Entry], list[Entry], dict[str, dict]]:
         entries, missing = scan_folder(folder, num_samples)
         scorer.check([entry.row for entry in [*entries, *missing]])
         check_work_dir(out_dir)
@@ -147,10 +191,16 @@ def score_folder(folder: str, scorer: Scorer, out_dir: str, num_samples: int = 4
     rows, bad = [], {entry.name: 'missing' for entry in missing} if rank == 0 else {}
     mine = todo[rank::world_size]
     progress = Progress(len(mine), 'image')
-    for batch in DataLoader(_Images(folder, mine), batch_size, num_workers=num_workers, collate_fn=list):
+    for batch in DataLoader(
+        _Images(folder, mine), batch_size, num_workers=num_workers, collate_fn=list
+    ):
         good = [item for item in batch if item[1] is not None]
         bad.update({entry.name: reason for entry, image, _, reason in batch if image is None})
-        found = scorer.score([image for _, image, _, _ in good], [entry.row for entry, *_ in good]) if good else []
+        found = (
+            scorer.score([image for _, image, _, _ in good], [entry.row for entry, *_ in good])
+            if good
+            else []
+        )
         new = [result_row(item[0], judged) for item, judged in zip(good, found)]
         log.append(new, [digest for _, _, digest, _ in good])
         rows += new
@@ -161,8 +211,24 @@ def score_folder(folder: str, scorer: Scorer, out_dir: str, num_samples: int = 4
     rows = [*held.values(), *(row for part, _ in gathered for row in part)]
     bad = dict(sorted(item for _, part in gathered for item in part.items()))
     if not skip_bad:
-        rows += [result_row(entry, reason=f'no image: {bad[entry.name]}') for entry in [*entries, *missing] if entry.name in bad]
+        rows += [
+            result_row(entry, reason=f'no image: {bad[entry.name]}')
+            for entry in [*entries, *missing]
+            if entry.name in bad
+        ]
     if not rows:
-        raise UsageError(f'none of the {len(bad)} images of {folder!r} can be read: {next(iter(bad.items()), "")}')
-    scores, _ = publish(out_dir, folder, rows, scorer, sheet_prompts, nfe=nfe, bad=bad, skipped=bool(skip_bad and bad))
+        raise UsageError(
+            f'none of the {len(bad)} images of {folder!r} can be read:'
+            f' {next(iter(bad.items()), "")}'
+        )
+    scores, _ = publish(
+        out_dir,
+        folder,
+        rows,
+        scorer,
+        sheet_prompts,
+        nfe=nfe,
+        bad=bad,
+        skipped=bool(skip_bad and bad),
+    )
     return dict(scores=scores, rows=rows, bad=bad)

@@ -1,8 +1,9 @@
 # Copyright (c) mmfgm authors.
 """Turn one network of a checkpoint, sharded or not, into a single safetensors file."""
+
 import argparse
 import os.path as osp
-from typing import Optional, Sequence
+from collections.abc import Sequence
 
 import torch
 from safetensors.torch import save
@@ -16,31 +17,49 @@ from .cli import run_tool
 DTYPES = dict(fp32=torch.float32, bf16=torch.bfloat16)
 
 
-def parse_args(argv: Optional[Sequence[str]]) -> argparse.Namespace:
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument('checkpoint', help='a .pth file, a sharded checkpoint, or a work dir, meaning its last checkpoint')
+    parser.add_argument(
+        'checkpoint',
+        help='a .pth file, a sharded checkpoint, or a work dir, meaning its last checkpoint',
+    )
     parser.add_argument('out', help='the .safetensors file to write')
-    parser.add_argument('--network', default='generator_ema', help='which network (default: generator_ema)')
-    parser.add_argument('--dtype', choices=list(DTYPES), default='fp32', help='of the written tensors (default: fp32)')
+    parser.add_argument(
+        '--network', default='generator_ema', help='which network (default: generator_ema)'
+    )
+    parser.add_argument(
+        '--dtype',
+        choices=list(DTYPES),
+        default='fp32',
+        help='of the written tensors (default: fp32)',
+    )
     parser.add_argument('--force', action='store_true', help='overwrite OUT')
     return parser.parse_args(argv)
 
 
-def merge(argv: Optional[Sequence[str]] = None) -> None:
+def merge(argv: Sequence[str] | None = None) -> None:
     """Merge as the command line says; the file appears only when it is complete."""
     args = parse_args(argv)
     if not args.out.endswith('.safetensors'):
         raise UsageError(f'OUT must be a .safetensors file, but is {args.out!r}')
     if osp.exists(args.out) and not args.force:
         raise UsageError(f'{args.out!r} exists; overwrite it with --force')
-    tensors = {key: value.to(DTYPES[args.dtype]) if value.is_floating_point() else value
-               for key, value in read_state_dict(args.checkpoint, network=args.network).items()}
-    content = save({key: value.contiguous() for key, value in tensors.items()}, metadata=dict(format='pt', network=args.network))
+    tensors = {
+        key: value.to(DTYPES[args.dtype]) if value.is_floating_point() else value
+        for key, value in read_state_dict(args.checkpoint, network=args.network).items()
+    }
+    content = save(
+        {key: value.contiguous() for key, value in tensors.items()},
+        metadata=dict(format='pt', network=args.network),
+    )
     write_file(args.out, content)
-    print(f'{args.out}: {args.network}, {len(tensors)} tensors, {sum(value.numel() for value in tensors.values()):,} numbers')
+    print(
+        f'{args.out}: {args.network}, {len(tensors)} tensors,'
+        f' {sum(value.numel() for value in tensors.values()):,} numbers'
+    )
 
 
-def main(argv: Optional[Sequence[str]] = None) -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     run_tool(merge, argv)
 
 

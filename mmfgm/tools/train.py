@@ -1,22 +1,29 @@
 # Copyright (c) mmfgm authors.
 """Train a teacher (configs/reflow) or a one-step generator (configs/fgm)."""
+
 import argparse
-from typing import Optional, Sequence
+from collections.abc import Sequence
 
 from mmfgm.engine import FlowRunner
 
 from .cli import add_common_arguments, building, load_config, run_tool
 
 
-def parse_args(argv: Optional[Sequence[str]]) -> argparse.Namespace:
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     add_common_arguments(parser)
-    parser.add_argument('--resume', nargs='?', const='auto', default=None, metavar='CHECKPOINT',
-                        help='go on from CHECKPOINT, or from the last one in the work dir, if there is any')
+    parser.add_argument(
+        '--resume',
+        nargs='?',
+        const='auto',
+        default=None,
+        metavar='CHECKPOINT',
+        help='go on from CHECKPOINT, or from the last one in the work dir, if there is any',
+    )
     return parser.parse_args(argv)
 
 
-def train(argv: Optional[Sequence[str]] = None) -> FlowRunner:
+def train(argv: Sequence[str] | None = None) -> FlowRunner:
     """Train as the command line says; returns the runner."""
     args = parse_args(argv)
     cfg = load_config(args)
@@ -29,7 +36,7 @@ def train(argv: Optional[Sequence[str]] = None) -> FlowRunner:
     return runner
 
 
-def main(argv: Optional[Sequence[str]] = None) -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     run_tool(train, argv)
 
 

@@ -11,7 +11,7 @@ from mmfgm.errors import UsageError
 from mmfgm.registry import DATASETS
 from mmfgm.tools.caching import ShardWriter
 
-COUNTS = (3, 0, 4, 1)   # of the shards: one lost all its items
+COUNTS = (3, 0, 4, 1)  # of the shards: one lost all its items
 RNG = torch.Generator().manual_seed(0)
 
 
@@ -24,11 +24,14 @@ def ragged(values, tokens):
 
 
 def make(folder, kind='latents'):
-    """A cache written by hand and the items it holds: no CLIP padding dropped, T5's dropped, one prompt without tokens."""
+    """A cache written by hand and the items it holds: no CLIP padding dropped, T5's dropped, one
+    prompt without tokens."""
     n = sum(COUNTS)
     clip, t5, pooled, x_0 = randn(n, 7, 4), randn(n, 5, 6), randn(n, 3), randn(n, 2, 4, 4)
     tokens = torch.tensor([5, 1, 0, 2, 3, 4, 1, 5])
-    layout = dict(clip=[7, 4], t5=[5, 6], pooled=[3], **(dict(x_0=[2, 4, 4]) if kind == 'latents' else {}))
+    layout = dict(
+        clip=[7, 4], t5=[5, 6], pooled=[3], **(dict(x_0=[2, 4, 4]) if kind == 'latents' else {})
+    )
     settings = dict(dtype='bfloat16', resolution=32)
     job = dict(kind=kind, identity=dict(vae=dict(weights='1')), settings=settings, layout=layout)
     writer = ShardWriter(str(folder), job)
@@ -36,11 +39,24 @@ def make(folder, kind='latents'):
     start = 0
     for number, count in enumerate(COUNTS):
         rows = slice(start, start + count)
-        tensors = dict(clip=clip[rows], t5=ragged(t5[rows], tokens[rows]), t5_tokens=tokens[rows], pooled=pooled[rows],
-                       x_0=x_0[rows]) if count else {}
+        tensors = (
+            dict(
+                clip=clip[rows],
+                t5=ragged(t5[rows], tokens[rows]),
+                t5_tokens=tokens[rows],
+                pooled=pooled[rows],
+                x_0=x_0[rows],
+            )
+            if count
+            else {}
+        )
         writer.write(writer.name(number), tensors, count)
         start += count
-    writer.write('null.safetensors', dict(clip=clip[:1], t5=t5[0, :2], t5_tokens=torch.tensor([2]), pooled=pooled[:1]), 1)
+    writer.write(
+        'null.safetensors',
+        dict(clip=clip[:1], t5=t5[0, :2], t5_tokens=torch.tensor([2]), pooled=pooled[:1]),
+        1,
+    )
     writer.finish([writer.name(number) for number in range(len(COUNTS))])
     t5[torch.arange(5) >= tokens[:, None]] = 0
     embeds = torch.zeros(n, 12, 6).bfloat16()
@@ -49,7 +65,9 @@ def make(folder, kind='latents'):
 
 
 def same(batch, other):
-    return batch.keys() == other.keys() and all(torch.equal(batch[name], other[name]) for name in batch)
+    return batch.keys() == other.keys() and all(
+        torch.equal(batch[name], other[name]) for name in batch
+    )
 
 
 def test_items_come_back_across_shards(tmp_path):
@@ -60,7 +78,7 @@ def test_items_come_back_across_shards(tmp_path):
     assert same(cache[5], {name: value[5] for name, value in items.items()})
     assert len(cache) == 8 and cache.event_shape == (2, 4, 4)
     null = items['prompt_embeds'][0].clone()
-    null[7 + 2:] = 0
+    null[7 + 2 :] = 0
     assert same(cache.null, dict(prompt_embeds=null, pooled_embeds=items['pooled_embeds'][0]))
     assert CachedLatents(str(tmp_path / 'cache'), prompts=False)[0].keys() == {'idx', 'x_0'}
     for index in (8, -1):
@@ -70,9 +88,9 @@ def test_items_come_back_across_shards(tmp_path):
 
 def test_workers_give_the_same_items(tmp_path, monkeypatch):
     items = make(tmp_path / 'cache', 'prompts')
-    monkeypatch.setattr(cached, 'OPEN_SHARDS', 1)   # each other shard closes the one before
+    monkeypatch.setattr(cached, 'OPEN_SHARDS', 1)  # each other shard closes the one before
     cache = CachedPrompts(str(tmp_path / 'cache'))
-    cache[0]   # opened before the workers are forked
+    cache[0]  # opened before the workers are forked
     del items['x_0']
     loader = DataLoader(cache, batch_size=3, num_workers=2, collate_fn=collate)
     batches = list(loader)
@@ -83,11 +101,15 @@ def test_workers_give_the_same_items(tmp_path, monkeypatch):
 
 
 def test_bad_folders(tmp_path):
-    with pytest.raises(UsageError, match='manifest.json is missing; make one with tools/cache_prompts.py'):
+    with pytest.raises(
+        UsageError, match='manifest.json is missing; make one with tools/cache_prompts.py'
+    ):
         CachedPrompts(str(tmp_path))
     make(tmp_path / 'cache')
     (tmp_path / 'cache/shard_000002.safetensors').unlink()
-    with pytest.raises(UsageError, match="shard_000002.safetensors' is missing or corrupted: it has None bytes"):
+    with pytest.raises(
+        UsageError, match="shard_000002.safetensors' is missing or corrupted: it has None bytes"
+    ):
         CachedLatents(str(tmp_path / 'cache'))
     (tmp_path / 'cache/manifest.json').write_text('{"kind": "latents"}')
     with pytest.raises(UsageError, match='manifest.json is damaged'):

@@ -18,7 +18,7 @@ from mmfgm.registry import DATASETS
 from tests.cifar_format import write_cifar10, write_digits_as_cifar10
 
 RNG = np.random.default_rng(0)
-PIXELS = RNG.integers(0, 256, (5, 6, 8, 3), dtype=np.uint8)   # N, H, W, C
+PIXELS = RNG.integers(0, 256, (5, 6, 8, 3), dtype=np.uint8)  # N, H, W, C
 LABELS = {'a/1.png': 2, 'a/2.png': 0, 'b/1.png': 1, 'c.bmp': 2, 'd/e/f.PNG': 0}
 
 
@@ -29,7 +29,9 @@ def write_folder(root, labels=LABELS, pixels=PIXELS):
     (root / 'a/.hidden.png').write_text('what a Mac leaves beside an image')
     if labels is not None:
         # in another order than the images
-        (root / 'dataset.json').write_text(json.dumps(dict(labels=[[k, v] for k, v in reversed(labels.items())])))
+        (root / 'dataset.json').write_text(
+            json.dumps(dict(labels=[[k, v] for k, v in reversed(labels.items())]))
+        )
     return root
 
 
@@ -65,7 +67,11 @@ def test_cifar10_round_trip(cifar):
     assert len(dataset) == 23 and dataset.num_classes == 10 and dataset.event_shape == (3, 32, 32)
     unlabelled = CIFAR10(root, train=False, labels=False, verify=False)
     test = unlabelled.__getitems__(range(7))
-    assert test.keys() == {'idx', 'x_0'} and torch.equal(test['x_0'], images[:7] // 2) and unlabelled.num_classes is None
+    assert (
+        test.keys() == {'idx', 'x_0'}
+        and torch.equal(test['x_0'], images[:7] // 2)
+        and unlabelled.num_classes is None
+    )
     assert same(dataset.__getitems__([3, 1]), collate([dataset[3], dataset[1]]))
     with pytest.raises(IndexError):
         dataset.__getitems__([0, 23])
@@ -76,7 +82,10 @@ def test_cifar10_digits(tmp_path):
     train, test = CIFAR10(tmp_path, verify=False), CIFAR10(tmp_path, train=False, verify=False)
     assert (len(train), len(test)) == (1500, 297)
     x_0, digits = torch.cat([train.columns['x_0'], test.columns['x_0']]).double(), load_digits()
-    assert torch.cat([train.columns['labels'], test.columns['labels']]).tolist() == digits.target.tolist()
+    assert (
+        torch.cat([train.columns['labels'], test.columns['labels']]).tolist()
+        == digits.target.tolist()
+    )
     assert torch.equal(x_0[:, 0], x_0[:, 1]) and torch.equal(x_0[:, 0], x_0[:, 2])
     # bilinear interpolation keeps the mean where the border of the image is empty, as it nearly is
     error = x_0.mean((1, 2, 3)) - torch.from_numpy(digits.images).mean((1, 2)) / 16 * 255
@@ -85,37 +94,60 @@ def test_cifar10_digits(tmp_path):
 
 def test_cifar10_of_ones_own_files_is_refused_and_not_overwritten(cifar):
     root, *_ = cifar
-    with mock.patch('mmfgm.datasets.images.download_and_extract_archive') as download, \
-            pytest.raises(UsageError, match='cifar-10-batches-py cannot be read.*not the original.*verify=False'):
+    with (
+        mock.patch('mmfgm.datasets.images.download_and_extract_archive') as download,
+        pytest.raises(
+            UsageError, match='cifar-10-batches-py cannot be read.*not the original.*verify=False'
+        ),
+    ):
         CIFAR10(root)
     download.assert_not_called()
 
 
-@pytest.mark.parametrize('content', [
-    b'not a pickle', pickle.dumps(dict(data=np.zeros((2, 3072), 'uint8'), labels=[0])),
-    pickle.dumps(dict(data=np.zeros((2, 3072)), labels=[0, 1])),
-    pickle.dumps(dict(data=np.zeros((2, 3072), 'uint8'), labels=[0, 10])), None])
+@pytest.mark.parametrize(
+    'content',
+    [
+        b'not a pickle',
+        pickle.dumps(dict(data=np.zeros((2, 3072), 'uint8'), labels=[0])),
+        pickle.dumps(dict(data=np.zeros((2, 3072)), labels=[0, 1])),
+        pickle.dumps(dict(data=np.zeros((2, 3072), 'uint8'), labels=[0, 10])),
+        None,
+    ],
+)
 def test_cifar10_damaged(cifar, content):
     root, *_ = cifar
     file = root / 'cifar-10-batches-py/test_batch'
     file.unlink() if content is None else file.write_bytes(content)
-    with pytest.raises(UsageError, match='cifar-10-batches-py cannot be read as CIFAR-10.*delete the folder'):
+    with pytest.raises(
+        UsageError, match='cifar-10-batches-py cannot be read as CIFAR-10.*delete the folder'
+    ):
         CIFAR10(root, train=False, verify=False)
 
 
 def test_cifar10_missing(tmp_path):
-    with pytest.raises(UsageError, match=r'not in .*nowhere \(download=False\).*cifar-10-batches-py holds data_batch_1'):
+    with pytest.raises(
+        UsageError,
+        match=r'not in .*nowhere \(download=False\).*cifar-10-batches-py holds data_batch_1',
+    ):
         CIFAR10(tmp_path / 'nowhere', download=False)
-    with mock.patch('mmfgm.datasets.images.download_and_extract_archive', side_effect=OSError('no network')), \
-            mock.patch('mmfgm.datasets.images.barrier') as barrier, \
-            pytest.raises(UsageError, match='not in .*the download failed: no network.*extract https'):
+    with (
+        mock.patch(
+            'mmfgm.datasets.images.download_and_extract_archive', side_effect=OSError('no network')
+        ),
+        mock.patch('mmfgm.datasets.images.barrier') as barrier,
+        pytest.raises(UsageError, match='not in .*the download failed: no network.*extract https'),
+    ):
         CIFAR10(tmp_path / 'nowhere')
-    assert barrier.call_count == 2   # the other processes do not hang
+    assert barrier.call_count == 2  # the other processes do not hang
 
 
-@pytest.mark.parametrize('rank, local_rank, shared_disk, downloads', [
-    (0, 0, True, 1), (1, 1, False, 0), (8, 0, False, 1), (8, 0, True, 0)])
-def test_cifar10_is_downloaded_once_a_disk(tmp_path, cifar, rank, local_rank, shared_disk, downloads):
+@pytest.mark.parametrize(
+    'rank, local_rank, shared_disk, downloads',
+    [(0, 0, True, 1), (1, 1, False, 0), (8, 0, False, 1), (8, 0, True, 0)],
+)
+def test_cifar10_is_downloaded_once_a_disk(
+    tmp_path, cifar, rank, local_rank, shared_disk, downloads
+):
     root, calls = tmp_path / 'data', []
 
     def fetch(*args, **kwargs):
@@ -125,14 +157,17 @@ def test_cifar10_is_downloaded_once_a_disk(tmp_path, cifar, rank, local_rank, sh
     barriers = iter(range(2))
 
     def barrier():
-        # in the first turn the first process writes to its disk, in the second the first of every node to theirs
+        # in the first turn the first process writes to its disk, in the second the first of every
+        # node to theirs
         if next(barriers) == (0 if shared_disk else 1) and not calls:
             write_cifar10(root, *cifar[1:])
 
-    with mock.patch('mmfgm.datasets.images.download_and_extract_archive', fetch), \
-            mock.patch('mmfgm.datasets.images.barrier', barrier), \
-            mock.patch('mmfgm.datasets.images.is_main_process', lambda: rank == 0), \
-            mock.patch.dict(os.environ, LOCAL_RANK=str(local_rank)):
+    with (
+        mock.patch('mmfgm.datasets.images.download_and_extract_archive', fetch),
+        mock.patch('mmfgm.datasets.images.barrier', barrier),
+        mock.patch('mmfgm.datasets.images.is_main_process', lambda: rank == 0),
+        mock.patch.dict(os.environ, LOCAL_RANK=str(local_rank)),
+    ):
         assert len(CIFAR10(root, verify=False)) == 23 and len(calls) == downloads
     assert next(barriers, None) is None
 
@@ -150,7 +185,7 @@ def test_folder_items(folder):
         dataset.__getitems__([0, 5])
     unlabelled = ImageFolder(folder, labels=False)
     assert unlabelled[0].keys() == {'idx', 'x_0'} and unlabelled.num_classes is None
-    (folder / 'dataset.json').write_text(json.dumps(dict(labels=LABELS)))   # a dict does as well
+    (folder / 'dataset.json').write_text(json.dumps(dict(labels=LABELS)))  # a dict does as well
     assert same(ImageFolder(folder).__getitems__(range(5)), batch)
 
 
@@ -162,7 +197,7 @@ def test_zip_and_workers_give_the_same(folder, cache):
     for dataset in (ImageFolder(folder, cache=cache), zipped, copy, copy):
         assert same(dataset.__getitems__(range(5)), expected)
         for handle in dataset._zips.values():
-            handle.close()   # workers that used the handle of their parent would fail now
+            handle.close()  # workers that used the handle of their parent would fail now
         batches = list(DataLoader(dataset, 2, num_workers=2, collate_fn=collate))
         assert same({k: torch.cat([batch[k] for batch in batches]) for k in expected}, expected)
         dataset._zips.clear()
@@ -182,19 +217,38 @@ def test_cache_reads_once_and_keeps_what_it_read(folder):
     assert same(dataset.__getitems__(range(5)), first)
 
 
-@pytest.mark.parametrize('change, message', [
-    ({'a/2.png': 3}, r'dataset\.json gives a/2\.png the label 3, .* from 0 to 2 \(num_classes=3\)'),
-    ({'a/2.png': -1}, r'a/2\.png the label -1'), ({'a/2.png': 0.5}, r'a/2\.png the label 0\.5.*whole number'),
-    ({'a/2.png': True}, 'label True'), ({'a/2.png': [0, 1]}, r'label \[0, 1\]'),
-    ({'a/9.png': 0}, r'label for a/9\.png, but there is no such image'), ({'b/1.png': None}, r'b/1\.png the label None')])
+@pytest.mark.parametrize(
+    'change, message',
+    [
+        (
+            {'a/2.png': 3},
+            r'dataset\.json gives a/2\.png the label 3, .* from 0 to 2 \(num_classes=3\)',
+        ),
+        ({'a/2.png': -1}, r'a/2\.png the label -1'),
+        ({'a/2.png': 0.5}, r'a/2\.png the label 0\.5.*whole number'),
+        ({'a/2.png': True}, 'label True'),
+        ({'a/2.png': [0, 1]}, r'label \[0, 1\]'),
+        ({'a/9.png': 0}, r'label for a/9\.png, but there is no such image'),
+        ({'b/1.png': None}, r'b/1\.png the label None'),
+    ],
+)
 def test_labels_that_do_not_fit(folder, change, message):
     write_folder(folder, {**LABELS, **change})
     with pytest.raises(UsageError, match=message):
         ImageFolder(folder, num_classes=3)
 
 
-@pytest.mark.parametrize('content', ['{', '[]', '{}', '{"labels": 3}', '{"labels": [["a/1.png"]]}',
-                                     '{"labels": [["a/1.png", 0], ["a/1.png", 1]]}'])
+@pytest.mark.parametrize(
+    'content',
+    [
+        '{',
+        '[]',
+        '{}',
+        '{"labels": 3}',
+        '{"labels": [["a/1.png"]]}',
+        '{"labels": [["a/1.png", 0], ["a/1.png", 1]]}',
+    ],
+)
 def test_dataset_json_of_another_layout(folder, content):
     (folder / 'dataset.json').write_text(content)
     with pytest.raises(UsageError, match=r'dataset\.json must hold {"labels": '):
@@ -227,9 +281,15 @@ def test_sizes_differ(folder):
     Image.fromarray(PIXELS[0, :5]).save(folder / 'b/1.png')
     dataset = ImageFolder(folder)
     assert len(dataset.__getitems__([0, 1, 3, 4])['x_0']) == 4
-    with pytest.raises(UsageError, match=r'b/1\.png is 8x5 pixels.*expected is the 8x6 of a/1\.png; add Resize'):
+    with pytest.raises(
+        UsageError, match=r'b/1\.png is 8x5 pixels.*expected is the 8x6 of a/1\.png; add Resize'
+    ):
         dataset.__getitems__([0, 2])
-    assert ImageFolder(folder, pipeline=[dict(type='Resize', scale=(4, 3))])[2]['x_0'].shape == (3, 3, 4)
+    assert ImageFolder(folder, pipeline=[dict(type='Resize', scale=(4, 3))])[2]['x_0'].shape == (
+        3,
+        3,
+        4,
+    )
 
 
 @pytest.mark.parametrize('mode', ['L', 'RGBA', 'P', 'CMYK', 'I;16'])
@@ -238,19 +298,23 @@ def test_modes(folder, mode):
     name = 'b/1.jpg' if mode == 'CMYK' else 'b/1.png'
     deep = Image.fromarray(PIXELS[2, ..., 0].astype('uint16') * 256)
     (deep if mode == 'I;16' else Image.fromarray(PIXELS[2]).convert(mode)).save(folder / name)
-    with pytest.raises(UsageError, match=rf'{name} has mode {mode}, but expected is RGB.*convert=True'):
+    with pytest.raises(
+        UsageError, match=rf'{name} has mode {mode}, but expected is RGB.*convert=True'
+    ):
         ImageFolder(folder, labels=False)[2]
     if mode == 'I;16':
         with pytest.raises(UsageError, match=f'{name} has mode I;16'):
             ImageFolder(folder, labels=False, convert=True)[2]
     else:
         expected = np.asarray(Image.open(folder / name).convert('RGB'))
-        assert np.array_equal(ImageFolder(folder, labels=False, convert=True)[2]['x_0'].permute(1, 2, 0), expected)
+        assert np.array_equal(
+            ImageFolder(folder, labels=False, convert=True)[2]['x_0'].permute(1, 2, 0), expected
+        )
 
 
 def test_unreadable(folder):
     content = (folder / 'b/1.png').read_bytes()
-    for damaged in (b'', b'no image', content[:len(content) // 2]):
+    for damaged in (b'', b'no image', content[: len(content) // 2]):
         (folder / 'b/1.png').write_bytes(damaged)
         dataset = ImageFolder(folder)
         with pytest.raises(UsageError, match=r'b/1\.png cannot be read as an image'):
@@ -262,7 +326,10 @@ def test_pipeline(folder):
     stripe = np.zeros((5, 6, 8, 3), 'uint8')
     stripe[:, :, 2:6, 0] = 255
     write_folder(folder, pixels=stripe)
-    dataset = ImageFolder(folder, pipeline=[dict(type='CenterCrop', crop_size=(4, 6)), dict(type='Resize', scale=(2, 3))])
+    dataset = ImageFolder(
+        folder,
+        pipeline=[dict(type='CenterCrop', crop_size=(4, 6)), dict(type='Resize', scale=(2, 3))],
+    )
     x_0 = dataset.__getitems__(range(5))['x_0']
     assert dataset.event_shape == (3, 3, 2) and x_0.shape == (5, 3, 3, 2)
     assert (x_0[:, 0] == 255).all() and (x_0[:, 1:] == 0).all()
@@ -275,10 +342,19 @@ def test_flip(folder):
         assert torch.equal(d.__getitems__(range(5))['x_0'], flipped)
 
 
-@pytest.mark.parametrize('transform, message', [
-    (dict(type='Blur'), 'mmcv cannot build.*Blur'), (dict(type='Resize', size=3), 'mmcv cannot build.*Resize'),
-    (dict(type='CenterCrop', crop_size=-1), 'mmcv cannot build.*CenterCrop'), ('Resize', 'mmcv cannot build.*Resize'),
-    (dict(type='Normalize', mean=[0] * 3, std=[1] * 3), r'a/1\.png: expected are \(H, W, 3\) uint8.*Normalize made float')])
+@pytest.mark.parametrize(
+    'transform, message',
+    [
+        (dict(type='Blur'), 'mmcv cannot build.*Blur'),
+        (dict(type='Resize', size=3), 'mmcv cannot build.*Resize'),
+        (dict(type='CenterCrop', crop_size=-1), 'mmcv cannot build.*CenterCrop'),
+        ('Resize', 'mmcv cannot build.*Resize'),
+        (
+            dict(type='Normalize', mean=[0] * 3, std=[1] * 3),
+            r'a/1\.png: expected are \(H, W, 3\) uint8.*Normalize made float',
+        ),
+    ],
+)
 def test_pipeline_errors(folder, transform, message):
     with pytest.raises(UsageError, match=message):
         ImageFolder(folder, pipeline=[transform])

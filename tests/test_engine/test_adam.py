@@ -43,7 +43,10 @@ def run(params, optimizer, scheduler, steps):
 @pytest.mark.parametrize('weight_decay', [0.0, 0.1])
 @pytest.mark.parametrize('foreach', [False, True])
 def test_updates_are_those_of_torch(foreach, weight_decay):
-    ours, theirs = make(MomentumFreeAdam, weight_decay), make(torch.optim.Adam, weight_decay, foreach=foreach)
+    ours, theirs = (
+        make(MomentumFreeAdam, weight_decay),
+        make(torch.optim.Adam, weight_decay, foreach=foreach),
+    )
     start = [p.detach().clone() for p in ours[0]]
     run(*ours, range(100))
     run(*theirs, range(100))
@@ -56,13 +59,22 @@ def test_state_is_half_of_torchs():
     ours, theirs = make(MomentumFreeAdam), make(torch.optim.Adam)
     run(*ours, range(1))
     run(*theirs, range(1))
-    moments, expected = ([value for state in optimizer.state.values() for name, value in state.items() if name != 'step']
-                         for _, optimizer, _ in (ours, theirs))
+    moments, expected = (
+        [
+            value
+            for state in optimizer.state.values()
+            for name, value in state.items()
+            if name != 'step'
+        ]
+        for _, optimizer, _ in (ours, theirs)
+    )
     assert 2 * sum(value.nbytes for value in moments) == sum(value.nbytes for value in expected) > 0
     assert {name for state in ours[1].state.values() for name in state} == {'step', 'exp_avg_sq'}
 
 
-@pytest.mark.parametrize('first', [MomentumFreeAdam, torch.optim.Adam], ids=['its own', 'torch Adam'])
+@pytest.mark.parametrize(
+    'first', [MomentumFreeAdam, torch.optim.Adam], ids=['its own', 'torch Adam']
+)
 def test_continues_a_state(first):
     whole, begun, resumed = make(MomentumFreeAdam), make(first), make(MomentumFreeAdam)
     run(*whole, range(40))
@@ -80,8 +92,12 @@ def test_continues_a_state(first):
 
 def test_bad_settings():
     params = [torch.nn.Parameter(torch.zeros(1))]
-    for bad, match in [(dict(betas=(0.9, 0.999)), "use torch's Adam"), (dict(betas=(0.0, 1.0)), r'beta2 in \[0, 1\)'),
-                       (dict(lr=-1.0), 'lr .* must be at least 0'), (dict(eps=float('nan')), 'eps .* must be at least 0')]:
+    for bad, match in [
+        (dict(betas=(0.9, 0.999)), "use torch's Adam"),
+        (dict(betas=(0.0, 1.0)), r'beta2 in \[0, 1\)'),
+        (dict(lr=-1.0), 'lr .* must be at least 0'),
+        (dict(eps=float('nan')), 'eps .* must be at least 0'),
+    ]:
         with pytest.raises(UsageError, match=match):
             MomentumFreeAdam(params, **bad)
     with pytest.raises(UsageError, match="use torch's Adam"):
@@ -94,11 +110,15 @@ def configs(tiny):
     for kind in ('MomentumFreeAdam', 'Adam'):
         # a large eps keeps float32 noise in tiny gradients from becoming full steps
         optimizer = f"_delete_=True, type='{kind}', betas=(0.0, 0.999), eps=1e-2"
-        networks = ', '.join(f'{name}=dict(optimizer=dict({optimizer}, lr={lr}))'
-                             for name, lr in (('online', 4e-3), ('generator', 2e-3)))
-        (tiny / f'{kind}.py').write_text(f"_base_ = ['fgm.py']\nmodel = dict(type='RowNoiseFGM')\n"
-                                         f"optim_wrapper = dict({networks})\nevaluations = dict(fd=dict(interval=0))\n"
-                                         "default_hooks = dict(checkpoint=dict(interval=4))\n")
+        networks = ', '.join(
+            f'{name}=dict(optimizer=dict({optimizer}, lr={lr}))'
+            for name, lr in (('online', 4e-3), ('generator', 2e-3))
+        )
+        (tiny / f'{kind}.py').write_text(
+            "_base_ = ['fgm.py']\nmodel = dict(type='RowNoiseFGM')\n"
+            f'optim_wrapper = dict({networks})\nevaluations = dict(fd=dict(interval=0))\n'
+            'default_hooks = dict(checkpoint=dict(interval=4))\n'
+        )
     return tiny
 
 
@@ -108,9 +128,14 @@ def test_trains_like_torchs_adam_on_one_process_and_sharded(configs, tmp_path):
     train(configs / 'Adam.py', tmp_path / 'adam')
     single = read_state_dict(str(tmp_path / 'single'))
     assert_same(single, read_state_dict(str(tmp_path / 'adam')))
-    states = [state for optimizer in read_pickle(str(tmp_path / 'single/iter_8.pth'))['optimizer'].values()
-              for state in optimizer['state'].values()]
-    assert states and all(set(state) == {'step', 'exp_avg_sq'} and state['step'] == 8 for state in states)
+    states = [
+        state
+        for optimizer in read_pickle(str(tmp_path / 'single/iter_8.pth'))['optimizer'].values()
+        for state in optimizer['state'].values()
+    ]
+    assert states and all(
+        set(state) == {'step', 'exp_avg_sq'} and state['step'] == 8 for state in states
+    )
 
     sharded = (*FSDP2, 'train_dataloader.batch_size=4')
     train(configs / 'MomentumFreeAdam.py', tmp_path / 'sharded', *sharded, nproc=2)
@@ -118,10 +143,18 @@ def test_trains_like_torchs_adam_on_one_process_and_sharded(configs, tmp_path):
     found = read_state_dict(str(tmp_path / 'sharded'))
     assert_same(found, read_state_dict(str(tmp_path / 'sharded_adam')))
     start = read_state_dict(str(configs / 'teacher_run'))
-    assert max((value - start[f'network_ema.{key.split(".", 1)[1]}']).abs().max() for key, value in single.items()
-               if key.startswith('online.')) > 1e-3, 'the networks hardly moved, so the comparison shows nothing'
+    assert (
+        max(
+            (value - start[f'network_ema.{key.split(".", 1)[1]}']).abs().max()
+            for key, value in single.items()
+            if key.startswith('online.')
+        )
+        > 1e-3
+    ), 'the networks hardly moved, so the comparison shows nothing'
     for key, value in single.items():
-        torch.testing.assert_close(found[key], value, rtol=1e-4, atol=2e-6, msg=lambda m, key=key: f'{key}: {m}')
+        torch.testing.assert_close(
+            found[key], value, rtol=1e-4, atol=2e-6, msg=lambda m, key=key: f'{key}: {m}'
+        )
 
 
 @pytest.mark.slow

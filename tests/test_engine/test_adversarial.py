@@ -1,5 +1,7 @@
 # Copyright (c) mmfgm authors.
-"""FGM with a GAN on a tiny MM-DiT and captioned shapes: three optimizers, features of the online network, any strategy."""
+"""FGM with a GAN on a tiny MM-DiT and captioned shapes: three optimizers, features of the online
+network, any strategy."""
+
 import re
 
 import pytest
@@ -17,7 +19,7 @@ TOLERANCE = dict(rtol=1e-4, atol=5e-6)
 @pytest.fixture(scope='module')
 def config(tmp_path_factory):
     path = tmp_path_factory.mktemp('shapes') / 'fgm.py'
-    path.write_text(f'''
+    path.write_text(f"""
 _base_ = [{str(ROOT / 'configs/fgm/shapes.py')!r}]
 model = dict(
     type='RowNoiseFGM', teacher=dict(checkpoint=None), gan=dict(head=dict(channels=8)),
@@ -31,14 +33,21 @@ evaluations = dict(shapes=dict(interval=4, dataset=dict(num_samples=13), batch_s
                                metrics=dict(score=dict(prompts=dict(num_samples=13)))))
 default_hooks = dict(logger=dict(interval=1), checkpoint=dict(interval=2), samples=dict(interval=1000))
 custom_imports = dict(imports=['tests.helpers'])
-''')
+""")
     return path
 
 
 @pytest.fixture(scope='module', params=[1, 2], ids=['shared samples', 'accumulation 2'])
 def single(request, config, tmp_path_factory):
-    options = ('train_cfg.share_samples=True',) if request.param == 1 else \
-        ('train_cfg.share_samples=False', 'train_cfg.accumulation=2', 'model.network.checkpointing=True')
+    options = (
+        ('train_cfg.share_samples=True',)
+        if request.param == 1
+        else (
+            'train_cfg.share_samples=False',
+            'train_cfg.accumulation=2',
+            'model.network.checkpointing=True',
+        )
+    )
     work_dir = tmp_path_factory.mktemp('single')
     train(config, work_dir, *options)
     return options, work_dir
@@ -46,9 +55,16 @@ def single(request, config, tmp_path_factory):
 
 def compare(expected, found, **tolerance):
     assert expected.keys() == found.keys()
-    assert {key.split('.')[0] for key in found} == {'online', 'discriminator', 'generator', 'generator_ema'}
+    assert {key.split('.')[0] for key in found} == {
+        'online',
+        'discriminator',
+        'generator',
+        'generator_ema',
+    }
     for key, value in expected.items():
-        torch.testing.assert_close(found[key], value, **tolerance, msg=lambda m, key=key: f'{key}: {m}')
+        torch.testing.assert_close(
+            found[key], value, **tolerance, msg=lambda m, key=key: f'{key}: {m}'
+        )
 
 
 def overall(work_dir):
@@ -64,23 +80,40 @@ def test_two_processes_equal_one(single, strategy, config, tmp_path):
     compare(expected, read_state_dict(str(tmp_path)), **TOLERANCE)
     before = read_state_dict(str(work_dir / 'iter_2.pth'))
     for key in ('discriminator.layers.0.weight', 'online.transformer.context_embedder.weight'):
-        assert (expected[key] - before[key]).abs().max() > 20 * TOLERANCE['atol'], f'{key} hardly moved: this shows nothing'
+        assert (expected[key] - before[key]).abs().max() > 20 * TOLERANCE['atol'], (
+            f'{key} hardly moved: this shows nothing'
+        )
     assert overall(tmp_path) == overall(work_dir) != []
 
 
 @pytest.mark.slow
 def test_bf16_shards_train_as_one_process(config, tmp_path):
-    """Accumulation, block-wise checkpointing and the bf16 policy at once; bf16 rounds, so only norms can agree."""
-    options = (*FSDP2, 'strategy.precision=bf16', 'train_cfg.share_samples=False', 'train_cfg.accumulation=2',
-               'model.network.checkpointing=True', 'evaluations.shapes.interval=0')
+    """Accumulation, block-wise checkpointing and the bf16 policy at once; bf16 rounds, so only
+    norms can agree."""
+    options = (
+        *FSDP2,
+        'strategy.precision=bf16',
+        'train_cfg.share_samples=False',
+        'train_cfg.accumulation=2',
+        'model.network.checkpointing=True',
+        'evaluations.shapes.interval=0',
+    )
     train(config, tmp_path / 'one', *options, nproc=1)
     train(config, tmp_path / 'two', *options, 'train_dataloader.batch_size=4', nproc=2)
     one, two = read_state_dict(str(tmp_path / 'one')), read_state_dict(str(tmp_path / 'two'))
     start = read_state_dict(str(tmp_path / 'one' / 'iter_2.pth'))
     for network in ('online', 'discriminator', 'generator'):
         # the whole network's way from iteration 2 to 4
-        steps = [torch.cat([(state[key] - start[key]).flatten() for key in one if key.startswith(f'{network}.')])
-                 for state in (one, two)]
+        steps = [
+            torch.cat(
+                [
+                    (state[key] - start[key]).flatten()
+                    for key in one
+                    if key.startswith(f'{network}.')
+                ]
+            )
+            for state in (one, two)
+        ]
         assert (steps[0] - steps[1]).norm() < 0.1 * steps[0].norm(), network
 
 
@@ -89,18 +122,41 @@ def test_two_processes_resume_on_one(config, tmp_path):
     options = (*FSDP2, 'train_cfg.share_samples=False', 'evaluations.shapes.interval=0')
     train(config, tmp_path / 'two', *options, 'train_dataloader.batch_size=4', nproc=2)
     # killed, not shortened: the schedules run to the end of the whole run
-    train(config, tmp_path / 'split', *options, 'train_dataloader.batch_size=4', 'default_hooks.kill.type=KillHook',
-          'default_hooks.kill.at=3', 'default_hooks.kill.when=before', nproc=2, codes=None)
+    train(
+        config,
+        tmp_path / 'split',
+        *options,
+        'train_dataloader.batch_size=4',
+        'default_hooks.kill.type=KillHook',
+        'default_hooks.kill.at=3',
+        'default_hooks.kill.when=before',
+        nproc=2,
+        codes=None,
+    )
     assert (tmp_path / 'split' / 'last_checkpoint').read_text().endswith('iter_2.pth')
     train(config, tmp_path / 'split', *options, nproc=1, resume=True)
-    compare(read_state_dict(str(tmp_path / 'two')), read_state_dict(str(tmp_path / 'split')), **TOLERANCE)
+    compare(
+        read_state_dict(str(tmp_path / 'two')),
+        read_state_dict(str(tmp_path / 'split')),
+        **TOLERANCE,
+    )
 
     # and the shards of two processes become one file
-    merge_checkpoint.main([str(tmp_path / 'two'), str(tmp_path / 'one.safetensors'), '--network', 'generator_ema'])
-    merged, sharded = load_file(tmp_path / 'one.safetensors'), read_state_dict(str(tmp_path / 'two'))
-    assert {f'generator_ema.{key}' for key in merged} == {key for key in sharded if key.startswith('generator_ema.')}
+    merge_checkpoint.main(
+        [str(tmp_path / 'two'), str(tmp_path / 'one.safetensors'), '--network', 'generator_ema']
+    )
+    merged, sharded = (
+        load_file(tmp_path / 'one.safetensors'),
+        read_state_dict(str(tmp_path / 'two')),
+    )
+    assert {f'generator_ema.{key}' for key in merged} == {
+        key for key in sharded if key.startswith('generator_ema.')
+    }
     assert all(torch.equal(value, sharded[f'generator_ema.{key}']) for key, value in merged.items())
-    for more in ([], ['--force', '--network', 'teacher']):   # it exists; a teacher is not in checkpoints
+    for more in (
+        [],
+        ['--force', '--network', 'teacher'],
+    ):  # it exists; a teacher is not in checkpoints
         with pytest.raises(SystemExit) as stopped:
             merge_checkpoint.main([str(tmp_path / 'two'), str(tmp_path / 'one.safetensors'), *more])
         assert stopped.value.code == 2

@@ -1,5 +1,6 @@
 # Copyright (c) mmfgm authors.
 """The order of Algorithm 1, seen from outside: which phase ran when, on which samples."""
+
 import pytest
 from mmengine.config import Config
 
@@ -11,7 +12,12 @@ from tests.conftest import ROOT, train
 @pytest.fixture
 def cfg(tiny, tmp_path):
     cfg = Config.fromfile(tiny / 'fgm.py')
-    cfg.work_dir, cfg.launcher, cfg.evaluations, cfg.log_level = str(tmp_path), 'none', {}, 'WARNING'
+    cfg.work_dir, cfg.launcher, cfg.evaluations, cfg.log_level = (
+        str(tmp_path),
+        'none',
+        {},
+        'WARNING',
+    )
     cfg.experiment_name = tmp_path.name
     cfg.train_cfg.max_iters = 2
     del cfg.default_hooks.checkpoint.save_best
@@ -27,11 +33,15 @@ def events_of(cfg):
 
     def spy_prepare(batch, differentiable):
         samples = prepare(batch, differentiable)
-        events.append(('prepare', differentiable, samples['idx'].tolist(), samples['x_0'].requires_grad))
+        events.append(
+            ('prepare', differentiable, samples['idx'].tolist(), samples['x_0'].requires_grad)
+        )
         return samples
 
     def spy_loss(phase, samples):
-        events.append((phase, samples['idx'].tolist(), next(model.online.parameters()).requires_grad))
+        events.append(
+            (phase, samples['idx'].tolist(), next(model.online.parameters()).requires_grad)
+        )
         return loss(phase, samples)
 
     model.prepare, model.loss = spy_prepare, spy_loss
@@ -45,8 +55,13 @@ def test_fresh_samples_for_every_update(cfg):
     one = ['prepare', 'online'] * 6 + ['prepare', 'generator'] * 2
     assert [e[0] for e in events] == one * 2
     prepared = [e for e in events if e[0] == 'prepare']
-    assert len({tuple(e[2]) for e in prepared}) == len(prepared) == 2 * runner.train_loop.batches_per_iter
-    # the graph of the generator exists only where it is needed, psi has gradients only where it is trained
+    assert (
+        len({tuple(e[2]) for e in prepared})
+        == len(prepared)
+        == 2 * runner.train_loop.batches_per_iter
+    )
+    # the graph of the generator exists only where it is needed, psi has gradients only where it is
+    # trained
     assert [e[1] == e[3] for e in prepared] == [True] * 16
     assert [e[1] for e in prepared[:8]] == [False] * 6 + [True] * 2
     assert all(e[2] == (e[0] == 'online') for e in events if e[0] != 'prepare')
@@ -80,12 +95,15 @@ def test_accumulation_is_the_mean_over_micro_batches(cfg):
         torch.testing.assert_close(two[key], value, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize('change, match', [
-    (dict(online_updates=0), 'online_updates must be a whole number of at least 1, but is 0'),
-    (dict(online_updates=1.5), 'online_updates'),
-    (dict(accumulation=0), 'accumulation'),
-    (dict(share_samples=True, accumulation=2), 'share_samples=False'),
-])
+@pytest.mark.parametrize(
+    'change, match',
+    [
+        (dict(online_updates=0), 'online_updates must be a whole number of at least 1, but is 0'),
+        (dict(online_updates=1.5), 'online_updates'),
+        (dict(accumulation=0), 'accumulation'),
+        (dict(share_samples=True, accumulation=2), 'share_samples=False'),
+    ],
+)
 def test_bad_settings(cfg, change, match):
     cfg.train_cfg.update(change)
     with pytest.raises(UsageError, match=match):
@@ -98,13 +116,34 @@ def test_repository_configs_are_at_most_three_levels_deep():
         bases = Config._get_base_files(str(path))
         return 1 + max((depth((path.parent / base).resolve()) for base in bases), default=0)
 
-    configs = [path for path in (ROOT / 'configs').rglob('*.py')]
+    configs = list((ROOT / 'configs').rglob('*.py'))
     assert configs and max(map(depth, configs)) <= 3
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('options, code', [((), 0), (('default_hooks.poison.type=PoisonHook', 'default_hooks.poison.at=3',
-                                                      'default_hooks.poison.network=generator'), 3)], ids=['done', 'failed'])
+@pytest.mark.parametrize(
+    'options, code',
+    [
+        ((), 0),
+        (
+            (
+                'default_hooks.poison.type=PoisonHook',
+                'default_hooks.poison.at=3',
+                'default_hooks.poison.network=generator',
+            ),
+            3,
+        ),
+    ],
+    ids=['done', 'failed'],
+)
 def test_loader_workers_end_with_the_run(options, code, tiny, tmp_path):
-    """Workers ignore SIGTERM, so a process that leaves them to the interpreter's exit never ends."""
-    train(tiny / 'fgm.py', tmp_path, 'train_dataloader.num_workers=1', *options, codes=(code,), timeout=120)
+    """Workers ignore SIGTERM, so a process that leaves them to the interpreter's exit never
+    ends."""
+    train(
+        tiny / 'fgm.py',
+        tmp_path,
+        'train_dataloader.num_workers=1',
+        *options,
+        codes=(code,),
+        timeout=120,
+    )

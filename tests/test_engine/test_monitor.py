@@ -44,10 +44,12 @@ def test_message_hub_round_trips_through_weights_only(tmp_path):
     for i in range(5):
         hub.update_scalar('train/online/loss_fm', 0.1 * i)
     hub.update_info('iter', 5)
-    hub.update_info('eta', np.float64(3.0))   # not plain: left out
+    hub.update_info('eta', np.float64(3.0))  # not plain: left out
     torch.save(encode_message_hub(hub.state_dict()), tmp_path / 'hub.pth')
     other = MessageHub('target')
     other.load_state_dict(decode_message_hub(torch.load(tmp_path / 'hub.pth', weights_only=True)))
-    for x, y in zip(hub.get_scalar('train/online/loss_fm').data, other.get_scalar('train/online/loss_fm').data):
+    for x, y in zip(
+        hub.get_scalar('train/online/loss_fm').data, other.get_scalar('train/online/loss_fm').data
+    ):
         assert x.tolist() == y.tolist()
     assert other.get_info('iter') == 5 and 'eta' not in other.runtime_info

@@ -26,30 +26,48 @@ def test_gradient_norm_before_clipping_and_clipped_step(max_norm):
     torch.manual_seed(0)
     net = nn.Linear(3, 2)
     before = [p.detach().clone() for p in net.parameters()]
-    wrapper = NetworkOptimWrapper(torch.optim.SGD(net.parameters(), lr=1.0),
-                                  clip_grad=None if max_norm is None else dict(max_norm=max_norm))
+    wrapper = NetworkOptimWrapper(
+        torch.optim.SGD(net.parameters(), lr=1.0),
+        clip_grad=None if max_norm is None else dict(max_norm=max_norm),
+    )
     net(torch.randn(8, 3)).square().sum().backward()
     norm = torch.cat([p.grad.flatten() for p in net.parameters()]).norm()
     wrapper.step()
     torch.testing.assert_close(wrapper.grad_norm, norm)
     step = torch.cat([(p - q).flatten() for p, q in zip(net.parameters(), before)]).norm()
-    torch.testing.assert_close(step, norm if max_norm is None else torch.tensor(max_norm), rtol=1e-4, atol=0)
+    torch.testing.assert_close(
+        step, norm if max_norm is None else torch.tensor(max_norm), rtol=1e-4, atol=0
+    )
 
 
 def test_one_optimizer_for_each_network_with_paramwise_options():
     cfg = dict(online=dict(**adam(), paramwise_cfg=dict(bias_lr_mult=2.0)), generator=adam())
     wrappers = PerNetworkConstructor(cfg)(Pair())
     assert list(wrappers.keys()) == ['online', 'generator']
-    assert sorted({group['lr'] for group in wrappers['online'].optimizer.param_groups}) == [1e-3, 2e-3]
+    assert sorted({group['lr'] for group in wrappers['online'].optimizer.param_groups}) == [
+        1e-3,
+        2e-3,
+    ]
 
 
-@pytest.mark.parametrize('cfg, match', [
-    (dict(online=adam()), 'must name the trained networks'),
-    (dict(online=adam(), generator=adam(), teacher=adam()), 'must name the trained networks'),
-    (dict(online=adam(betas=(0, 0.999)), generator=adam()), 'write 0.0 instead of 0'),
-    (dict(online=dict(clip_grad=dict(type='value', clip_value=1), **adam()), generator=adam()), 'clip_grad must be'),
-    (dict(online=dict(accumulative_counts=2, **adam()), generator=adam()), 'train_cfg.accumulation'),
-])
+@pytest.mark.parametrize(
+    'cfg, match',
+    [
+        (dict(online=adam()), 'must name the trained networks'),
+        (dict(online=adam(), generator=adam(), teacher=adam()), 'must name the trained networks'),
+        (dict(online=adam(betas=(0, 0.999)), generator=adam()), 'write 0.0 instead of 0'),
+        (
+            dict(
+                online=dict(clip_grad=dict(type='value', clip_value=1), **adam()), generator=adam()
+            ),
+            'clip_grad must be',
+        ),
+        (
+            dict(online=dict(accumulative_counts=2, **adam()), generator=adam()),
+            'train_cfg.accumulation',
+        ),
+    ],
+)
 def test_bad_settings(cfg, match):
     with pytest.raises(UsageError, match=match):
         PerNetworkConstructor(cfg)(Pair())
@@ -72,7 +90,10 @@ def test_ema_is_the_recursion(ramp_up):
         model, iter = EMAModel(), 0
 
     hook, runner = NetworkEMAHook(ramp_up), Runner()
-    expected = {name: getattr(runner.model, name).weight.detach().clone().double() for name in EMAModel.ema_decays}
+    expected = {
+        name: getattr(runner.model, name).weight.detach().clone().double()
+        for name in EMAModel.ema_decays
+    }
     for i in range(5):
         runner.iter = i
         with torch.no_grad():
@@ -81,6 +102,12 @@ def test_ema_is_the_recursion(ramp_up):
         hook.after_train_iter(runner, i)
         for name, decay in EMAModel.ema_decays.items():
             decay = min(decay, (1 + i) / (10 + i)) if ramp_up else decay
-            expected[name] = decay * expected[name] + (1 - decay) * runner.model.net.weight.detach().double()
-            torch.testing.assert_close(getattr(runner.model, name).weight.double(), expected[name], rtol=1e-5, atol=1e-6)
-            assert torch.equal(getattr(runner.model, name).running_mean, runner.model.net.running_mean)
+            expected[name] = (
+                decay * expected[name] + (1 - decay) * runner.model.net.weight.detach().double()
+            )
+            torch.testing.assert_close(
+                getattr(runner.model, name).weight.double(), expected[name], rtol=1e-5, atol=1e-6
+            )
+            assert torch.equal(
+                getattr(runner.model, name).running_mean, runner.model.net.running_mean
+            )

@@ -1,5 +1,6 @@
 # Copyright (c) mmfgm authors.
 """Sharded and replicated training equals one process on the same global batch."""
+
 import glob
 import shutil
 
@@ -13,9 +14,15 @@ from tests.conftest import tool_env, train
 
 # Adam divides by the gradient's size, so float32 noise in a tiny gradient would become a full step:
 # a large eps keeps the comparison about the gradients
-OPTIONS = ('model.type=RowNoiseFGM', 'train_cfg.max_iters=5', 'default_hooks.checkpoint.interval=5',
-           'evaluations.fd.interval=5', 'optim_wrapper.online.optimizer.eps=1e-2',
-           'optim_wrapper.generator.optimizer.eps=1e-2', 'optim_wrapper.generator.clip_grad.max_norm=1.0')
+OPTIONS = (
+    'model.type=RowNoiseFGM',
+    'train_cfg.max_iters=5',
+    'default_hooks.checkpoint.interval=5',
+    'evaluations.fd.interval=5',
+    'optim_wrapper.online.optimizer.eps=1e-2',
+    'optim_wrapper.generator.optimizer.eps=1e-2',
+    'optim_wrapper.generator.clip_grad.max_norm=1.0',
+)
 FSDP2 = ('strategy.type=FSDP2Strategy', 'strategy.block_types=AdaLNBlock,')
 TOLERANCE = dict(rtol=1e-4, atol=2e-6)
 
@@ -41,31 +48,61 @@ def single(request, tiny, tmp_path_factory):
 @pytest.mark.parametrize('strategy', [(), FSDP2], ids=['DDP', 'FSDP2'])
 def test_two_processes_equal_one(single, strategy, tiny, tmp_path):
     accumulation, work_dir = single
-    train(tiny / 'fgm.py', tmp_path, *OPTIONS, *strategy, f'train_cfg.accumulation={accumulation}',
-          'train_dataloader.batch_size=4', nproc=2)
+    train(
+        tiny / 'fgm.py',
+        tmp_path,
+        *OPTIONS,
+        *strategy,
+        f'train_cfg.accumulation={accumulation}',
+        'train_dataloader.batch_size=4',
+        nproc=2,
+    )
     expected, found = final_state(work_dir), final_state(tmp_path)
-    assert expected.keys() == found.keys() and {key.split('.')[0] for key in found} == {'online', 'generator', 'generator_ema'}
+    assert expected.keys() == found.keys() and {key.split('.')[0] for key in found} == {
+        'online',
+        'generator',
+        'generator_ema',
+    }
     for key, value in expected.items():
-        torch.testing.assert_close(found[key], value, **TOLERANCE, msg=lambda m, key=key: f'{key}: {m}')
+        torch.testing.assert_close(
+            found[key], value, **TOLERANCE, msg=lambda m, key=key: f'{key}: {m}'
+        )
     start = read_state_dict(str(tiny / 'teacher_run'))
-    moved = max((value - start[f'network_ema.{key.split(".", 1)[1]}']).abs().max() for key, value in expected.items()
-                if key.startswith('online.'))
-    assert moved > 100 * TOLERANCE['atol'], 'the networks hardly moved, so the comparison shows nothing'
+    moved = max(
+        (value - start[f'network_ema.{key.split(".", 1)[1]}']).abs().max()
+        for key, value in expected.items()
+        if key.startswith('online.')
+    )
+    assert moved > 100 * TOLERANCE['atol'], (
+        'the networks hardly moved, so the comparison shows nothing'
+    )
     assert fd_values(tmp_path) == [pytest.approx(v, rel=1e-3) for v in fd_values(work_dir)]
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which('g++'), reason='torch.compile needs a C++ compiler')
 def test_compiled_equals_eager(tiny, tmp_path):
-    options = (*OPTIONS[1:], 'train_cfg.max_iters=2', 'default_hooks.checkpoint.interval=2', 'evaluations.fd.interval=0')
+    options = (
+        *OPTIONS[1:],
+        'train_cfg.max_iters=2',
+        'default_hooks.checkpoint.interval=2',
+        'evaluations.fd.interval=0',
+    )
     train(tiny / 'fgm.py', tmp_path / 'eager', *options)
-    train(tiny / 'fgm.py', tmp_path / 'compiled', *options, 'strategy.compile=True',
-          env=tool_env(TORCHINDUCTOR_CACHE_DIR=str(tmp_path / 'cache')))
+    train(
+        tiny / 'fgm.py',
+        tmp_path / 'compiled',
+        *options,
+        'strategy.compile=True',
+        env=tool_env(TORCHINDUCTOR_CACHE_DIR=str(tmp_path / 'cache')),
+    )
     assert list((tmp_path / 'cache').rglob('*.so')), 'nothing was compiled'
     expected, found = final_state(tmp_path / 'eager'), final_state(tmp_path / 'compiled')
     assert expected.keys() == found.keys()
     for key, value in expected.items():
-        torch.testing.assert_close(found[key], value, **TOLERANCE, msg=lambda m, key=key: f'{key}: {m}')
+        torch.testing.assert_close(
+            found[key], value, **TOLERANCE, msg=lambda m, key=key: f'{key}: {m}'
+        )
 
 
 def test_precision_sets_tf32():
@@ -77,11 +114,24 @@ def test_precision_sets_tf32():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('strategy, nproc', [((), 0), ((), 2), (FSDP2, 2)], ids=['single', 'DDP', 'FSDP2'])
+@pytest.mark.parametrize(
+    'strategy, nproc', [((), 0), ((), 2), (FSDP2, 2)], ids=['single', 'DDP', 'FSDP2']
+)
 def test_bf16_keeps_gradients_and_weights_in_float32(strategy, nproc, tiny, tmp_path):
-    train(tiny / 'fgm.py', tmp_path, *strategy, 'strategy.precision=bf16', 'train_cfg.max_iters=3',
-          'default_hooks.checkpoint.interval=3', 'default_hooks.dtypes.type=GradientDtypeHook', nproc=nproc)
-    assert all(value.dtype == torch.float32 and value.isfinite().all() for value in final_state(tmp_path).values())
+    train(
+        tiny / 'fgm.py',
+        tmp_path,
+        *strategy,
+        'strategy.precision=bf16',
+        'train_cfg.max_iters=3',
+        'default_hooks.checkpoint.interval=3',
+        'default_hooks.dtypes.type=GradientDtypeHook',
+        nproc=nproc,
+    )
+    assert all(
+        value.dtype == torch.float32 and value.isfinite().all()
+        for value in final_state(tmp_path).values()
+    )
 
 
 @pytest.mark.slow
@@ -90,7 +140,14 @@ def test_a_sharded_checkpoint_resumes_on_one_process_and_feeds_tools(tiny, tmp_p
     sharded = (*FSDP2, 'train_cfg.max_iters=10')
     teacher = tmp_path / 'teacher'
     train(tiny / 'teacher.py', teacher, *sharded, 'default_hooks.checkpoint.interval=5', nproc=2)
-    result = train(tiny / 'teacher.py', teacher, *sharded[:2], 'train_cfg.max_iters=12', nproc=1, resume=True)
+    result = train(
+        tiny / 'teacher.py', teacher, *sharded[:2], 'train_cfg.max_iters=12', nproc=1, resume=True
+    )
     assert 'fresh random numbers' in result.stdout + result.stderr
     assert (teacher / 'iter_12').is_dir() or (teacher / 'iter_12.pth').is_dir()
-    train(tiny / 'fgm.py', tmp_path / 'fgm', f'model.teacher.checkpoint={teacher}', 'train_cfg.max_iters=2')
+    train(
+        tiny / 'fgm.py',
+        tmp_path / 'fgm',
+        f'model.teacher.checkpoint={teacher}',
+        'train_cfg.max_iters=2',
+    )

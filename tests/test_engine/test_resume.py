@@ -1,5 +1,7 @@
 # Copyright (c) mmfgm authors.
-"""Killed and resumed equals uninterrupted, bit for bit. ``--kills 20`` asks for 20 kills of each run."""
+"""Killed and resumed equals uninterrupted, bit for bit. ``--kills 20`` asks for 20 kills of each
+run."""
+
 import random
 import signal
 import subprocess
@@ -39,16 +41,29 @@ def hook_options(**cfg):
 
 def final(work_dir):
     checkpoint = read_pickle(latest_checkpoint(str(work_dir)))
-    history = {key: value[0] for key, value in checkpoint['message_hub']['log_scalars'].items()
-               if not any(word in key for word in ('time', 'second'))}
-    return {key: checkpoint[key] for key in ('state_dict', 'optimizer', 'param_schedulers', 'rng')}, history
+    history = {
+        key: value[0]
+        for key, value in checkpoint['message_hub']['log_scalars'].items()
+        if not any(word in key for word in ('time', 'second'))
+    }
+    return {
+        key: checkpoint[key] for key in ('state_dict', 'optimizer', 'param_schedulers', 'rng')
+    }, history
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('nproc, share', [(0, False), (0, True), (2, False)], ids=['1 process', 'shared samples', '2 processes'])
+@pytest.mark.parametrize(
+    'nproc, share',
+    [(0, False), (0, True), (2, False)],
+    ids=['1 process', 'shared samples', '2 processes'],
+)
 def test_killed_and_resumed_equals_uninterrupted(nproc, share, tiny, tmp_path, request):
-    options = ('optim_wrapper.online.clip_grad.max_norm=10.0', f'train_cfg.share_samples={share}',
-               f'train_cfg.accumulation={1 if share else 2}', 'train_cfg.online_updates=2')
+    options = (
+        'optim_wrapper.online.clip_grad.max_norm=10.0',
+        f'train_cfg.share_samples={share}',
+        f'train_cfg.accumulation={1 if share else 2}',
+        'train_cfg.online_updates=2',
+    )
     train(tiny / 'fgm.py', tmp_path / 'whole', *options, nproc=nproc)
     rng = random.Random(f'{nproc}{share}')
     for kill in range(request.config.getoption('--kills')):
@@ -56,9 +71,14 @@ def test_killed_and_resumed_equals_uninterrupted(nproc, share, tiny, tmp_path, r
         at, when = rng.randrange(3, ITERS), rng.choice(['before', 'while', 'after'])
         # 'while' needs an iteration that writes a checkpoint
         at = at - at % 2 if when == 'while' else at
-        hook = hook_options(type='KillHook', at=at, when=when, rank=0 if when == 'while' else max(nproc - 1, 0))
+        hook = hook_options(
+            type='KillHook', at=at, when=when, rank=0 if when == 'while' else max(nproc - 1, 0)
+        )
         train(tiny / 'fgm.py', work_dir, *options, *hook, nproc=nproc, codes=None)
-        assert latest_checkpoint(str(work_dir)) is not None and not (work_dir / f'iter_{ITERS}.pth').exists()
+        assert (
+            latest_checkpoint(str(work_dir)) is not None
+            and not (work_dir / f'iter_{ITERS}.pth').exists()
+        )
         train(tiny / 'fgm.py', work_dir, *options, nproc=nproc, resume=True)
         (state, history), (expected, expected_history) = final(work_dir), final(tmp_path / 'whole')
         assert_same(state, expected)
@@ -68,7 +88,11 @@ def test_killed_and_resumed_equals_uninterrupted(nproc, share, tiny, tmp_path, r
 @pytest.mark.slow
 def test_sharded_run_resumes_exactly(tiny, tmp_path):
     """FSDP2 on 2 processes: 4 + 4 iterations equal 8."""
-    options = ('strategy.type=FSDP2Strategy', 'strategy.block_types=AdaLNBlock,', 'default_hooks.checkpoint.interval=4')
+    options = (
+        'strategy.type=FSDP2Strategy',
+        'strategy.block_types=AdaLNBlock,',
+        'default_hooks.checkpoint.interval=4',
+    )
     train(tiny / 'fgm.py', tmp_path / 'whole', *options, nproc=2)
     hook = hook_options(type='KillHook', at=5, when='before', rank=1)
     train(tiny / 'fgm.py', tmp_path / 'parts', *options, *hook, nproc=2, codes=None)
@@ -82,15 +106,27 @@ def test_another_teacher_is_noticed(tiny, tmp_path):
     weights = read_state_dict(str(tiny / 'teacher_run'))
     weights['network_ema.output.bias'] = weights['network_ema.output.bias'] + 1e-3
     torch.save(dict(state_dict=weights), tmp_path / 'other.pth')
-    result = train(tiny / 'fgm.py', tmp_path / 'run', f'model.teacher.checkpoint={tmp_path / "other.pth"}', resume=True,
-                   codes=(2,))
+    result = train(
+        tiny / 'fgm.py',
+        tmp_path / 'run',
+        f'model.teacher.checkpoint={tmp_path / "other.pth"}',
+        resume=True,
+        codes=(2,),
+    )
     assert 'another teacher' in result.stderr and 'Traceback' not in result.stderr
     best = next((tmp_path / 'run').glob('iter_2.pth'))
     stripped = read_pickle(str(best))
     del stripped['optimizer']
     torch.save(stripped, tmp_path / 'stripped.pth')
-    result = run_module('mmfgm.tools.train', tiny / 'fgm.py', '--work-dir', tmp_path / 'run', '--resume',
-                        tmp_path / 'stripped.pth', codes=(2,))
+    result = run_module(
+        'mmfgm.tools.train',
+        tiny / 'fgm.py',
+        '--work-dir',
+        tmp_path / 'run',
+        '--resume',
+        tmp_path / 'stripped.pth',
+        codes=(2,),
+    )
     assert 'holds no optimizer state' in result.stderr
 
 
@@ -98,11 +134,31 @@ def test_another_teacher_is_noticed(tiny, tmp_path):
 @pytest.mark.parametrize('nproc', [0, 2])
 def test_sigterm_saves_and_exits_with_75(nproc, tiny, tmp_path):
     command = [sys.executable, '-m']
-    command += ['torch.distributed.run', '--standalone', f'--nproc_per_node={nproc}', '-m'] if nproc else []
-    command += ['mmfgm.tools.train', str(tiny / 'fgm.py'), '--work-dir', str(tmp_path), '--launcher',
-                'pytorch' if nproc else 'none', '--cfg-options', 'train_cfg.max_iters=100000',
-                'default_hooks.checkpoint.interval=100000', 'evaluations.fd.interval=0']
-    process = subprocess.Popen(command, cwd=ROOT, env=tool_env(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    command += (
+        ['torch.distributed.run', '--standalone', f'--nproc_per_node={nproc}', '-m']
+        if nproc
+        else []
+    )
+    command += [
+        'mmfgm.tools.train',
+        str(tiny / 'fgm.py'),
+        '--work-dir',
+        str(tmp_path),
+        '--launcher',
+        'pytorch' if nproc else 'none',
+        '--cfg-options',
+        'train_cfg.max_iters=100000',
+        'default_hooks.checkpoint.interval=100000',
+        'evaluations.fd.interval=0',
+    ]
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=tool_env(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
     lines = []
     for line in process.stdout:
         lines.append(line)
@@ -118,15 +174,24 @@ def test_sigterm_saves_and_exits_with_75(nproc, tiny, tmp_path):
     iteration = read_pickle(saved)['meta']['iter']
     assert f'stopped after iteration {iteration} ' in text
     # and it goes on from there
-    result = train(tiny / 'fgm.py', tmp_path, f'train_cfg.max_iters={iteration + 2}', resume=True, nproc=nproc)
+    result = train(
+        tiny / 'fgm.py', tmp_path, f'train_cfg.max_iters={iteration + 2}', resume=True, nproc=nproc
+    )
     assert f'resumed epoch: 0, iter: {iteration}' in result.stdout + result.stderr
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('network, phase', [('online', 'online'), ('teacher', 'generator'), ('generator', 'online')])
+@pytest.mark.parametrize(
+    'network, phase', [('online', 'online'), ('teacher', 'generator'), ('generator', 'online')]
+)
 def test_a_non_finite_value_stops_the_run(network, phase, tiny, tmp_path):
     """It names the iteration, the phase and the network, and keeps the last good checkpoint."""
-    result = train(tiny / 'fgm.py', tmp_path, *hook_options(type='PoisonHook', at=6, network=network), codes=(3,))
+    result = train(
+        tiny / 'fgm.py',
+        tmp_path,
+        *hook_options(type='PoisonHook', at=6, network=network),
+        codes=(3,),
+    )
     assert f"iteration 6, phase '{phase}'" in result.stderr and 'Traceback' not in result.stderr
     assert f"'{network}'" in result.stderr.split('non-finite weights')[1]
     saved = latest_checkpoint(str(tmp_path))

@@ -20,12 +20,14 @@ class Echo:
     """A model whose samples are exact functions of idx, so that only the evaluation can differ."""
 
     def sample(self, batch, sampling):
-        rows = [torch.randn(1, 8, 8, generator=torch.Generator().manual_seed(int(i))) for i in batch['idx']]
+        rows = [
+            torch.randn(1, 8, 8, generator=torch.Generator().manual_seed(int(i)))
+            for i in batch['idx']
+        ]
         return torch.stack(rows)
 
 
 class Points(Echo):
-
     def sample(self, batch, sampling):
         return super().sample(batch, sampling)[:, 0, 0, :2]
 
@@ -33,8 +35,12 @@ class Points(Echo):
 def build(metric, batch_size, num_samples=101):
     with DefaultScope.overwrite_default_scope('mmfgm'):
         return Evaluation(
-            name='e', sampling=dict(network='generator_ema'), batch_size=batch_size, metrics=dict(m=metric),
-            dataset=dict(type='GenerationDataset', num_samples=num_samples, num_classes=10))
+            name='e',
+            sampling=dict(network='generator_ema'),
+            batch_size=batch_size,
+            metrics=dict(m=metric),
+            dataset=dict(type='GenerationDataset', num_samples=num_samples, num_classes=10),
+        )
 
 
 FD = dict(type='FrechetDistance', reference=dict(type='Digits'))
@@ -46,8 +52,10 @@ def main():
     """Run by every process of a torchrun; prints both metrics of this world size."""
     MMLogger.get_instance('test')
     dist.init_process_group('gloo')
-    out = {name: build(metric, 16).run(model, SAMPLING)['e/m'] for name, metric, model in
-           [('fd', FD, Echo()), ('sw2', SW2, Points())]}
+    out = {
+        name: build(metric, 16).run(model, SAMPLING)['e/m']
+        for name, metric, model in [('fd', FD, Echo()), ('sw2', SW2, Points())]
+    }
     if dist.get_rank() == 0:
         print('RESULT', json.dumps(out))
     dist.destroy_process_group()
@@ -67,9 +75,14 @@ def test_does_not_depend_on_the_batch_size(metric, model):
 @pytest.mark.parametrize('nproc', [2, 3])
 def test_does_not_depend_on_the_number_of_processes(nproc):
     """101 samples on 2 or 3 processes need padding, which must not count."""
-    expected = dict(fd=build(FD, 16).run(Echo(), SAMPLING)['e/m'], sw2=build(SW2, 16).run(Points(), SAMPLING)['e/m'])
+    expected = dict(
+        fd=build(FD, 16).run(Echo(), SAMPLING)['e/m'],
+        sw2=build(SW2, 16).run(Points(), SAMPLING)['e/m'],
+    )
     out = run_module('tests.test_evaluation.test_evaluate', nproc=nproc).stdout
-    result = json.loads(next(line for line in out.splitlines() if line.startswith('RESULT'))[len('RESULT'):])
+    result = json.loads(
+        next(line for line in out.splitlines() if line.startswith('RESULT'))[len('RESULT') :]
+    )
     assert result['sw2'] == expected['sw2']
     assert result['fd'] == pytest.approx(expected['fd'], rel=1e-10)
 
@@ -84,7 +97,7 @@ def test_missing_samples_are_noticed():
 def test_padded_sampler_gives_every_process_as_many(monkeypatch):
     monkeypatch.setattr('mmfgm.datasets.base.get_dist_info', lambda: (1, 3))
     sampler = PaddedSampler(range(10))
-    assert list(sampler) == [1, 4, 7, 10] and len(sampler) == 4   # 10 is padding
+    assert list(sampler) == [1, 4, 7, 10] and len(sampler) == 4  # 10 is padding
 
 
 def test_uint8_rule():
@@ -109,7 +122,9 @@ def test_bad_interval():
 
 def test_without_metrics():
     with pytest.raises(UsageError, match='evaluations.e has no metrics'):
-        Evaluation(name='e', dataset=dict(type='GenerationDataset', num_samples=4), metrics={}, sampling={})
+        Evaluation(
+            name='e', dataset=dict(type='GenerationDataset', num_samples=4), metrics={}, sampling={}
+        )
 
 
 if __name__ == '__main__':

@@ -19,7 +19,14 @@ from torch_fidelity.metric_prc import prc_features_to_metric
 import mmfgm.engine  # noqa: F401
 from mmfgm.datasets import GenerationDataset
 from mmfgm.errors import UsageError
-from mmfgm.evaluation import Evaluation, InceptionV3, build_feature, frechet_distance, load_reference, to_uint8
+from mmfgm.evaluation import (
+    Evaluation,
+    InceptionV3,
+    build_feature,
+    frechet_distance,
+    load_reference,
+    to_uint8,
+)
 from mmfgm.models import Sampling
 from mmfgm.registry import DATASETS, TASK_UTILS
 from mmfgm.tools import fid_stats
@@ -31,7 +38,8 @@ BANK = dict(type='FilterBank')
 
 @TASK_UTILS.register_module()
 class FilterBank:
-    """Features that cost nothing: a fixed random map of uint8 pixels; the first ten count as logits too."""
+    """Features that cost nothing: a fixed random map of uint8 pixels; the first ten count as logits
+    too."""
 
     name = 'filter bank'
     dim = 12
@@ -39,7 +47,10 @@ class FilterBank:
     def __call__(self, samples):
         x = to_uint8(samples).flatten(1).double() / 2550
         # rounded from float64, so that the order of summation inside the product cannot show
-        return (x @ torch.randn(x.shape[1], self.dim, generator=torch.Generator().manual_seed(0)).double()).float()
+        return (
+            x
+            @ torch.randn(x.shape[1], self.dim, generator=torch.Generator().manual_seed(0)).double()
+        ).float()
 
     def logits(self, samples):
         return self(samples)[:, :10]
@@ -54,7 +65,10 @@ class Noise(GenerationDataset):
 
 
 def images(indices, offset=0, scale=50):
-    rows = [torch.randn(3, 8, 8, generator=torch.Generator().manual_seed(offset + int(i))) for i in indices]
+    rows = [
+        torch.randn(3, 8, 8, generator=torch.Generator().manual_seed(offset + int(i)))
+        for i in indices
+    ]
     return (128 + scale * torch.stack(rows)).clip(0, 255).to(torch.uint8)
 
 
@@ -67,8 +81,13 @@ class Echo:
 
 def evaluate(batch_size, metrics, num_samples=101, model=None):
     with DefaultScope.overwrite_default_scope('mmfgm'):
-        evaluation = Evaluation(name='e', sampling=dict(network='generator_ema'), batch_size=batch_size, metrics=metrics,
-                                dataset=dict(type='GenerationDataset', num_samples=num_samples))
+        evaluation = Evaluation(
+            name='e',
+            sampling=dict(network='generator_ema'),
+            batch_size=batch_size,
+            metrics=metrics,
+            dataset=dict(type='GenerationDataset', num_samples=num_samples),
+        )
         values = evaluation.run(model or Echo(), SAMPLING)
         assert list(values) == evaluation.value_names
         return values
@@ -76,9 +95,16 @@ def evaluate(batch_size, metrics, num_samples=101, model=None):
 
 METRICS = dict(
     fid=dict(type='FID', reference=dict(type='Noise', num_samples=150), feature=BANK),
-    kid=dict(type='KID', reference=dict(type='Noise', num_samples=150), feature=BANK, subsets=5, subset_size=40),
+    kid=dict(
+        type='KID',
+        reference=dict(type='Noise', num_samples=150),
+        feature=BANK,
+        subsets=5,
+        subset_size=40,
+    ),
     isc=dict(type='InceptionScore', feature=BANK),
-    prc=dict(type='PrecisionRecall', reference=dict(type='Noise', num_samples=150), feature=BANK))
+    prc=dict(type='PrecisionRecall', reference=dict(type='Noise', num_samples=150), feature=BANK),
+)
 
 
 def main():
@@ -96,13 +122,21 @@ def test_metrics_are_those_of_the_references():
     out = evaluate(64, METRICS)
     x, y = generated.double().numpy(), real.double().numpy()
     assert out['e/fid'] == pytest.approx(
-        frechet_distance(x.mean(0), np.cov(x, rowvar=False), y.mean(0), np.cov(y, rowvar=False)), rel=1e-9)
-    kid = kid_features_to_metric(generated.double(), real.double(), kid_subsets=5, kid_subset_size=40, verbose=False)
+        frechet_distance(x.mean(0), np.cov(x, rowvar=False), y.mean(0), np.cov(y, rowvar=False)),
+        rel=1e-9,
+    )
+    kid = kid_features_to_metric(
+        generated.double(), real.double(), kid_subsets=5, kid_subset_size=40, verbose=False
+    )
     assert [out['e/kid_mean'], out['e/kid_std']] == pytest.approx(list(kid.values()), rel=1e-5)
     isc = isc_features_to_metric(generated[:, :10])
     assert [out['e/isc_mean'], out['e/isc_std']] == pytest.approx(list(isc.values()), rel=1e-5)
-    precision, recall, _ = prc_features_to_metric(generated, real, prc_neighborhood=3, verbose=False).values()
-    assert [out['e/prc_precision'], out['e/prc_recall']] == pytest.approx([float(precision), float(recall)], abs=1e-6)
+    precision, recall, _ = prc_features_to_metric(
+        generated, real, prc_neighborhood=3, verbose=False
+    ).values()
+    assert [out['e/prc_precision'], out['e/prc_recall']] == pytest.approx(
+        [float(precision), float(recall)], abs=1e-6
+    )
 
 
 def test_does_not_depend_on_batches_or_processes():
@@ -129,12 +163,15 @@ def test_duplicates_are_noticed():
         evaluate(64, dict(isc=METRICS['isc']), model=Repeating())
 
 
-@pytest.mark.parametrize('metric, num_samples, message', [
-    ('kid', 39, 'KID needs at least 40 samples, but the evaluation has 39'),
-    ('isc', 9, 'InceptionScore needs at least 10 samples'),
-    ('prc', 3, 'PrecisionRecall needs at least 4 samples'),
-    ('fid', 1, 'FID needs at least 2 samples'),
-])
+@pytest.mark.parametrize(
+    'metric, num_samples, message',
+    [
+        ('kid', 39, 'KID needs at least 40 samples, but the evaluation has 39'),
+        ('isc', 9, 'InceptionScore needs at least 10 samples'),
+        ('prc', 3, 'PrecisionRecall needs at least 4 samples'),
+        ('fid', 1, 'FID needs at least 2 samples'),
+    ],
+)
 def test_too_few_samples(metric, num_samples, message):
     with pytest.raises(UsageError, match=message):
         evaluate(64, {metric: METRICS[metric]}, num_samples)
@@ -169,7 +206,11 @@ def test_inception_is_torch_fidelitys(inception):
     ours = InceptionV3(str(path), sha256[:8])
     theirs = FeatureExtractorInceptionV3('x', ['2048', 'logits_unbiased'], str(path))
     # floor(clip(127.5 x + 128, 0, 255)), written another way
-    features, logits = theirs(torch.from_numpy(np.floor(np.clip(x.double().numpy() * 127.5 + 128, 0, 255)).astype(np.uint8)))
+    features, logits = theirs(
+        torch.from_numpy(
+            np.floor(np.clip(x.double().numpy() * 127.5 + 128, 0, 255)).astype(np.uint8)
+        )
+    )
     assert features.std() > 1e-3
     torch.testing.assert_close(ours(x), features, rtol=0, atol=0)
     torch.testing.assert_close(ours.logits(x), logits, rtol=0, atol=0)
@@ -188,12 +229,15 @@ def test_one_network_serves_all_metrics(inception):
     assert len(calls) == 1
 
 
-@pytest.mark.parametrize('case, message', [
-    ('missing', 'there are no Inception weights at'),
-    ('hash', 'SHA-256 begins with .* not 6726825d'),
-    ('shape', r'another network than Inception v3.*(Conv2d_1a_3x3.conv.weight|Missing key)'),
-    ('code', 'holds more than tensors'),
-])
+@pytest.mark.parametrize(
+    'case, message',
+    [
+        ('missing', 'there are no Inception weights at'),
+        ('hash', 'SHA-256 begins with .* not 6726825d'),
+        ('shape', r'another network than Inception v3.*(Conv2d_1a_3x3.conv.weight|Missing key)'),
+        ('code', 'holds more than tensors'),
+    ],
+)
 def test_wrong_weights(inception, tmp_path, case, message):
     path, sha256 = tmp_path / 'w.pth', None
     if case == 'hash':
@@ -210,12 +254,19 @@ def test_wrong_weights(inception, tmp_path, case, message):
 def test_reference_files(tmp_path):
     out = tmp_path / 'stats.npz'
     config = tmp_path / 'config.py'
-    config.write_text(f"model = {{}}\nevaluations = dict(e=dict(metrics=dict(fid={METRICS['fid']!r}, kid={METRICS['kid']!r})))")
+    config.write_text(
+        f'model = {{}}\nevaluations = dict(e=dict(metrics=dict(fid={METRICS["fid"]!r},'
+        f' kid={METRICS["kid"]!r})))'
+    )
     fid_stats.main([str(config), str(out), '--evaluation', 'e', '--features'])
-    by_file = {name: {**metric, 'reference': str(out)} for name, metric in METRICS.items() if name != 'isc'}
-    assert evaluate(64, by_file) == pytest.approx({k: v for k, v in evaluate(64, METRICS).items() if 'isc' not in k}, rel=1e-6)
+    by_file = {
+        name: {**metric, 'reference': str(out)} for name, metric in METRICS.items() if name != 'isc'
+    }
+    assert evaluate(64, by_file) == pytest.approx(
+        {k: v for k, v in evaluate(64, METRICS).items() if 'isc' not in k}, rel=1e-6
+    )
     with pytest.raises(SystemExit) as stopped:
-        fid_stats.main([str(config), str(out), '--evaluation', 'e'])   # exists
+        fid_stats.main([str(config), str(out), '--evaluation', 'e'])  # exists
     assert stopped.value.code == 2
     # without features, which KID and PRC need
     fid_stats.main([str(config), str(out), '--evaluation', 'e', '--force'])
@@ -224,16 +275,24 @@ def test_reference_files(tmp_path):
     # EDM's files have mu and sigma alone
     data = np.load(out)
     np.savez(out, mu=data['mu'], sigma=data['sigma'])
-    assert evaluate(64, dict(fid=by_file['fid'])) == pytest.approx(evaluate(64, dict(fid=METRICS['fid'])))
+    assert evaluate(64, dict(fid=by_file['fid'])) == pytest.approx(
+        evaluate(64, dict(fid=METRICS['fid']))
+    )
 
 
-@pytest.mark.parametrize('content, message', [
-    (dict(mu=np.zeros(5), sigma=np.eye(5)), r'dimension \(5,\).*FilterBank has 12 features'),
-    (dict(mu=np.zeros(12), sigma=np.eye(5)), r'covariance \(5, 5\)'),
-    (dict(mean=np.zeros(12)), r"must hold mu and sigma, but hold \['mean'\]"),
-    (dict(mu=np.zeros(12), sigma=np.eye(12), feature='pixels'), "of the features 'pixels', not 'filter bank'"),
-    (None, 'cannot be read as a .npz file'),
-])
+@pytest.mark.parametrize(
+    'content, message',
+    [
+        (dict(mu=np.zeros(5), sigma=np.eye(5)), r'dimension \(5,\).*FilterBank has 12 features'),
+        (dict(mu=np.zeros(12), sigma=np.eye(5)), r'covariance \(5, 5\)'),
+        (dict(mean=np.zeros(12)), r"must hold mu and sigma, but hold \['mean'\]"),
+        (
+            dict(mu=np.zeros(12), sigma=np.eye(12), feature='pixels'),
+            "of the features 'pixels', not 'filter bank'",
+        ),
+        (None, 'cannot be read as a .npz file'),
+    ],
+)
 def test_wrong_reference_files(tmp_path, content, message):
     path = tmp_path / 'stats.npz'
     if content is None:
@@ -246,6 +305,7 @@ def test_wrong_reference_files(tmp_path, content, message):
 
 def test_statistics_of_a_folder_need_no_config(tmp_path, inception, monkeypatch):
     from PIL import Image
+
     for i in range(3):
         Image.fromarray(images([i])[0].permute(1, 2, 0).numpy()).save(tmp_path / f'{i}.png')
     feature = InceptionV3(str(inception[0]), None)

@@ -21,7 +21,10 @@ def edm(a, b):
     """EDM's formula, with scipy's matrix square root of the product."""
     (mu_1, cov_1), (mu_2, cov_2) = a, b
     root = scipy.linalg.sqrtm(cov_1.numpy() @ cov_2.numpy())
-    return float(np.square((mu_1 - mu_2).numpy()).sum() + np.trace((cov_1 + cov_2).numpy() - 2 * np.real(root)))
+    return float(
+        np.square((mu_1 - mu_2).numpy()).sum()
+        + np.trace((cov_1 + cov_2).numpy() - 2 * np.real(root))
+    )
 
 
 def fidelity(a, b):
@@ -35,7 +38,9 @@ def fidelity(a, b):
 def clouds():
     rng = np.random.default_rng(0)
     mix = rng.normal(size=(16, 16))
-    return torch.from_numpy(rng.normal(size=(500, 16)) @ mix), torch.from_numpy(rng.normal(size=(400, 16)) + 0.3)
+    return torch.from_numpy(rng.normal(size=(500, 16)) @ mix), torch.from_numpy(
+        rng.normal(size=(400, 16)) + 0.3
+    )
 
 
 @pytest.mark.parametrize('reference', [edm, fidelity])
@@ -51,9 +56,9 @@ def test_rank_deficient(clouds, reference):
 
 
 def test_takes_numpy_and_closed_form_for_diagonal_gaussians():
-    a = np.zeros(3), np.diag([1., 4., 9.])
-    b = np.array([1., 0., 2.]), np.diag([4., 4., 1.])
-    assert distance(a, b) == pytest.approx(1 + 4 + (1 - 2)**2 + 0 + (3 - 1)**2, abs=1e-12)
+    a = np.zeros(3), np.diag([1.0, 4.0, 9.0])
+    b = np.array([1.0, 0.0, 2.0]), np.diag([4.0, 4.0, 1.0])
+    assert distance(a, b) == pytest.approx(1 + 4 + (1 - 2) ** 2 + 0 + (3 - 1) ** 2, abs=1e-12)
     assert distance(a, a) == pytest.approx(0, abs=1e-12)
 
 
@@ -63,10 +68,16 @@ def test_moments_do_not_depend_on_batches_and_match_numpy(clouds):
     for part in x.split(7):
         pieces.update(part)
     assert pieces.n == 500
-    torch.testing.assert_close(pieces.mean, torch.from_numpy(x.numpy().mean(0)), rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(pieces.cov, torch.from_numpy(np.cov(x.numpy(), rowvar=False)), rtol=1e-11, atol=1e-11)
+    torch.testing.assert_close(
+        pieces.mean, torch.from_numpy(x.numpy().mean(0)), rtol=1e-12, atol=1e-12
+    )
+    torch.testing.assert_close(
+        pieces.cov, torch.from_numpy(np.cov(x.numpy(), rowvar=False)), rtol=1e-11, atol=1e-11
+    )
     other = fit(clouds[1])
-    assert distance((pieces.mean, pieces.cov), other) == pytest.approx(distance(fit(x), other), rel=1e-12)
+    assert distance((pieces.mean, pieces.cov), other) == pytest.approx(
+        distance(fit(x), other), rel=1e-12
+    )
 
 
 def test_float32_features_are_summed_in_float64():

@@ -1,12 +1,20 @@
 # Copyright (c) mmfgm authors.
 """The colour classifier against the rule, spelled again here, on a random CLIP."""
+
 import sys
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Normalize, Resize, ToTensor
+from torchvision.transforms import (
+    CenterCrop,
+    Compose,
+    InterpolationMode,
+    Normalize,
+    Resize,
+    ToTensor,
+)
 
 from mmfgm.errors import UsageError
 from mmfgm.evaluation.geneval import ClipColors
@@ -27,9 +35,11 @@ def scenes(seed=0):
     """Three images of different sizes with boxes and masks of objects in them."""
     rng = np.random.default_rng(seed)
     for index, (height, width) in enumerate([(40, 60), (64, 64), (33, 90)]):
-        image, = smooth_images((height, width), seed=seed + index)
+        (image,) = smooth_images((height, width), seed=seed + index)
         masks = rng.random((index + 1, height, width)) < 0.7
-        boxes = np.array([[3 + i, 2, width - 7 * i, height - 5 - i, 0.9] for i in range(index + 1)], np.float32)
+        boxes = np.array(
+            [[3 + i, 2, width - 7 * i, height - 5 - i, 0.9] for i in range(index + 1)], np.float32
+        )
         yield image, boxes, masks
 
 
@@ -37,11 +47,20 @@ def cut_out_by_pixel(image, box, mask):
     """The reference's ``ImageCrops``: composite with a blank image, then crop."""
     image = Image.fromarray(image)
     blank = Image.new('RGB', image.size, color='#999')
-    return Image.composite(image, blank, Image.fromarray(mask)).crop(tuple(map(int, map(round, box[:4].tolist()))))
+    return Image.composite(image, blank, Image.fromarray(mask)).crop(
+        tuple(map(int, map(round, box[:4].tolist())))
+    )
 
 
 def test_objects_are_cut_out_as_in_the_reference(clip):
-    transform = Compose([Resize(224, interpolation=InterpolationMode.BICUBIC), CenterCrop(224), ToTensor(), Normalize(MEAN, STD)])
+    transform = Compose(
+        [
+            Resize(224, interpolation=InterpolationMode.BICUBIC),
+            CenterCrop(224),
+            ToTensor(),
+            Normalize(MEAN, STD),
+        ]
+    )
     colors = ClipColors(*clip)
     for image, boxes, masks in scenes():
         for box, mask in zip(boxes, masks):
@@ -59,7 +78,11 @@ def text_vectors(network, tokenizer, name):
     """As the reference's zero-shot classifier does it, colour by colour."""
     vectors = []
     for c in COLORS:
-        texts = [f'a photo of a {c} {name}', f'a photo of a {c}-colored {name}', f'a photo of a {c} object']
+        texts = [
+            f'a photo of a {c} {name}',
+            f'a photo of a {c}-colored {name}',
+            f'a photo of a {c} object',
+        ]
         embeddings = network.encode_text(tokenizer(texts))
         mean = (embeddings / embeddings.norm(dim=-1, keepdim=True)).mean(0)
         vectors.append(mean / mean.norm())
@@ -69,17 +92,29 @@ def text_vectors(network, tokenizer, name):
 @torch.no_grad()
 def test_text_vectors_follow_the_rule_and_are_computed_once(clip):
     import open_clip
+
     colors = ClipColors(*clip)
     assert not colors.network.training
     asked, encode = [], colors.network.encode_text
     colors.network.encode_text = lambda tokens: asked.append(tokens) or encode(tokens)
     tokenizer = open_clip.get_tokenizer(clip[0])
     for name in ('orange', 'hot dog', 'orange'):
-        torch.testing.assert_close(colors.text_vectors(name), text_vectors(colors.network, tokenizer, name))
-    # two by us, ten for each check; "an" is never written, nor is a class left out that has the colour's name
+        torch.testing.assert_close(
+            colors.text_vectors(name), text_vectors(colors.network, tokenizer, name)
+        )
+    # two by us, ten for each check; "an" is never written, nor is a class left out that has the
+    # colour's name
     assert [len(tokens) for tokens in asked].count(30) == 2
-    assert torch.equal(asked[0][3:6], tokenizer(['a photo of a orange orange', 'a photo of a orange-colored orange',
-                                                 'a photo of a orange object']))
+    assert torch.equal(
+        asked[0][3:6],
+        tokenizer(
+            [
+                'a photo of a orange orange',
+                'a photo of a orange-colored orange',
+                'a photo of a orange object',
+            ]
+        ),
+    )
 
 
 @torch.no_grad()
@@ -87,17 +122,32 @@ def test_colors_of_all_requests_at_once(clip):
     """Over batches that cut through requests, and with classes mixed, against object by object."""
     names = ['bench', 'tv remote', 'bench']
     requests = [(*scene, name) for scene, name in zip(scenes(), names)]
-    requests.insert(1, (requests[0][0], np.zeros((0, 5), np.float32), np.zeros((0, 40, 60), bool), 'car'))
-    colors = TASK_UTILS.build(dict(type='ClipColors', model=clip[0], pretrained=clip[1], batch_size=4))
+    requests.insert(
+        1, (requests[0][0], np.zeros((0, 5), np.float32), np.zeros((0, 40, 60), bool), 'car')
+    )
+    colors = TASK_UTILS.build(
+        dict(type='ClipColors', model=clip[0], pretrained=clip[1], batch_size=4)
+    )
     # random features differ little between images: move the class vectors to where the images are
-    features = torch.cat([colors.network.encode_image(colors.transform(cut_out(image, box, mask))[None])
-                          for image, boxes, masks, _ in requests for box, mask in zip(boxes, masks)])
+    features = torch.cat(
+        [
+            colors.network.encode_image(colors.transform(cut_out(image, box, mask))[None])
+            for image, boxes, masks, _ in requests
+            for box, mask in zip(boxes, masks)
+        ]
+    )
     features = features / features.norm(dim=-1, keepdim=True)
     for name in names:
-        colors._text[name] = torch.randn(10, 16, generator=torch.Generator().manual_seed(len(name))) @ (
-            torch.eye(16) - torch.outer(features.mean(0), features.mean(0)) / features.mean(0).square().sum())
-    expected = iter((100 * feature @ colors._text[name].T).argmax()
-                    for feature, name in zip(features, [names[i] for i in (0, 1, 1, 2, 2, 2)]))
+        colors._text[name] = torch.randn(
+            10, 16, generator=torch.Generator().manual_seed(len(name))
+        ) @ (
+            torch.eye(16)
+            - torch.outer(features.mean(0), features.mean(0)) / features.mean(0).square().sum()
+        )
+    expected = iter(
+        (100 * feature @ colors._text[name].T).argmax()
+        for feature, name in zip(features, [names[i] for i in (0, 1, 1, 2, 2, 2)])
+    )
     expected = [[COLORS[next(expected)] for _ in boxes] for _, boxes, _, _ in requests]
     found = colors.classify(requests)
     assert found == expected and [len(names) for names in found] == [1, 0, 2, 3]

@@ -1,5 +1,6 @@
 # Copyright (c) mmfgm authors.
 """Which weights gave a verdict, and whether they are those of published scores."""
+
 import os
 
 import pytest
@@ -7,7 +8,12 @@ from mmengine.logging import MMLogger
 from mmengine.registry import DefaultScope
 
 from mmfgm.evaluation.geneval import MMDetMask2Former, Scorer, mmdet_detector
-from tests.tiny_detector import make_clip, make_mmdet_checkpoint, make_transformers_folder, mmdet_config
+from tests.tiny_detector import (
+    make_clip,
+    make_mmdet_checkpoint,
+    make_transformers_folder,
+    mmdet_config,
+)
 
 
 def test_published_weights_are_known_by_their_checksum(tmp_path, monkeypatch):
@@ -17,8 +23,14 @@ def test_published_weights_are_known_by_their_checksum(tmp_path, monkeypatch):
     checkpoint = make_mmdet_checkpoint(cfg, tmp_path / 'tiny.pth')
     monkeypatch.setattr(MMLogger.get_current_instance(), 'warning', warned.append)
     monkeypatch.setattr(mmdet_detector, 'reference_config', lambda: cfg)
-    for digest, label in (('c9d0c4f2aa', 'Mask2Former Swin-S (mmdet)'), ('743b7d99aa', 'Mask2Former Swin-S (mmdet)'),
-                          ('c9d0c4f3aa', 'Mask2Former (mmdet, weights tiny.pth), not comparable with published GenEval scores')):
+    for digest, label in (
+        ('c9d0c4f2aa', 'Mask2Former Swin-S (mmdet)'),
+        ('743b7d99aa', 'Mask2Former Swin-S (mmdet)'),
+        (
+            'c9d0c4f3aa',
+            'Mask2Former (mmdet, weights tiny.pth), not comparable with published GenEval scores',
+        ),
+    ):
         monkeypatch.setattr(mmdet_detector, 'sha256', lambda path: digest)
         found = MMDetMask2Former(checkpoint)
         assert found.label == label and found.comparable == ('not comparable' not in label)
@@ -28,13 +40,16 @@ def test_published_weights_are_known_by_their_checksum(tmp_path, monkeypatch):
 
 
 def test_verdicts_belong_to_weights_not_to_where_they_lie(tmp_path):
-    """A file that is replaced under its name gives other verdicts; one that is moved, or runs in other batches, the same."""
+    """A file that is replaced under its name gives other verdicts; one that is moved, or runs in
+    other batches, the same."""
     model, clip = make_clip(tmp_path)
 
     def identity(folder, **more):
         with DefaultScope.overwrite_default_scope('mmfgm'):
-            return Scorer(dict(type='TransformersMask2Former', pretrained=str(folder), **more),
-                          dict(type='ClipColors', model=model, pretrained=clip)).identity
+            return Scorer(
+                dict(type='TransformersMask2Former', pretrained=str(folder), **more),
+                dict(type='ClipColors', model=model, pretrained=clip),
+            ).identity
 
     folder = tmp_path / 'detector'
     make_transformers_folder(folder)

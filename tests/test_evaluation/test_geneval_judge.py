@@ -16,7 +16,9 @@ def boxes(*scores, box=BOX):
 
 
 def at(x, y, score=0.5, width=10, height=10):
-    return np.array([[x - width / 2, y - height / 2, x + width / 2, y + height / 2, score]], dtype=np.float32)
+    return np.array(
+        [[x - width / 2, y - height / 2, x + width / 2, y + height / 2, score]], dtype=np.float32
+    )
 
 
 def clause(name='apple', count=1, **conditions):
@@ -39,7 +41,11 @@ def counting(name, count):
 def test_scores_equal_to_the_threshold_in_float32_are_not_kept():
     limit, above = np.float32(0.3), np.nextafter(np.float32(0.3), np.float32(1))
     verdict = judge(meta(clause()), {'apple': boxes(limit)}, no_color)
-    assert not verdict.correct and verdict.reason == 'expected apple>=1, found 0' and verdict.kept == {}
+    assert (
+        not verdict.correct
+        and verdict.reason == 'expected apple>=1, found 0'
+        and verdict.kept == {}
+    )
     verdict = judge(meta(clause()), {'apple': boxes(limit, above)}, no_color)
     assert verdict.correct and verdict.reason == '' and verdict.kept == {'apple': [1]}
 
@@ -47,7 +53,9 @@ def test_scores_equal_to_the_threshold_in_float32_are_not_kept():
 def test_counting_has_its_own_threshold():
     detections = {'apple': boxes(0.5, 0.95, np.float32(0.9))}
     assert judge(meta(clause(), tag='counting'), detections, no_color).kept == {'apple': [1]}
-    assert judge(meta(clause(), tag='two_object'), detections, no_color).kept == {'apple': [1, 2, 0]}
+    assert judge(meta(clause(), tag='two_object'), detections, no_color).kept == {
+        'apple': [1, 2, 0]
+    }
 
 
 def test_rows_come_in_any_order_and_are_kept_best_first():
@@ -62,14 +70,22 @@ def test_ties_are_in_the_order_of_a_reversed_ascending_argsort():
 
 
 def test_the_best_sixteen_are_kept():
-    kept = judge(meta(clause()), {'apple': boxes(*np.linspace(0.4, 0.9, 20))}, no_color).kept['apple']
+    kept = judge(meta(clause()), {'apple': boxes(*np.linspace(0.4, 0.9, 20))}, no_color).kept[
+        'apple'
+    ]
     assert kept == [19, 18, 17, 16, 15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4]
 
 
 @pytest.mark.parametrize('empty', [np.zeros((0, 5), np.float32), np.zeros(0), []])
 def test_empty_arrays_and_a_frozen_verdict(empty):
-    verdict = judge(meta(clause(), exclude=[clause('cup')]), {'apple': empty, 'cup': empty}, no_color)
-    assert (verdict.correct, verdict.reason, verdict.kept) == (False, 'expected apple>=1, found 0', {})
+    verdict = judge(
+        meta(clause(), exclude=[clause('cup')]), {'apple': empty, 'cup': empty}, no_color
+    )
+    assert (verdict.correct, verdict.reason, verdict.kept) == (
+        False,
+        'expected apple>=1, found 0',
+        {},
+    )
     with pytest.raises(dataclasses.FrozenInstanceError):
         verdict.correct = True
 
@@ -87,7 +103,9 @@ def test_iou_counts_the_last_pixel():
 
 
 def nms(rows, **options):
-    return judge(meta(clause()), {'apple': np.array(rows, np.float32)}, no_color, options).kept['apple']
+    return judge(meta(clause()), {'apple': np.array(rows, np.float32)}, no_color, options).kept[
+        'apple'
+    ]
 
 
 def test_overlapping_boxes_are_kept_by_default():
@@ -112,7 +130,9 @@ def test_a_dropped_box_drops_no_other_and_still_counts_among_the_best_sixteen():
 
 
 def test_overlap_with_another_class_does_not_matter():
-    kept = judge(meta(clause()), {'apple': boxes(0.9), 'orange': boxes(0.8)}, no_color, dict(max_overlap=0.5)).kept
+    kept = judge(
+        meta(clause()), {'apple': boxes(0.9), 'orange': boxes(0.8)}, no_color, dict(max_overlap=0.5)
+    ).kept
     assert kept == {'apple': [0], 'orange': [0]}
 
 
@@ -127,14 +147,25 @@ def test_three_clocks():
 
 
 def test_an_excluded_count_stops_at_sixteen():
-    assert judge(counting('apple', 4), {'apple': boxes(*[0.95] * 20)}, no_color).reason == 'expected apple<5, found 16'
+    assert (
+        judge(counting('apple', 4), {'apple': boxes(*[0.95] * 20)}, no_color).reason
+        == 'expected apple<5, found 16'
+    )
 
 
 def test_every_clause_gives_its_reason_and_excluded_ones_come_last():
-    row = meta(clause('cup', 2), clause('dog'), clause('apple'), exclude=[clause('cat', 2), clause('cup'), clause('tie')])
+    row = meta(
+        clause('cup', 2),
+        clause('dog'),
+        clause('apple'),
+        exclude=[clause('cat', 2), clause('cup'), clause('tie')],
+    )
     verdict = judge(row, {'cup': boxes(0.5), 'cat': boxes(0.5, 0.6), 'apple': boxes(0.9)}, no_color)
     assert verdict.reason.split('\n') == [
-        'expected cup>=2, found 1', 'expected dog>=1, found 0', 'expected cat<2, found 2', 'expected cup<1, found 1'
+        'expected cup>=2, found 1',
+        'expected dog>=1, found 0',
+        'expected cat<2, found 2',
+        'expected cup<1, found 1',
     ]
 
 
@@ -174,9 +205,13 @@ def test_too_few_boxes_are_not_asked_for_their_colour():
 def test_color_attribution_asks_each_class():
     row = meta(clause('apple', color='red'), clause('cup', color='blue'), tag='color_attr')
     detections = {'apple': boxes(0.9), 'cup': boxes(0.9)}
-    verdict = judge(row, detections, lambda name, rows: [dict(apple='blue', cup='red')[name] for _ in rows])
-    assert verdict.reason == ('expected red apple>=1, found 0 red; and 1 blue\n'
-                              'expected blue cup>=1, found 0 blue; and 1 red')
+    verdict = judge(
+        row, detections, lambda name, rows: [dict(apple='blue', cup='red')[name] for _ in rows]
+    )
+    assert (
+        verdict.reason == 'expected red apple>=1, found 0 red; and 1 blue\n'
+        'expected blue cup>=1, found 0 blue; and 1 red'
+    )
 
 
 def test_wrong_number_of_colours():
@@ -187,11 +222,19 @@ def test_wrong_number_of_colours():
 # positions
 
 
-@pytest.mark.parametrize('x, y, expected', [
-    (-50, 0, ['left of']), (50, 0, ['right of']), (0, -50, ['above']), (0, 50, ['below']),
-    (-50, -50, ['left of', 'above']), (50, 50, ['right of', 'below']), (0, 0, []),
-    (50, 25, ['right of']),
-])
+@pytest.mark.parametrize(
+    'x, y, expected',
+    [
+        (-50, 0, ['left of']),
+        (50, 0, ['right of']),
+        (0, -50, ['above']),
+        (0, 50, ['below']),
+        (-50, -50, ['left of', 'above']),
+        (50, 50, ['right of', 'below']),
+        (0, 0, []),
+        (50, 25, ['right of']),
+    ],
+)
 def test_relation(x, y, expected):
     assert relation(at(x, y)[0], at(0, 0)[0]) == expected
 
@@ -205,11 +248,15 @@ def test_relation_shortens_the_offset_by_the_sizes_but_not_the_norm():
     # 4 / 10, where 4 / 4 would be a relation
     assert relation(at(10, 0, width=30)[0], at(0, 0, width=30)[0]) == []
     # an axis that is shortened to nothing still counts in the norm: 3 / 5 and 2.4 / 5
-    assert relation(at(3, 4, width=0, height=20)[0], at(0, 0, width=0, height=20)[0]) == ['right of']
+    assert relation(at(3, 4, width=0, height=20)[0], at(0, 0, width=0, height=20)[0]) == [
+        'right of'
+    ]
     assert relation(at(3, 4, width=3, height=20)[0], at(0, 0, width=3, height=20)[0]) == []
     # 0.0005 is below the smallest offset that counts
     assert relation(at(0.0005, 0, width=0, height=0)[0], at(0, 0, width=0, height=0)[0]) == []
-    assert relation(at(0.002, 0, width=0, height=0)[0], at(0, 0, width=0, height=0)[0]) == ['right of']
+    assert relation(at(0.002, 0, width=0, height=0)[0], at(0, 0, width=0, height=0)[0]) == [
+        'right of'
+    ]
 
 
 def test_position_threshold():
@@ -220,7 +267,9 @@ def test_position_threshold():
     assert judge(row, dict(dog=a, cup=b), no_color, dict(position_threshold=0.09)).correct
 
 
-@pytest.mark.parametrize('x, y, found', [(50, 0, 'right of'), (50, -50, 'right of and above'), (0, 0, '')])
+@pytest.mark.parametrize(
+    'x, y, found', [(50, 0, 'right of'), (50, -50, 'right of and above'), (0, 0, '')]
+)
 def test_position_reasons(x, y, found):
     row = meta(clause('cup'), clause('dog', position=['left of', 0]), tag='position')
     verdict = judge(row, dict(dog=at(x, y), cup=at(0, 0)), no_color)
@@ -230,22 +279,34 @@ def test_position_reasons(x, y, found):
 
 def test_a_missing_target_gives_two_reasons():
     row = meta(clause('cup'), clause('dog', position=['left of', 0]), tag='position')
-    assert judge(row, dict(dog=at(0, 0)), no_color).reason == 'expected cup>=1, found 0\nno target for dog to be left of'
+    assert (
+        judge(row, dict(dog=at(0, 0)), no_color).reason
+        == 'expected cup>=1, found 0\nno target for dog to be left of'
+    )
     assert judge(row, dict(cup=at(0, 0)), no_color).reason == 'expected dog>=1, found 0'
 
 
 def test_a_clause_of_the_wrong_colour_or_place_is_no_target():
-    row = meta(clause('cup', color='red'), clause('dog', position=['left of', 0]), clause('cat', position=['above', 1]))
+    row = meta(
+        clause('cup', color='red'),
+        clause('dog', position=['left of', 0]),
+        clause('cat', position=['above', 1]),
+    )
     verdict = judge(row, dict(cup=at(0, 0), dog=at(-50, 0), cat=at(0, -50)), painted(['blue']))
     assert verdict.reason.split('\n') == [
-        'expected red cup>=1, found 0 red; and 1 blue', 'no target for dog to be left of', 'no target for cat to be above'
+        'expected red cup>=1, found 0 red; and 1 blue',
+        'no target for dog to be left of',
+        'no target for cat to be above',
     ]
 
 
 def test_a_clause_of_the_wrong_colour_is_not_asked_for_its_place():
     row = meta(clause('cup'), clause('dog', color='red', position=['left of', 0]))
     detections = dict(cup=at(0, 0), dog=at(50, 0))
-    assert judge(row, detections, painted(['blue'])).reason == 'expected red dog>=1, found 0 red; and 1 blue'
+    assert (
+        judge(row, detections, painted(['blue'])).reason
+        == 'expected red dog>=1, found 0 red; and 1 blue'
+    )
 
 
 def test_every_pair_must_stand_in_the_relation_and_the_first_that_fails_is_told():
@@ -254,10 +315,16 @@ def test_every_pair_must_stand_in_the_relation_and_the_first_that_fails_is_told(
     cups = np.concatenate([at(-200, 0, 0.7), at(0, 0, 0.9), at(100, 0, 0.8)])
     dogs = np.concatenate([at(500, 0, 0.5), at(50, -100, 0.8), at(-50, 0, 0.9)])
     # dog -50 is left of both cups; dog 50 is above cup 0
-    assert judge(row, dict(cup=cups, dog=dogs), no_color).reason == 'expected dog left of target, found above target'
+    assert (
+        judge(row, dict(cup=cups, dog=dogs), no_color).reason
+        == 'expected dog left of target, found above target'
+    )
     # right of cup 0, though left of cup 100, which comes first
     dogs[1], cups[1:, 4] = at(50, 0, 0.8), (0.8, 0.9)
-    assert judge(row, dict(cup=cups, dog=dogs), no_color).reason == 'expected dog left of target, found right of target'
+    assert (
+        judge(row, dict(cup=cups, dog=dogs), no_color).reason
+        == 'expected dog left of target, found right of target'
+    )
     dogs[1] = at(-60, 0, 0.8)
     assert judge(row, dict(cup=cups, dog=dogs), no_color).correct
 
@@ -265,31 +332,59 @@ def test_every_pair_must_stand_in_the_relation_and_the_first_that_fails_is_told(
 # mistakes of the caller
 
 
-@pytest.mark.parametrize('options, kept', [
-    (dict(threshold=0.45), [2, 1]), (dict(max_objects=1), [2]), (dict(counting_threshold=0.99), [2, 1, 0]), ({}, [2, 1, 0])
-])
+@pytest.mark.parametrize(
+    'options, kept',
+    [
+        (dict(threshold=0.45), [2, 1]),
+        (dict(max_objects=1), [2]),
+        (dict(counting_threshold=0.99), [2, 1, 0]),
+        ({}, [2, 1, 0]),
+    ],
+)
 def test_options(options, kept):
-    assert judge(meta(clause()), {'apple': boxes(0.4, 0.5, 0.6)}, no_color, options).kept == {'apple': kept}
-    assert judge(meta(clause(), tag='counting'), {'apple': boxes(0.4)}, no_color, dict(counting_threshold=0.2)).correct
+    assert judge(meta(clause()), {'apple': boxes(0.4, 0.5, 0.6)}, no_color, options).kept == {
+        'apple': kept
+    }
+    assert judge(
+        meta(clause(), tag='counting'),
+        {'apple': boxes(0.4)},
+        no_color,
+        dict(counting_threshold=0.2),
+    ).correct
 
 
-@pytest.mark.parametrize('options, match', [
-    (dict(treshold=0.3), 'treshold'), (dict(threshold='high'), "'high'"), (dict(max_objects=1.5), 'max_objects'),
-    (dict(max_objects=-1), 'max_objects')
-])
+@pytest.mark.parametrize(
+    'options, match',
+    [
+        (dict(treshold=0.3), 'treshold'),
+        (dict(threshold='high'), "'high'"),
+        (dict(max_objects=1.5), 'max_objects'),
+        (dict(max_objects=-1), 'max_objects'),
+    ],
+)
 def test_bad_options(options, match):
     with pytest.raises(UsageError, match=match):
         judge(meta(clause()), {}, no_color, options)
 
 
-@pytest.mark.parametrize('row, match', [
-    (dict(include=[]), "'tag'"), (dict(tag='colors'), "'include'"), (meta({'class': 'cup'}), "'count'"),
-    (meta({'count': 1}), "'class'"), (meta(clause(color='mauve')), "'mauve'"), (meta(clause(count=0)), "'count'"),
-    (meta(clause(), clause(position=['beside', 0])), "'beside'"),
-    (meta(clause(), clause(position=['above', 1])), 'refers to 1'),
-    (meta(clause(), clause(position=['above', -1])), 'refers to -1'), (meta(clause(), clause(position='above')), "'above'"),
-    (meta(clause(), exclude=[{'class': 'cup'}]), r"exclude\[0\] lacks 'count'"), (meta('cup'), "'cup'"), ([], r'\[\]')
-])
+@pytest.mark.parametrize(
+    'row, match',
+    [
+        (dict(include=[]), "'tag'"),
+        (dict(tag='colors'), "'include'"),
+        (meta({'class': 'cup'}), "'count'"),
+        (meta({'count': 1}), "'class'"),
+        (meta(clause(color='mauve')), "'mauve'"),
+        (meta(clause(count=0)), "'count'"),
+        (meta(clause(), clause(position=['beside', 0])), "'beside'"),
+        (meta(clause(), clause(position=['above', 1])), 'refers to 1'),
+        (meta(clause(), clause(position=['above', -1])), 'refers to -1'),
+        (meta(clause(), clause(position='above')), "'above'"),
+        (meta(clause(), exclude=[{'class': 'cup'}]), r"exclude\[0\] lacks 'count'"),
+        (meta('cup'), "'cup'"),
+        ([], r'\[\]'),
+    ],
+)
 def test_bad_metadata(row, match):
     with pytest.raises(UsageError, match=match):
         judge(row, {}, no_color)

@@ -1,9 +1,15 @@
 # Copyright (c) mmfgm authors.
-"""Pipelines as configs describe them: against diffusers' own calls, LoRA and PEFT against their formulas."""
+"""Pipelines as configs describe them: against diffusers' own calls, LoRA and PEFT against their
+formulas."""
+
 import numpy as np
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, FlowMatchLCMScheduler, StableDiffusion3Pipeline
+from diffusers import (
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchLCMScheduler,
+    StableDiffusion3Pipeline,
+)
 from mmengine.config import Config
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 
@@ -24,22 +30,33 @@ def model(tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def adapters(model, tmp_path_factory):
-    """One random LoRA of the transformer, as diffusers stores it and as PEFT does, and what it adds to a layer."""
+    """One random LoRA of the transformer, as diffusers stores it and as PEFT does, and what it adds
+    to a layer."""
     folder = tmp_path_factory.mktemp('lora')
     pipeline = StableDiffusion3Pipeline.from_pretrained(model)
     generator = torch.Generator().manual_seed(0)
-    adapted = get_peft_model(pipeline.transformer, LoraConfig(r=2, lora_alpha=4, target_modules=['to_q', 'to_k']))
+    adapted = get_peft_model(
+        pipeline.transformer, LoraConfig(r=2, lora_alpha=4, target_modules=['to_q', 'to_k'])
+    )
     for name, value in adapted.named_parameters():
         if 'lora_' in name:
             value.data = 0.3 * torch.randn(value.shape, generator=generator)
     state = get_peft_model_state_dict(adapted)
-    change = 4 / 2 * adapted.get_parameter(f'base_model.model.{LAYER}.lora_B.default.weight') \
+    change = (
+        4
+        / 2
+        * adapted.get_parameter(f'base_model.model.{LAYER}.lora_B.default.weight')
         @ adapted.get_parameter(f'base_model.model.{LAYER}.lora_A.default.weight')
+    )
     adapted.save_pretrained(folder / 'peft')
     state = {name.removeprefix('base_model.model.'): value for name, value in state.items()}
     metadata = dict(r=2, lora_alpha=4, target_modules=['to_q', 'to_k'])
-    StableDiffusion3Pipeline.save_lora_weights(folder / 'diffusers', state, weight_name='lora.safetensors',
-                                               transformer_lora_adapter_metadata=metadata)
+    StableDiffusion3Pipeline.save_lora_weights(
+        folder / 'diffusers',
+        state,
+        weight_name='lora.safetensors',
+        transformer_lora_adapter_metadata=metadata,
+    )
     return folder, change.detach()
 
 
@@ -54,7 +71,7 @@ def weight(pipeline):
 def test_images_are_diffusers_own_and_belong_to_their_seeds(model):
     pipeline = build(model)
     images = pipeline.generate(PROMPTS, SEEDS)
-    assert pipeline.nfe == 2   # guidance doubles the batch, not the calls
+    assert pipeline.nfe == 2  # guidance doubles the batch, not the calls
     stock = StableDiffusion3Pipeline.from_pretrained(model)
     stock.set_progress_bar_config(disable=True)
     for prompt, seed, image in zip(PROMPTS, SEEDS, images):
@@ -66,8 +83,12 @@ def test_images_are_diffusers_own_and_belong_to_their_seeds(model):
 
 def test_noise_of_later_steps_belongs_to_the_seed_too(model):
     """As Flash-SD3 samples: without T5 and guidance, and with new noise at every step."""
-    pipeline = build(model, load_args=dict(text_encoder_3=None, tokenizer_3=None), scheduler=dict(type='FlowMatchLCMScheduler'),
-                     call=dict(CALL, num_inference_steps=4, guidance_scale=0.0))
+    pipeline = build(
+        model,
+        load_args=dict(text_encoder_3=None, tokenizer_3=None),
+        scheduler=dict(type='FlowMatchLCMScheduler'),
+        call=dict(CALL, num_inference_steps=4, guidance_scale=0.0),
+    )
     images = pipeline.generate(PROMPTS, SEEDS)
     assert pipeline.nfe == 4 and pipeline.pipeline.text_encoder_3 is None
     torch.manual_seed(1)
@@ -78,7 +99,8 @@ def test_noise_of_later_steps_belongs_to_the_seed_too(model):
 
 
 def test_the_scheduler_takes_the_steps_of_flash_sd3():
-    """``x <- sigma' eps + (1 - sigma') (x - sigma v)``, on the noise levels of SD3's own scheduler."""
+    """``x <- sigma' eps + (1 - sigma') (x - sigma v)``, on the noise levels of SD3's own
+    scheduler."""
     own = FlowMatchEulerDiscreteScheduler(shift=3.0)
     scheduler = FlowMatchLCMScheduler.from_config(own.config)
     own.set_timesteps(4)
@@ -89,8 +111,12 @@ def test_the_scheduler_takes_the_steps_of_flash_sd3():
     for i, t in enumerate(scheduler.timesteps):
         v = x.sin()
         noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(i))
-        expected = scheduler.sigmas[i + 1] * noise + (1 - scheduler.sigmas[i + 1]) * (x - scheduler.sigmas[i] * v)
-        x = scheduler.step(v, t, x, generator=torch.Generator().manual_seed(i), return_dict=False)[0]
+        expected = scheduler.sigmas[i + 1] * noise + (1 - scheduler.sigmas[i + 1]) * (
+            x - scheduler.sigmas[i] * v
+        )
+        x = scheduler.step(v, t, x, generator=torch.Generator().manual_seed(i), return_dict=False)[
+            0
+        ]
         assert torch.allclose(x, expected, atol=1e-6)
 
 
@@ -102,21 +128,35 @@ def test_lora_at_a_scale_and_peft(model, adapters):
     assert torch.allclose(weight(fused), plain + 0.125 * change, atol=1e-6)
     assert torch.allclose(weight(merged), plain + change, atol=1e-6)
     # plain layers again, so that nothing is computed twice
-    assert not [name for pipeline in (fused, merged) for name, _ in pipeline.network.named_modules() if 'lora' in name]
+    assert not [
+        name
+        for pipeline in (fused, merged)
+        for name, _ in pipeline.network.named_modules()
+        if 'lora' in name
+    ]
     identities = [pipeline.identity for pipeline in (build(model), fused, merged)]
     assert len({identity['weights']['transformer'] for identity in identities}) == 3
-    assert identities[0] == build(model).identity and identities[0] != build(model, call=dict(CALL, guidance_scale=3.0)).identity
+    assert (
+        identities[0] == build(model).identity
+        and identities[0] != build(model, call=dict(CALL, guidance_scale=3.0)).identity
+    )
 
 
-@pytest.mark.parametrize('kwargs, message', [
-    (dict(dtype='half'), 'dtype must be one of float32, float16, bfloat16'),
-    (dict(batch_size=0), 'batch_size must be at least 1'),
-    (dict(scheduler=dict(type='FlashFlowMatchEulerDiscreteScheduler')), 'has no scheduler .FlashFlowMatch'),
-    (dict(lora=dict(weight_name='x')), 'must name a hub id or folder'),
-    (dict(call=dict(CALL, steps=3)), 'StableDiffusion3Pipeline takes no steps'),
-    (dict(lora=dict(pretrained='/nowhere/lora')), 'there is no folder'),
-    (dict(peft='/nowhere/peft'), 'there is no folder'),
-])
+@pytest.mark.parametrize(
+    'kwargs, message',
+    [
+        (dict(dtype='half'), 'dtype must be one of float32, float16, bfloat16'),
+        (dict(batch_size=0), 'batch_size must be at least 1'),
+        (
+            dict(scheduler=dict(type='FlashFlowMatchEulerDiscreteScheduler')),
+            'has no scheduler .FlashFlowMatch',
+        ),
+        (dict(lora=dict(weight_name='x')), 'must name a hub id or folder'),
+        (dict(call=dict(CALL, steps=3)), 'StableDiffusion3Pipeline takes no steps'),
+        (dict(lora=dict(pretrained='/nowhere/lora')), 'there is no folder'),
+        (dict(peft='/nowhere/peft'), 'there is no folder'),
+    ],
+)
 def test_bad_input(model, kwargs, message):
     with pytest.raises(UsageError, match=message):
         build(model, **kwargs)
@@ -128,7 +168,16 @@ def test_configs_are_the_papers_comparison():
     for name in ('sd3', 'hyper_sd3', 'flash_sd3', 'fgm_sd3'):
         pipeline = dict(Config.fromfile(ROOT / 'configs' / 'geneval' / f'{name}.py').pipeline)
         assert pipeline.pop('type') == 'DiffusersPipeline'
-        built = DiffusersPipeline(**pipeline)   # loads nothing
+        built = DiffusersPipeline(**pipeline)  # loads nothing
         assert (built.call['height'], built.call['width']) == (1024, 1024)
-        found[name] = (built.call['num_inference_steps'], built.call['guidance_scale'], (built.lora or {}).get('scale'))
-    assert found == dict(sd3=(28, 7.0, None), hyper_sd3=(4, 3.0, 0.125), flash_sd3=(4, 0.0, None), fgm_sd3=(1, 1.0, None))
+        found[name] = (
+            built.call['num_inference_steps'],
+            built.call['guidance_scale'],
+            (built.lora or {}).get('scale'),
+        )
+    assert found == dict(
+        sd3=(28, 7.0, None),
+        hyper_sd3=(4, 3.0, 0.125),
+        flash_sd3=(4, 0.0, None),
+        fgm_sd3=(1, 1.0, None),
+    )

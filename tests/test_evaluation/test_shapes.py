@@ -41,11 +41,18 @@ def test_the_detector_sees_exactly_what_is_there(scenes, size):
     rows, items, _ = scenes
     images = render(items, size)
     for objects, (boxes, colors) in zip(items, detect(images)):
-        assert sorted((item.shape, item.color) for item in objects) == sorted((s, c) for s in boxes for c in colors[s])
+        assert sorted((item.shape, item.color) for item in objects) == sorted(
+            (s, c) for s in boxes for c in colors[s]
+        )
         for item in objects:
-            box = size * np.array([item.x - item.r, item.y - item.r, item.x + item.r, item.y + item.r])
+            box = size * np.array(
+                [item.x - item.r, item.y - item.r, item.x + item.r, item.y + item.r]
+            )
             # a pixel, but for the thin tip of a triangle
-            assert (abs(boxes[item.shape][:, :4] - box).max(1) < (2.5 if item.shape == 'triangle' else 1)).any()
+            assert (
+                abs(boxes[item.shape][:, :4] - box).max(1)
+                < (2.5 if item.shape == 'triangle' else 1)
+            ).any()
     assert [v.reason for v in judge_all(rows, images)] == [''] * N
 
 
@@ -57,7 +64,7 @@ def test_scores_depend_on_the_shape_alone(scenes):
     image = render([[Item('square', 'red', 0.5, 0.5, 0.2)]], 32)
     squeezed = image.clone()
     squeezed[..., :14, :] = squeezed[..., 18:, :] = 0
-    (boxes, _), = detect(squeezed)
+    ((boxes, _),) = detect(squeezed)
     assert all(rows[:, 4].max() < 0.7 for rows in boxes.values())
 
 
@@ -78,16 +85,20 @@ def without_one(row, items):
 
 def one_more(row, items):
     # in the corner that is farthest from the others
-    x, y = max(((x, y) for x in (0.16, 0.84) for y in (0.16, 0.84)),
-               key=lambda c: min(max(abs(c[0] - i.x), abs(c[1] - i.y)) for i in items))
+    x, y = max(
+        ((x, y) for x in (0.16, 0.84) for y in (0.16, 0.84)),
+        key=lambda c: min(max(abs(c[0] - i.x), abs(c[1] - i.y)) for i in items),
+    )
     if min(max(abs(x - i.x), abs(y - i.y)) - i.r for i in items) < 0.13 + 1.5 / 32:
-        return None   # no room
+        return None  # no room
     return [*items, Item(items[0].shape, items[0].color, x, y, 0.13)]
 
 
 def recoloured(row, items):
     colors = list(COLORS)
-    return [item._replace(color=colors[(colors.index(item.color) + 1) % len(colors)]) for item in items]
+    return [
+        item._replace(color=colors[(colors.index(item.color) + 1) % len(colors)]) for item in items
+    ]
 
 
 def colors_swapped(row, items):
@@ -103,20 +114,27 @@ def other_shapes(row, items):
     return [item._replace(shape=SHAPES[(SHAPES.index(item.shape) + 1) % 4]) for item in items]
 
 
-@pytest.mark.parametrize('tag, change, reason', [
-    ('single_object', without_one, r'expected (\w+)>=1, found 0'),
-    ('single_object', other_shapes, r'expected (\w+)>=1, found 0'),
-    ('two_object', without_one, r'expected (\w+)>=1, found 0'),
-    ('counting', without_one, r'expected (\w+)>=\d, found \d'),
-    ('counting', one_more, r'expected (\w+)<\d, found \d'),
-    ('counting', other_shapes, r'expected (\w+)>=\d, found 0'),
-    ('colors', recoloured, r'expected (\w+) (\w+)>=1, found 0 \1; and 1 \w+'),
-    ('colors', other_shapes, r'expected (\w+)>=1, found 0'),
-    ('position', places_swapped, r'expected (\w+) (left of|right of|above|below) target, found [a-z ]+ target'),
-    ('position', without_one, r'expected (\w+)>=1, found 0'),
-    ('color_attr', colors_swapped, r'(expected (\w+) (\w+)>=1, found 0 \2; and 1 \w+\n?){2}'),
-    ('color_attr', recoloured, r'(expected (\w+) (\w+)>=1, found 0 \2; and 1 \w+\n?){2}'),
-])
+@pytest.mark.parametrize(
+    'tag, change, reason',
+    [
+        ('single_object', without_one, r'expected (\w+)>=1, found 0'),
+        ('single_object', other_shapes, r'expected (\w+)>=1, found 0'),
+        ('two_object', without_one, r'expected (\w+)>=1, found 0'),
+        ('counting', without_one, r'expected (\w+)>=\d, found \d'),
+        ('counting', one_more, r'expected (\w+)<\d, found \d'),
+        ('counting', other_shapes, r'expected (\w+)>=\d, found 0'),
+        ('colors', recoloured, r'expected (\w+) (\w+)>=1, found 0 \1; and 1 \w+'),
+        ('colors', other_shapes, r'expected (\w+)>=1, found 0'),
+        (
+            'position',
+            places_swapped,
+            r'expected (\w+) (left of|right of|above|below) target, found [a-z ]+ target',
+        ),
+        ('position', without_one, r'expected (\w+)>=1, found 0'),
+        ('color_attr', colors_swapped, r'(expected (\w+) (\w+)>=1, found 0 \2; and 1 \w+\n?){2}'),
+        ('color_attr', recoloured, r'(expected (\w+) (\w+)>=1, found 0 \2; and 1 \w+\n?){2}'),
+    ],
+)
 def test_wrong_scenes_are_wrong_for_the_right_reason(scenes, tag, change, reason):
     changed = [(row, change(row, items)) for row, items in zip(*scenes[:2]) if row['tag'] == tag]
     rows, items = zip(*((row, items) for row, items in changed if items is not None))
@@ -126,8 +144,11 @@ def test_wrong_scenes_are_wrong_for_the_right_reason(scenes, tag, change, reason
 
 
 def test_every_row_has_its_own_colour_and_mask():
-    # red comes first in the palette, but the green circle is the better one: a third of the red one is missing
-    image = render([[Item('circle', 'red', 0.25, 0.3, 0.2), Item('circle', 'green', 0.7, 0.7, 0.2)]], 32)
+    # red comes first in the palette, but the green circle is the better one: a third of the red one
+    # is missing
+    image = render(
+        [[Item('circle', 'red', 0.25, 0.3, 0.2), Item('circle', 'green', 0.7, 0.7, 0.2)]], 32
+    )
     image[..., :8, :8] = 0
     for color in ('red', 'green'):
         row = dict(tag='colors', include=[{'class': 'circle', 'count': 1, 'color': color}])
@@ -135,22 +156,27 @@ def test_every_row_has_its_own_colour_and_mask():
         assert v.correct == (color == 'green') and len(v.kept['circle']) == 2
     # squares between the arms of a cross, inside its box
     corners = [Item('square', 'red', x, y, 0.12) for x in (0.18, 0.82) for y in (0.18, 0.82)]
-    (boxes, colors), = detect(render([[Item('cross', 'red', 0.5, 0.5, 0.45), *corners]], 32))
+    ((boxes, colors),) = detect(render([[Item('cross', 'red', 0.5, 0.5, 0.45), *corners]], 32))
     assert colors == dict(cross=['red'], square=['red'] * 4)
     assert all((rows[:, 4] > 0.9).all() and (rows[:, 4] <= 1).all() for rows in boxes.values())
 
 
 def test_what_is_no_shape_is_not_seen():
-    noise = torch.randint(0, 256, (20, 3, 32, 32), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    noise = torch.randint(
+        0, 256, (20, 3, 32, 32), generator=torch.Generator().manual_seed(0), dtype=torch.uint8
+    )
     grey = torch.full((1, 3, 32, 32), 128, dtype=torch.uint8)
-    red, green, blue = (render([[Item('circle', color, 0.5, 0.5, 0.2)]], 32) for color in ('red', 'green', 'blue'))
+    red, green, blue = (
+        render([[Item('circle', color, 0.5, 0.5, 0.2)]], 32) for color in ('red', 'green', 'blue')
+    )
     dim, cyan = (red * 0.55).to(torch.uint8), green + blue
     for boxes, _ in detect(torch.cat([noise, grey, dim, cyan])):
         assert not any((rows[:, 4] > 0.75).any() for rows in boxes.values())
 
 
 class Painter:
-    """A model that paints the right scene, unless ``idx`` is a multiple of ``fails``: then nothing."""
+    """A model that paints the right scene, unless ``idx`` is a multiple of ``fails``: then
+    nothing."""
 
     def __init__(self, fails=None, seed=5):
         self.shapes, self.fails = Shapes(seed=seed), fails
@@ -164,8 +190,13 @@ class Painter:
 
 def evaluate(batch_size, model, prompts=PROMPTS, **options):
     with DefaultScope.overwrite_default_scope('mmfgm'):
-        evaluation = Evaluation(name='e', sampling=dict(network='generator_ema'), batch_size=batch_size, dataset=PROMPTS,
-                                metrics=dict(shapes=dict(type='ShapeScore', prompts=prompts, **options)))
+        evaluation = Evaluation(
+            name='e',
+            sampling=dict(network='generator_ema'),
+            batch_size=batch_size,
+            dataset=PROMPTS,
+            metrics=dict(shapes=dict(type='ShapeScore', prompts=prompts, **options)),
+        )
         values = evaluation.run(model, Sampling('generator_ema'))
         assert set(values) == set(evaluation.value_names)
         return values
@@ -190,7 +221,9 @@ def test_metric():
     wrong = {tag: [i % 7 != 0 for i in range(101) if i % 6 == k] for k, tag in enumerate(TAGS)}
     for tag, correct in wrong.items():
         assert out[f'e/shapes_{tag}'] == pytest.approx(np.mean(correct))
-    assert out['e/shapes_overall'] == pytest.approx(np.mean([np.mean(correct) for correct in wrong.values()]))
+    assert out['e/shapes_overall'] == pytest.approx(
+        np.mean([np.mean(correct) for correct in wrong.values()])
+    )
     assert out['e/shapes_images'] == pytest.approx(1 - 15 / 101)
     # scenes of other captions are right by chance only
     assert evaluate(64, Painter(seed=6))['e/shapes_overall'] < 0.3

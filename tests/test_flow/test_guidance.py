@@ -29,11 +29,15 @@ def test_scale_one_is_the_conditional_velocity_at_half_the_cost():
         sizes.append(len(x_t))
         return x_t
 
-    assert torch.equal(ClassifierFreeGuidance(1, NullLabel(3))(network, x_t, t, cond), x_t) and sizes == [6]
+    assert torch.equal(
+        ClassifierFreeGuidance(1, NullLabel(3))(network, x_t, t, cond), x_t
+    ) and sizes == [6]
 
 
 def test_gradient_flows_through_both_halves():
     x_t = torch.randn(4, 2, requires_grad=True)
-    v = ClassifierFreeGuidance(2.0, NullLabel(3))(Network(), x_t, torch.rand(4), dict(labels=torch.zeros(4, dtype=torch.long)))
-    grad, = torch.autograd.grad(v.sum(), x_t)
+    v = ClassifierFreeGuidance(2.0, NullLabel(3))(
+        Network(), x_t, torch.rand(4), dict(labels=torch.zeros(4, dtype=torch.long))
+    )
+    (grad,) = torch.autograd.grad(v.sum(), x_t)
     torch.testing.assert_close(grad, torch.full((4, 2), 4 + 2 * (1.0 - 4.0)))

@@ -8,12 +8,12 @@ from mmfgm.flow import CountNFE, euler, heun, uniform_times
 def velocity(x, t):
     """Of the flow between N(0, 1) noise and data at 0 of variance s^2 = 0.25; see `solution`."""
     s2, t = 0.25, t[:, None].double()
-    variance = (1 - t)**2 * s2 + t**2
+    variance = (1 - t) ** 2 * s2 + t**2
     return x * (t - (1 - t) * s2) / variance
 
 
 def solution(x_1):
-    return 0.5 * x_1   # the exact flow scales by the standard deviation
+    return 0.5 * x_1  # the exact flow scales by the standard deviation
 
 
 @pytest.fixture
@@ -53,7 +53,9 @@ def test_straight_flow_is_exact_in_one_euler_step(x_1):
 
 def test_callback_sees_every_step(x_1):
     steps = []
-    out = euler(velocity, x_1, uniform_times(3), callback=lambda i, x, t: steps.append((i, x, t.item())))
+    out = euler(
+        velocity, x_1, uniform_times(3), callback=lambda i, x, t: steps.append((i, x, t.item()))
+    )
     assert [i for i, _, _ in steps] == [0, 1, 2] and steps[-1][2] == 0 and steps[-1][1] is out
 
 

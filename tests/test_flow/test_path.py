@@ -42,10 +42,13 @@ def test_sample_is_consistent_and_differentiable_in_x_0(sample):
     t = torch.full((16,), 0.25)
     path = LinearPath.sample(x_0, t, eps)
     torch.testing.assert_close(path.x_t, 0.75 * x_0 + 0.25 * eps)
-    # d x_t / d x_0 = 1 - t and d velocity / d x_0 = -1: both branches carry the generator's gradient
-    grad_x_t, = torch.autograd.grad(path.x_t.sum(), x_0, retain_graph=True)
-    grad_v, = torch.autograd.grad(path.velocity.sum(), x_0)
-    assert torch.equal(grad_x_t, torch.full_like(x_0, 0.75)) and torch.equal(grad_v, -torch.ones_like(x_0))
+    # d x_t / d x_0 = 1 - t and d velocity / d x_0 = -1: both branches carry the generator's
+    # gradient
+    (grad_x_t,) = torch.autograd.grad(path.x_t.sum(), x_0, retain_graph=True)
+    (grad_v,) = torch.autograd.grad(path.velocity.sum(), x_0)
+    assert torch.equal(grad_x_t, torch.full_like(x_0, 0.75)) and torch.equal(
+        grad_v, -torch.ones_like(x_0)
+    )
 
 
 def test_times_must_be_one_per_sample(sample):

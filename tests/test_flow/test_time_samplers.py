@@ -7,9 +7,15 @@ import torch
 from mmfgm.flow import LogitNormal, Uniform
 
 
-@pytest.mark.parametrize('sampler, median', [(Uniform(), 0.5), (Uniform(0.2, 0.4), 0.3),
-                                             (LogitNormal(2.4, 1.0), 1 / (1 + math.exp(-2.4))),
-                                             (LogitNormal(-1.0, 2.0), 1 / (1 + math.exp(1.0)))])
+@pytest.mark.parametrize(
+    'sampler, median',
+    [
+        (Uniform(), 0.5),
+        (Uniform(0.2, 0.4), 0.3),
+        (LogitNormal(2.4, 1.0), 1 / (1 + math.exp(-2.4))),
+        (LogitNormal(-1.0, 2.0), 1 / (1 + math.exp(1.0))),
+    ],
+)
 def test_distribution(sampler, median):
     t = sampler(200_000, generator=torch.Generator().manual_seed(0))
     assert t.shape == (200_000,) and t.dtype == torch.float32

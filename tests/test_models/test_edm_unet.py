@@ -1,5 +1,7 @@
 # Copyright (c) mmfgm authors.
-"""EDM's U-Net and its velocity, held against a reference written without sight of them and against closed forms."""
+"""EDM's U-Net and its velocity, held against a reference written without sight of them and against
+closed forms."""
+
 import hashlib
 import math
 import re
@@ -11,18 +13,36 @@ from torch import nn
 from mmfgm.models.networks import EDMUNet, EDMVelocity
 from tests.edm_reference import edm_denoiser, edm_unet, random_state_dict, state_shapes
 
-CIFAR10 = dict(model_channels=128, channel_mult=(2, 2, 2), num_blocks=4, attn_resolutions=(16, ))
+CIFAR10 = dict(model_channels=128, channel_mult=(2, 2, 2), num_blocks=4, attn_resolutions=(16,))
 # (resolution, in channels, out channels, classes, augmentation labels), architecture
 SMALL = {
-    'labels': ((16, 3, 3, 5, 9), dict(model_channels=16, channel_mult=(1, 2), num_blocks=1, attn_resolutions=(8, ))),
-    'plain': ((32, 3, 3, 0, 0), dict(model_channels=16, channel_mult=(2, 2, 2), num_blocks=1, attn_resolutions=(16, ))),
-    'no-attention': ((8, 1, 1, 10, 0), dict(model_channels=32, channel_mult=(1, 2), num_blocks=2, attn_resolutions=())),
-    'odd': ((8, 1, 2, 0, 4), dict(model_channels=16, channel_mult=(2, 1, 3), num_blocks=2, attn_resolutions=(8, 4, 2))),
-    'one-level': ((8, 3, 3, 3, 0), dict(model_channels=32, channel_mult=(2, ), num_blocks=1, attn_resolutions=(8, ))),
+    'labels': (
+        (16, 3, 3, 5, 9),
+        dict(model_channels=16, channel_mult=(1, 2), num_blocks=1, attn_resolutions=(8,)),
+    ),
+    'plain': (
+        (32, 3, 3, 0, 0),
+        dict(model_channels=16, channel_mult=(2, 2, 2), num_blocks=1, attn_resolutions=(16,)),
+    ),
+    'no-attention': (
+        (8, 1, 1, 10, 0),
+        dict(model_channels=32, channel_mult=(1, 2), num_blocks=2, attn_resolutions=()),
+    ),
+    'odd': (
+        (8, 1, 2, 0, 4),
+        dict(model_channels=16, channel_mult=(2, 1, 3), num_blocks=2, attn_resolutions=(8, 4, 2)),
+    ),
+    'one-level': (
+        (8, 3, 3, 3, 0),
+        dict(model_channels=32, channel_mult=(2,), num_blocks=1, attn_resolutions=(8,)),
+    ),
     # more than 128 channels: 32 groups, not a quarter of the channels
-    'wide': ((8, 3, 3, 0, 0), dict(model_channels=96, channel_mult=(1, 2), num_blocks=1, attn_resolutions=(4, ))),
+    'wide': (
+        (8, 3, 3, 0, 0),
+        dict(model_channels=96, channel_mult=(1, 2), num_blocks=1, attn_resolutions=(4,)),
+    ),
 }
-TIMES = [0., 1e-3, 0.5, 0.999, 1.]
+TIMES = [0.0, 1e-3, 0.5, 0.999, 1.0]
 
 
 def build(dims, architecture, state=None):
@@ -34,7 +54,8 @@ def build(dims, architecture, state=None):
 
 
 def inputs(dims, n=3, seed=1):
-    """Images, noise labels (sigma 0.002 to 80), class labels (the last: none), their one-hot, augmentation labels."""
+    """Images, noise labels (sigma 0.002 to 80), class labels (the last: none), their one-hot,
+    augmentation labels."""
     resolution, channels, _, label_dim, augment_dim = dims
     g = torch.Generator().manual_seed(seed)
     x = torch.randn(n, channels, resolution, resolution, generator=g, dtype=torch.float64)
@@ -51,13 +72,17 @@ def error(a, b):
     return ((a.double() - b.double()).abs().max() / b.double().abs().max()).item()
 
 
-@pytest.mark.parametrize('label_dim, augment_dim, count', [(0, 0, 55732739), (0, 9, 55733891), (10, 0, 55734147),
-                                                           (10, 9, 55735299)])
+@pytest.mark.parametrize(
+    'label_dim, augment_dim, count',
+    [(0, 0, 55732739), (0, 9, 55733891), (10, 0, 55734147), (10, 9, 55735299)],
+)
 def test_keys_and_shapes(label_dim, augment_dim, count):
     with torch.device('meta'):
         net = build(dims := (32, 3, 3, label_dim, augment_dim), CIFAR10)
     assert sum(p.numel() for p in net.parameters()) == count
-    assert {k: tuple(v.shape) for k, v in net.state_dict().items()} == state_shapes(*dims, **CIFAR10)
+    assert {k: tuple(v.shape) for k, v in net.state_dict().items()} == state_shapes(
+        *dims, **CIFAR10
+    )
     assert all(k.endswith('resample_filter') for k, _ in net.named_buffers())
     if label_dim and augment_dim:  # the published CIFAR-10 network's list of "key 1x2x3", sorted
         lines = sorted(f'{k} {"x".join(map(str, v.shape))}\n' for k, v in net.state_dict().items())
@@ -67,7 +92,9 @@ def test_keys_and_shapes(label_dim, augment_dim, count):
 def test_defaults_are_cifar10():
     with torch.device('meta'):
         net = EDMUNet(32, 3, 3)
-    assert {k: tuple(v.shape) for k, v in net.state_dict().items()} == state_shapes(32, 3, 3, **CIFAR10)
+    assert {k: tuple(v.shape) for k, v in net.state_dict().items()} == state_shapes(
+        32, 3, 3, **CIFAR10
+    )
 
 
 def test_resample_filters():
@@ -90,7 +117,9 @@ def test_forward(name):
         assert got.dtype == torch.float64 and got.shape == expected.shape
         assert error(got, expected) < 1e-10
         if augment is not None:  # left out as zeros
-            expected_zeros = edm_unet(state, x, noise, onehot, torch.zeros_like(augment), **architecture)
+            expected_zeros = edm_unet(
+                state, x, noise, onehot, torch.zeros_like(augment), **architecture
+            )
             assert error(expected_zeros, expected) > 1e-3
             assert error(net(x, noise, labels), expected_zeros) < 1e-10
         net = net.float()
@@ -115,7 +144,9 @@ def test_forward_cifar10():
 def test_every_parameter_matters(name):
     dims, architecture = SMALL[name]
     net = build(dims, architecture, random_state_dict(*dims, **architecture))
-    x, noise, labels, _, augment = (v if v is None else v[:2] for v in inputs(dims))  # without the one of no class
+    x, noise, labels, _, augment = (
+        v if v is None else v[:2] for v in inputs(dims)
+    )  # without the one of no class
     torch.manual_seed(0)
     ignored = []
     with torch.no_grad():
@@ -123,7 +154,9 @@ def test_every_parameter_matters(name):
         for key, p in net.named_parameters():
             kept = p.clone()
             p.add_(0.1 * torch.randn_like(p))
-            if not (net(x, noise, labels, augment) - before).abs().amax(dim=(1, 2, 3)).min() > 1e-5:  # for each image
+            if (
+                not (net(x, noise, labels, augment) - before).abs().amax(dim=(1, 2, 3)).min() > 1e-5
+            ):  # for each image
                 ignored.append(key)
             p.copy_(kept)
         assert torch.equal(net(x, noise, labels, augment), before)
@@ -163,7 +196,7 @@ def test_class_labels():
     x, noise, _, _, augment = inputs(dims)
     with torch.no_grad():
         expected = edm_unet(state, x, noise, torch.zeros(3, 5), augment, **architecture)
-        assert error(net(x, noise, torch.full((3, ), 5), augment), expected) < 1e-10
+        assert error(net(x, noise, torch.full((3,), 5), augment), expected) < 1e-10
         for wrong in (-1, 6):
             with pytest.raises(ValueError, match=re.compile('0.*5', re.DOTALL)):
                 net(x, noise, torch.tensor([0, wrong, 1]), augment)
@@ -184,7 +217,9 @@ def test_velocity_of_the_unet():
         velocity = EDMVelocity(build(dims, architecture, state), sigma_data=sigma_data).eval()
         t = torch.tensor([0.02, 0.5, 0.97], dtype=torch.float64)
         s = t[:, None, None, None]
-        d = edm_denoiser(state, x / (1 - s), t / (1 - t), onehot, sigma_data=sigma_data, **architecture)
+        d = edm_denoiser(
+            state, x / (1 - s), t / (1 - t), onehot, sigma_data=sigma_data, **architecture
+        )
         with torch.no_grad():
             assert error(velocity(x, t, labels), (x - d) / s) < 1e-9
 
@@ -192,12 +227,14 @@ def test_velocity_of_the_unet():
 class GaussianUNet(nn.Module):
     """The F of which the preconditioning makes the exact denoiser D of data x_0 ~ N(m, s^2 I).
 
-    With input u = c_in x, that is x = R u for R = sqrt(sigma^2 + d^2), d = sigma_data, and H = s^2 + sigma^2,
+    With input u = c_in x, that is x = R u for R = sqrt(sigma^2 + d^2), d = sigma_data, and H = s^2
+    + sigma^2,
         D         = (s^2 x + sigma^2 m) / H
         c_skip x  = d^2 x / R^2,  c_out = sigma d / R
-        D - c_skip x = sigma^2 (s^2 - d^2) x / (H R^2) + sigma^2 m / H      (the terms s^2 d^2 x have cancelled)
-        F = (D - c_skip x) / c_out = sigma / (d H) ((s^2 - d^2) u + R m).
+        D - c_skip x = sigma^2 (s^2 - d^2) x / (H R^2) + sigma^2 m / H      (the terms s^2 d^2 x
+        have cancelled) F = (D - c_skip x) / c_out = sigma / (d H) ((s^2 - d^2) u + R m).
     """
+
     img_resolution, in_channels, out_channels, label_dim = 4, 2, 2, 3
 
     def __init__(self, mean, std, sigma_data=0.5):
@@ -215,36 +252,45 @@ class GaussianUNet(nn.Module):
 
 
 def gaussian_velocity(x_t, t, mean, std):
-    # x_t = (1-t) x_0 + t eps has mean (1-t) m and variance V = (1-t)^2 s^2 + t^2; cov(x_0, x_t) = (1-t) s^2,
-    # cov(eps, x_t) = t, so that v = E[eps - x_0 | x_t] = (t - (1-t) s^2) / V (x_t - (1-t) m) - m
+    # x_t = (1-t) x_0 + t eps has mean (1-t) m and variance V = (1-t)^2 s^2 + t^2; cov(x_0, x_t) =
+    # (1-t) s^2, cov(eps, x_t) = t, so that v = E[eps - x_0 | x_t] = (t - (1-t) s^2) / V (x_t -
+    # (1-t) m) - m
     x_t, t = x_t.double(), t.double()[:, None, None, None]
-    variance = (1 - t)**2 * std**2 + t**2
+    variance = (1 - t) ** 2 * std**2 + t**2
     return (t - (1 - t) * std**2) / variance * (x_t - (1 - t) * mean) - mean
 
 
 @pytest.mark.parametrize('dtype, tolerance', [(torch.float64, 1e-10), (torch.float32, 1e-5)])
-@pytest.mark.parametrize('mean, std, sigma_data', [(0., 0.5, 0.5), (0.7, 0.5, 0.5), (-1.5, 2., 0.5), (0.3, 0.05, 0.5),
-                                                   (0.4, 0.6, 1.)])
+@pytest.mark.parametrize(
+    'mean, std, sigma_data',
+    [(0.0, 0.5, 0.5), (0.7, 0.5, 0.5), (-1.5, 2.0, 0.5), (0.3, 0.05, 0.5), (0.4, 0.6, 1.0)],
+)
 def test_velocity_of_a_gaussian(dtype, tolerance, mean, std, sigma_data):
     t = torch.tensor(TIMES, dtype=dtype)
-    x_t = torch.randn(5, 2, 4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(dtype)
+    x_t = torch.randn(
+        5, 2, 4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64
+    ).to(dtype)
     x_t.requires_grad_()
     unet, labels = GaussianUNet(mean, std, sigma_data), torch.arange(5) % 4
     got = EDMVelocity(unet, sigma_data=sigma_data)(x_t, t, labels)
     assert got.dtype == dtype and unet.labels is labels
     expected = gaussian_velocity(x_t, t, mean, std)
-    # the ends of time are evaluated at a finite ln(sigma), where d F is off its limits 0 and m: to the first order by
-    # sigma ((1 - d^2 / s^2) x_t / d + d m / s^2) and (s^2 - d^2) x_t / sigma
+    # the ends of time are evaluated at a finite ln(sigma), where d F is off its limits 0 and m: to
+    # the first order by sigma ((1 - d^2 / s^2) x_t / d + d m / s^2) and (s^2 - d^2) x_t / sigma
     ends = (4 * unet.noise_labels[[0, -1]].double() * torch.tensor([1, -1])).exp()
     assert ends.max() < 1e-5
     start = tolerance + ends[0].item() * (sigma_data**-2 + (1 + abs(mean)) / std**2)
     end = tolerance + ends[1].item() * 2 * (std**2 + sigma_data**2)
-    for time, bound, a, b in zip(TIMES, (start, tolerance, tolerance, tolerance, end), got, expected):
+    for time, bound, a, b in zip(
+        TIMES, (start, tolerance, tolerance, tolerance, end), got, expected
+    ):
         assert error(a, b) < bound, time  # not so for nan
     assert error(got[0], -x_t[0]) < start and error(got[-1], x_t[-1] - mean) < end
     middle = torch.logit(t[1:-1].double()) / 4  # c_noise = ln(sigma) / 4, sigma = t / (1 - t)
     assert torch.allclose(unet.noise_labels[1:-1].double(), middle, atol=1e-5)
-    slope = torch.autograd.grad(got.sum(), x_t)[0]  # dv/dx_t = (t - (1-t) s^2) / V, at the ends -1 and 1
+    slope = torch.autograd.grad(got.sum(), x_t)[
+        0
+    ]  # dv/dx_t = (t - (1-t) s^2) / V, at the ends -1 and 1
     assert slope.isfinite().all()
     assert error(slope[0], -torch.ones(2, 4, 4)) < start
     assert error(slope[-1], torch.ones(2, 4, 4)) < end

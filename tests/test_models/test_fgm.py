@@ -18,8 +18,14 @@ def randomise(network):
 def fgm():
     torch.manual_seed(0)
     sampler = dict(type='LogitNormal')
-    model = FGM(network=NETWORK, teacher=dict(checkpoint=None), fm_time_sampler=sampler, fgm_time_sampler=sampler,
-                generator=dict(t_star=0.97), ema=dict(generator_ema=0.9, generator_ema_slow=0.99))
+    model = FGM(
+        network=NETWORK,
+        teacher=dict(checkpoint=None),
+        fm_time_sampler=sampler,
+        fgm_time_sampler=sampler,
+        generator=dict(t_star=0.97),
+        ema=dict(generator_ema=0.9, generator_ema_slow=0.99),
+    )
     for name in ('teacher', 'online', 'generator', 'generator_ema'):
         randomise(getattr(model, name))
     return model
@@ -32,7 +38,12 @@ def batch(n, **extra):
 def test_everything_starts_from_the_teacher():
     torch.manual_seed(0)
     sampler = dict(type='LogitNormal')
-    model = FGM(network=NETWORK, teacher=dict(checkpoint=None), fm_time_sampler=sampler, fgm_time_sampler=sampler)
+    model = FGM(
+        network=NETWORK,
+        teacher=dict(checkpoint=None),
+        fm_time_sampler=sampler,
+        fgm_time_sampler=sampler,
+    )
     teacher = model.teacher.state_dict()
     for other in (model.online, model.generator.network, model.generator_ema.network):
         assert all(torch.equal(value, teacher[key]) for key, value in other.state_dict().items())
@@ -46,10 +57,17 @@ def test_gradients_reach_only_what_a_phase_trains(fgm):
         fgm.online.requires_grad_('online' not in spec.freezes)
         samples = fgm.prepare(batch(8), spec.differentiable)
         fgm.loss(phase, samples)[{'online': 'loss_fm', 'generator': 'loss_fgm'}[phase]].backward()
-        touched = {name for name, child in fgm.named_children() if any(p.grad is not None for p in child.parameters())}
+        touched = {
+            name
+            for name, child in fgm.named_children()
+            if any(p.grad is not None for p in child.parameters())
+        }
         assert touched == {phase}
-        assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in trainable[phase].parameters() if p.ndim > 1
-                   and p.shape[0] != 11)   # an embedding row of an absent class has no gradient
+        assert all(
+            p.grad is not None and p.grad.abs().sum() > 0
+            for p in trainable[phase].parameters()
+            if p.ndim > 1 and p.shape[0] != 11
+        )  # an embedding row of an absent class has no gradient
 
 
 def test_samples_shared_by_phases_keep_the_generators_graph(fgm):
@@ -64,9 +82,14 @@ def test_samples_shared_by_phases_keep_the_generators_graph(fgm):
 def test_noise_is_a_function_of_the_seed_alone(fgm):
     whole = fgm.sample(batch(10), Sampling('generator_ema'))
     b = batch(10)
-    parts = [fgm.sample({k: v[rows] for k, v in b.items()}, Sampling('generator_ema')) for rows in ([7], [3, 9, 1])]
+    parts = [
+        fgm.sample({k: v[rows] for k, v in b.items()}, Sampling('generator_ema'))
+        for rows in ([7], [3, 9, 1])
+    ]
     torch.testing.assert_close(torch.cat(parts), whole[[7, 3, 9, 1]], rtol=1e-5, atol=1e-6)
-    assert not torch.equal(whole[0], fgm.sample({**b, 'seed': b['seed'] + 1}, Sampling('generator_ema'))[0])
+    assert not torch.equal(
+        whole[0], fgm.sample({**b, 'seed': b['seed'] + 1}, Sampling('generator_ema'))[0]
+    )
 
 
 def test_sampling_does_not_move_the_training_random_state_and_keeps_modes(fgm):
@@ -81,17 +104,22 @@ def test_sampling_does_not_move_the_training_random_state_and_keeps_modes(fgm):
 def test_one_euler_step_of_the_teacher_is_a_generator_at_t_1(fgm):
     fgm.generator.network.load_state_dict(fgm.teacher.state_dict())
     fgm.generator.t_star = fgm.generator.c_out = 1.0
-    torch.testing.assert_close(fgm.sample(batch(4), Sampling('teacher', 1)), fgm.sample(batch(4), Sampling('generator')))
+    torch.testing.assert_close(
+        fgm.sample(batch(4), Sampling('teacher', 1)), fgm.sample(batch(4), Sampling('generator'))
+    )
 
 
-@pytest.mark.parametrize('bad, match', [
-    (lambda m: m.sample(batch(2), Sampling('student')), 'no network'),
-    (lambda m: m.sample(batch(2), Sampling('generator', 2)), 'NFE is 1'),
-    (lambda m: Sampling('teacher', 3, 'heun'), 'multiple'),
-    (lambda m: Sampling('teacher', 3, 'rk45'), 'euler or heun'),
-    (lambda m: m._init_ema(dict(average=0.9)), 'generator_ema'),
-    (lambda m: m._init_ema(dict(generator_ema=1.0)), r'\[0, 1\)'),
-])
+@pytest.mark.parametrize(
+    'bad, match',
+    [
+        (lambda m: m.sample(batch(2), Sampling('student')), 'no network'),
+        (lambda m: m.sample(batch(2), Sampling('generator', 2)), 'NFE is 1'),
+        (lambda m: Sampling('teacher', 3, 'heun'), 'multiple'),
+        (lambda m: Sampling('teacher', 3, 'rk45'), 'euler or heun'),
+        (lambda m: m._init_ema(dict(average=0.9)), 'generator_ema'),
+        (lambda m: m._init_ema(dict(generator_ema=1.0)), r'\[0, 1\)'),
+    ],
+)
 def test_bad_requests(fgm, bad, match):
     with pytest.raises(UsageError, match=match):
         bad(fgm)
@@ -99,12 +127,19 @@ def test_bad_requests(fgm, bad, match):
 
 def test_guided_teacher_changes_the_generator_loss():
     torch.manual_seed(0)
-    settings = dict(network=NETWORK, teacher=dict(checkpoint=None), fm_time_sampler=dict(type='Uniform'),
-                    fgm_time_sampler=dict(type='Uniform'))
+    settings = dict(
+        network=NETWORK,
+        teacher=dict(checkpoint=None),
+        fm_time_sampler=dict(type='Uniform'),
+        fgm_time_sampler=dict(type='Uniform'),
+    )
     null = dict(type='NullLabel', label=10)
     losses = []
-    for guidance in (None, dict(type='ClassifierFreeGuidance', scale=1.0, null=null),
-                     dict(type='ClassifierFreeGuidance', scale=4.0, null=null)):
+    for guidance in (
+        None,
+        dict(type='ClassifierFreeGuidance', scale=1.0, null=null),
+        dict(type='ClassifierFreeGuidance', scale=4.0, null=null),
+    ):
         torch.manual_seed(1)
         model = FGM(**settings, guidance=guidance)
         for network in model.networks.values():
@@ -115,10 +150,16 @@ def test_guided_teacher_changes_the_generator_loss():
 
 
 def test_label_dropout_trains_the_null_condition():
-    model = FlowMatching(network=NETWORK, time_sampler=dict(type='Uniform'), null_prob=0.5,
-                         null_condition=dict(type='NullLabel', label=10))
+    model = FlowMatching(
+        network=NETWORK,
+        time_sampler=dict(type='Uniform'),
+        null_prob=0.5,
+        null_condition=dict(type='NullLabel', label=10),
+    )
     torch.manual_seed(0)
-    labels = model._drop_conditions(dict(labels=torch.zeros(1000, dtype=torch.long)), 1000, 'cpu')['labels']
+    labels = model._drop_conditions(dict(labels=torch.zeros(1000, dtype=torch.long)), 1000, 'cpu')[
+        'labels'
+    ]
     assert set(labels.tolist()) == {0, 10} and 400 < (labels == 10).sum() < 600
     with pytest.raises(UsageError, match='null_condition'):
         FlowMatching(network=NETWORK, time_sampler=dict(type='Uniform'), null_prob=0.5)

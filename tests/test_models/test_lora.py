@@ -1,5 +1,7 @@
 # Copyright (c) mmfgm authors.
-"""Adapters over one shared base: the same maths as full weights W + s B A, in the memory of one network."""
+"""Adapters over one shared base: the same maths as full weights W + s B A, in the memory of one
+network."""
+
 import copy
 
 import pytest
@@ -11,10 +13,22 @@ from mmfgm.models.lora import LoRA, copy_network, has_adapters, merge_adapters, 
 
 ATTENTION = ('attn.to_q', 'attn.to_k', 'attn.to_v', 'attn.to_out.0', 'ff.net.0.proj')
 NETWORK = dict(
-    type='SD3', latent_size=8,
-    config=dict(sample_size=8, patch_size=2, in_channels=4, out_channels=4, num_layers=2, attention_head_dim=8,
-                num_attention_heads=2, joint_attention_dim=16, caption_projection_dim=16, pooled_projection_dim=8,
-                pos_embed_max_size=4))
+    type='SD3',
+    latent_size=8,
+    config=dict(
+        sample_size=8,
+        patch_size=2,
+        in_channels=4,
+        out_channels=4,
+        num_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=16,
+        caption_projection_dim=16,
+        pooled_projection_dim=8,
+        pos_embed_max_size=4,
+    ),
+)
 SAMPLER = dict(type='Uniform')
 
 
@@ -25,8 +39,13 @@ def make_network():
 
 def inputs(n=3):
     g = torch.Generator().manual_seed(1)
-    rand = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64)   # noqa: E731
-    return dict(x_t=rand(n, 4, 8, 8), t=torch.rand(n, generator=g), prompt_embeds=rand(n, 5, 16), pooled_embeds=rand(n, 8))
+    rand = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64)
+    return dict(
+        x_t=rand(n, 4, 8, 8),
+        t=torch.rand(n, generator=g),
+        prompt_embeds=rand(n, 5, 16),
+        pooled_embeds=rand(n, 8),
+    )
 
 
 def perturb(network):
@@ -68,7 +87,11 @@ def test_gradient_is_that_of_the_full_weights():
     full, checked = dict(merged.named_parameters()), 0
     for name, module in adapted.named_modules():
         if hasattr(module, 'lora_A') and name.endswith(ATTENTION):
-            a, b, g = module.lora_A['default'].weight, module.lora_B['default'].weight, full[f'{name}.weight'].grad
+            a, b, g = (
+                module.lora_A['default'].weight,
+                module.lora_B['default'].weight,
+                full[f'{name}.weight'].grad,
+            )
             torch.testing.assert_close(b.grad, 3 * g @ a.T, rtol=1e-9, atol=1e-11)
             torch.testing.assert_close(a.grad, 3 * b.T @ g, rtol=1e-9, atol=1e-11)
             checked += 1
@@ -82,7 +105,9 @@ def test_moving_keeps_the_base_shared():
     before = model['base'].transformer.pos_embed.pos_embed
     move_to(model, torch.float32)
     state = model.state_dict()
-    assert before.dtype == torch.float64 and all(value.dtype == torch.float32 for value in state.values())
+    assert before.dtype == torch.float64 and all(
+        value.dtype == torch.float32 for value in state.values()
+    )
     theirs = {value.data_ptr() for key, value in state.items() if key.startswith('base.')}
     own = {key for key, value in state.items() if value.data_ptr() not in theirs}
     assert own and all('.lora_' in key for key in own)
@@ -101,8 +126,13 @@ def test_merging_leaves_the_base_alone():
 
 def test_fgm_trains_adapters_only():
     torch.manual_seed(0)
-    model = FGM(network=NETWORK, teacher=dict(checkpoint=None), fm_time_sampler=SAMPLER, fgm_time_sampler=SAMPLER,
-                lora=dict(rank=2, alpha=2, target_modules=ATTENTION))
+    model = FGM(
+        network=NETWORK,
+        teacher=dict(checkpoint=None),
+        fm_time_sampler=SAMPLER,
+        fgm_time_sampler=SAMPLER,
+        lora=dict(rank=2, alpha=2, target_modules=ATTENTION),
+    )
     base = sum(p.numel() for p in model.teacher.parameters())
     everything = {id(p): p.numel() for p in model.parameters()}
     adapters = sum(p.numel() for p in model.online.parameters() if p.requires_grad)
@@ -111,12 +141,21 @@ def test_fgm_trains_adapters_only():
     assert trainable == {'online', 'generator'}
 
 
-@pytest.mark.parametrize('settings, message', [
-    (dict(rank=0, alpha=1, target_modules=ATTENTION), 'rank must be a whole number of at least 1, but is 0'),
-    (dict(rank=2, alpha=1, target_modules='attn.to_q'), 'must list endings'),
-    (dict(rank=2, alpha=1, target_modules=('attn.query',)), "no layer of SD3 is called 'attn.query'"),
-    (dict(rank=2, alpha=1, target_modules=('attn',)), 'cannot be adapted'),
-])
+@pytest.mark.parametrize(
+    'settings, message',
+    [
+        (
+            dict(rank=0, alpha=1, target_modules=ATTENTION),
+            'rank must be a whole number of at least 1, but is 0',
+        ),
+        (dict(rank=2, alpha=1, target_modules='attn.to_q'), 'must list endings'),
+        (
+            dict(rank=2, alpha=1, target_modules=('attn.query',)),
+            "no layer of SD3 is called 'attn.query'",
+        ),
+        (dict(rank=2, alpha=1, target_modules=('attn',)), 'cannot be adapted'),
+    ],
+)
 def test_bad_input(settings, message):
     with pytest.raises(UsageError, match=message):
         LoRA(**settings).adapted(make_network())

@@ -37,7 +37,7 @@ def test_gradient_vanishes_where_flows_agree(velocities):
     u, _, target = velocities
     v = u.clone().requires_grad_(True)
     l_1, _ = fgm_terms(u, v, target)
-    grad, = torch.autograd.grad(l_1.sum(), v)
+    (grad,) = torch.autograd.grad(l_1.sum(), v)
     assert torch.equal(grad, torch.zeros_like(grad))
 
 

@@ -1,5 +1,7 @@
 # Copyright (c) mmfgm authors.
-"""SD3 against diffusers' own pipeline, and FGM with its GAN against formulae written out by hand."""
+"""SD3 against diffusers' own pipeline, and FGM with its GAN against formulae written out by
+hand."""
+
 import copy
 import json
 from pathlib import Path
@@ -16,8 +18,18 @@ from mmfgm.flow import ClassifierFreeGuidance
 from mmfgm.models import FGM, SD3, CachedNullPrompt, FlowMatching, LatentDecoder, Sampling
 from tests.tiny_sd3 import make_tiny_sd3
 
-CONFIG = dict(sample_size=8, patch_size=2, in_channels=16, num_layers=4, attention_head_dim=8, num_attention_heads=4,
-              joint_attention_dim=32, caption_projection_dim=32, pooled_projection_dim=64, pos_embed_max_size=8)
+CONFIG = dict(
+    sample_size=8,
+    patch_size=2,
+    in_channels=16,
+    num_layers=4,
+    attention_head_dim=8,
+    num_attention_heads=4,
+    joint_attention_dim=32,
+    caption_projection_dim=32,
+    pooled_projection_dim=64,
+    pos_embed_max_size=8,
+)
 
 
 @pytest.fixture(scope='module')
@@ -28,6 +40,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope='module')
 def pipeline(folder):
     from diffusers import StableDiffusion3Pipeline
+
     pipeline = StableDiffusion3Pipeline.from_pretrained(folder)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
@@ -40,7 +53,8 @@ def scope():
 
 
 def random_sd3(dtype='float64', **config):
-    """Without the zero initialisation of the modulation, which would make most of the network the identity."""
+    """Without the zero initialisation of the modulation, which would make most of the network the
+    identity."""
     network = SD3(8, config={**CONFIG, **config}, dtype=dtype)
     for p in network.parameters():
         torch.nn.init.normal_(p, std=0.2)
@@ -49,8 +63,10 @@ def random_sd3(dtype='float64', **config):
 
 def conditions(n, prefix='', dtype=torch.float64, seed=0):
     g = torch.Generator().manual_seed(seed)
-    return {f'{prefix}prompt_embeds': torch.randn(n, 5, 32, generator=g, dtype=dtype),
-            f'{prefix}pooled_embeds': torch.randn(n, 64, generator=g, dtype=dtype)}
+    return {
+        f'{prefix}prompt_embeds': torch.randn(n, 5, 32, generator=g, dtype=dtype),
+        f'{prefix}pooled_embeds': torch.randn(n, 64, generator=g, dtype=dtype),
+    }
 
 
 def null_of(cond):
@@ -58,19 +74,28 @@ def null_of(cond):
 
 
 def cached_null(monkeypatch, **embeds):
-    monkeypatch.setattr('mmfgm.models.latents.CachedPrompts', lambda path: SimpleNamespace(null=embeds))
+    monkeypatch.setattr(
+        'mmfgm.models.latents.CachedPrompts', lambda path: SimpleNamespace(null=embeds)
+    )
 
 
 def test_sampling_is_the_pipelines(folder, pipeline, monkeypatch):
     """28 Euler steps with guidance from the same noise: latents, and the images they decode to."""
     prompts = ['a red cat', 'the blue house on a green tree']
     with torch.no_grad():
-        embeds, negative, pooled, negative_pooled = pipeline.encode_prompt(prompts, prompts, prompts)
+        embeds, negative, pooled, negative_pooled = pipeline.encode_prompt(
+            prompts, prompts, prompts
+        )
         assert not torch.equal(embeds, negative)
     cached_null(monkeypatch, prompt_embeds=negative[0], pooled_embeds=negative_pooled[0])
-    model = FlowMatching(dict(type='SD3', latent_size=8, pretrained=folder), time_sampler=dict(type='Uniform'),
-                         null_condition=dict(type='CachedNullPrompt', path='cache'))
-    batch = dict(idx=torch.arange(2), seed=torch.tensor([5, 6]), prompt_embeds=embeds, pooled_embeds=pooled)
+    model = FlowMatching(
+        dict(type='SD3', latent_size=8, pretrained=folder),
+        time_sampler=dict(type='Uniform'),
+        null_condition=dict(type='CachedNullPrompt', path='cache'),
+    )
+    batch = dict(
+        idx=torch.arange(2), seed=torch.tensor([5, 6]), prompt_embeds=embeds, pooled_embeds=pooled
+    )
     sampling = Sampling('network', 28, shift=3.0, guidance=4.0)
     settings = dict(num_inference_steps=28, guidance_scale=4.0, latents=model.seeded_noise([5, 6]))
     theirs = pipeline(prompts, **settings, output_type='latent')
@@ -87,14 +112,21 @@ def test_guidance_in_one_call_is_two_calls():
     network, cond = random_sd3(), conditions(3)
     x_t, t = torch.randn(3, 16, 8, 8, dtype=torch.float64), torch.rand(3)
     u, u_null = network(x_t, t, **cond), network(x_t, t, **null_of(cond))
-    torch.testing.assert_close(ClassifierFreeGuidance(4.0, null_of)(network, x_t, t, cond), u_null + 4 * (u - u_null))
+    torch.testing.assert_close(
+        ClassifierFreeGuidance(4.0, null_of)(network, x_t, t, cond), u_null + 4 * (u - u_null)
+    )
 
 
 def test_null_prompt_fits_the_batch(monkeypatch):
     cached_null(monkeypatch, prompt_embeds=torch.ones(3, 32), pooled_embeds=torch.ones(64))
     null = CachedNullPrompt('cache')(conditions(2))
-    assert null['prompt_embeds'].shape == (2, 5, 32) and null['prompt_embeds'].dtype == torch.float64
-    assert null['prompt_embeds'][0].sum(1).tolist() == [32, 32, 32, 0, 0] and null['pooled_embeds'].sum() == 128
+    assert (
+        null['prompt_embeds'].shape == (2, 5, 32) and null['prompt_embeds'].dtype == torch.float64
+    )
+    assert (
+        null['prompt_embeds'][0].sum(1).tolist() == [32, 32, 32, 0, 0]
+        and null['pooled_embeds'].sum() == 128
+    )
 
 
 @pytest.mark.parametrize('layer', [1, 2, 4])
@@ -102,24 +134,36 @@ def test_features_are_those_of_the_layer(layer):
     network, cond = random_sd3(), conditions(2)
     x_t, t = torch.randn(2, 16, 8, 8, dtype=torch.float64), torch.rand(2)
     outputs = []
-    handles = [block.register_forward_hook(lambda m, a, out: outputs.append(out[1]))
-               for block in network.transformer.transformer_blocks]
+    handles = [
+        block.register_forward_hook(lambda m, a, out: outputs.append(out[1]))
+        for block in network.transformer.transformer_blocks
+    ]
     network(x_t, t, **cond)
     for handle in handles:
         handle.remove()
     features = network(x_t, t, **cond, feature_layer=layer)
     assert features.shape == (2, 32, 4, 4)
-    torch.testing.assert_close(features.flatten(2).transpose(1, 2), outputs[layer - 1], rtol=0, atol=0)
+    torch.testing.assert_close(
+        features.flatten(2).transpose(1, 2), outputs[layer - 1], rtol=0, atol=0
+    )
 
 
 def build_fgm(**kwargs):
     torch.manual_seed(0)
     network = dict(type='SD3', latent_size=8, config=CONFIG)
-    model = FGM(network, teacher=dict(checkpoint=None), fm_time_sampler=dict(type='LogitNormal', mean=-1.0, std=2.0),
-                fgm_time_sampler=dict(type='LogitNormal', mean=2.4, std=1.0), generator=dict(t_star=0.97, c_in=0.8),
-                loss=dict(type='FGMLoss', l1_weight=0.0, loss_scale=100.0),
-                gan=dict(time_sampler=dict(type='LogitNormal', mean=-1.0, std=1.0),
-                         head=dict(type='ConvDiscriminator', channels=8), **kwargs)).double()
+    model = FGM(
+        network,
+        teacher=dict(checkpoint=None),
+        fm_time_sampler=dict(type='LogitNormal', mean=-1.0, std=2.0),
+        fgm_time_sampler=dict(type='LogitNormal', mean=2.4, std=1.0),
+        generator=dict(t_star=0.97, c_in=0.8),
+        loss=dict(type='FGMLoss', l1_weight=0.0, loss_scale=100.0),
+        gan=dict(
+            time_sampler=dict(type='LogitNormal', mean=-1.0, std=1.0),
+            head=dict(type='ConvDiscriminator', channels=8),
+            **kwargs,
+        ),
+    ).double()
     model.guidance = ClassifierFreeGuidance(4.0, null_of)
     for name in ('teacher', 'online', 'generator', 'discriminator'):
         for p in getattr(model, name).parameters():
@@ -139,11 +183,19 @@ def test_the_cycle_is_what_the_paper_writes():
     model = build_fgm()
     reference = copy.deepcopy(model)
     cond, z = conditions(3), torch.randn(3, 16, 8, 8, dtype=torch.float64)
-    samples = dict(**cond, real_x_0=torch.randn(3, 16, 8, 8, dtype=torch.float64), **conditions(3, 'real_', seed=1))
-    real_cond = {name[5:]: value for name, value in samples.items() if name.startswith('real_') and name != 'real_x_0'}
+    samples = dict(
+        **cond,
+        real_x_0=torch.randn(3, 16, 8, 8, dtype=torch.float64),
+        **conditions(3, 'real_', seed=1),
+    )
+    real_cond = {
+        name[5:]: value
+        for name, value in samples.items()
+        if name.startswith('real_') and name != 'real_x_0'
+    }
 
     def generate(m):
-        return z - 0.97 * m.generator.network(0.8 * z, torch.full((3,), 0.97), **cond)   # (B.2)
+        return z - 0.97 * m.generator.network(0.8 * z, torch.full((3,), 0.97), **cond)  # (B.2)
 
     # online phase, and the head beside it
     torch.manual_seed(1)
@@ -161,7 +213,9 @@ def test_the_cycle_is_what_the_paper_writes():
     for name in ('online', 'discriminator'):
         for a, b in zip(getattr(model, name).parameters(), getattr(reference, name).parameters()):
             torch.testing.assert_close(a.grad, b.grad, rtol=1e-6, atol=1e-9)
-    assert all(p.grad is None for p in model.teacher.parameters()) and all(p.grad is None for p in model.generator.parameters())
+    assert all(p.grad is None for p in model.teacher.parameters()) and all(
+        p.grad is None for p in model.generator.parameters()
+    )
 
     # generator phase
     model.zero_grad(set_to_none=True)
@@ -169,14 +223,18 @@ def test_the_cycle_is_what_the_paper_writes():
         torch.manual_seed(2)
         losses = model.loss('generator', dict(**samples, x_0=model.generator(z, **cond)))
         sum(value for name, value in losses.items() if 'loss' in name).backward()
-    assert all(p.grad is None for name in ('teacher', 'online', 'discriminator') for p in getattr(model, name).parameters())
+    assert all(
+        p.grad is None
+        for name in ('teacher', 'online', 'discriminator')
+        for p in getattr(model, name).parameters()
+    )
     torch.manual_seed(2)
     x_0 = generate(reference)
     x_t, target, t = noised(x_0, reference.fgm_time_sampler)
     null = null_of(cond)
     u = 4 * reference.teacher(x_t, t, **cond) - 3 * reference.teacher(x_t, t, **null)
     v = reference.online(x_t, t, **cond)
-    loss = 100 * (2 * (u - v) * (v - target)).sum((1, 2, 3)).mean()   # (4.12)
+    loss = 100 * (2 * (u - v) * (v - target)).sum((1, 2, 3)).mean()  # (4.12)
     x_t, _, t = noised(x_0, reference.gan.sampler)
     logits = reference.discriminator(reference.online(x_t, t, **cond, feature_layer=2))
     loss = loss + 1e-2 * -F.logsigmoid(logits).mean()
@@ -186,7 +244,9 @@ def test_the_cycle_is_what_the_paper_writes():
 
 
 def test_the_online_network_can_be_left_to_flow_matching():
-    samples = dict(**conditions(2), real_x_0=torch.randn(2, 16, 8, 8).double(), **conditions(2, 'real_'))
+    samples = dict(
+        **conditions(2), real_x_0=torch.randn(2, 16, 8, 8).double(), **conditions(2, 'real_')
+    )
     samples['x_0'] = torch.randn(2, 16, 8, 8).double()
     model = build_fgm(train_features=False)
     model.loss('online', samples)['loss_d'].backward()

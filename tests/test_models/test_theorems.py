@@ -1,12 +1,20 @@
 # Copyright (c) mmfgm authors.
 """Theorems 4.1 and 4.2, in float64 on Gaussians, through the code that training uses."""
+
 import pytest
 import torch
 
 from mmfgm.flow import LinearPath, Uniform
 from mmfgm.models import FGM, fgm_terms
 from mmfgm.registry import MODELS
-from tests.gaussians import AffineGenerator, GaussianVelocity, hermite, implicit_velocity, legendre, true_distance
+from tests.gaussians import (
+    AffineGenerator,
+    GaussianVelocity,
+    hermite,
+    implicit_velocity,
+    legendre,
+    true_distance,
+)
 
 A, B, TEACHER = 0.6, 0.4, (1.3, -0.5)
 
@@ -16,7 +24,7 @@ A, B, TEACHER = 0.6, 0.4, (1.3, -0.5)
 def test_flow_product_identity(f, t):
     """Theorem 4.1 (Eq. 4.7): E f(x_t) v_theta(x_t) = E f(x_t) u_t(x_t | x_0)."""
     nodes, weights = hermite(80)
-    variance = (1 - t)**2 * A**2 + t**2
+    variance = (1 - t) ** 2 * A**2 + t**2
     x = (1 - t) * B + variance**0.5 * nodes
     left = (weights * f(x) * implicit_velocity(x, t, A, B)).sum()
     z, eps = torch.meshgrid(nodes, nodes, indexing='ij')
@@ -33,7 +41,8 @@ def parameters():
 def tractable_gradients(stop=None):
     """Autograd gradients of L_1 (4.11) and L_2 (4.12) over (a, b), by exact quadrature.
 
-    ``stop`` moves one stop-gradient: it detaches a branch that must carry the gradient, or lets theta into v.
+    ``stop`` moves one stop-gradient: it detaches a branch that must carry the gradient, or lets
+    theta into v.
     """
     a, b = parameters()
     (z, w_z), (eps, w_eps), (t, w_t) = hermite(6), hermite(6), legendre(32)
@@ -47,8 +56,18 @@ def tractable_gradients(stop=None):
     theta = (a, b) if stop == 'theta into v' else (a.detach(), b.detach())
     u = implicit_velocity(x_for_u, t, *TEACHER)
     v_sg = implicit_velocity(x_for_v, t, *theta)
-    return [torch.stack(torch.autograd.grad((weights * term).sum(), (a, b), retain_graph=True, allow_unused=True,
-                                            materialize_grads=True)) for term in fgm_terms(u, v_sg, target)]
+    return [
+        torch.stack(
+            torch.autograd.grad(
+                (weights * term).sum(),
+                (a, b),
+                retain_graph=True,
+                allow_unused=True,
+                materialize_grads=True,
+            )
+        )
+        for term in fgm_terms(u, v_sg, target)
+    ]
 
 
 def true_gradient():
@@ -58,14 +77,17 @@ def true_gradient():
 
 
 def grad_2():
-    """Eq. 4.5, ``E -2 (u - v)^T dv/dtheta``, with the theta-gradient of v that training cannot have."""
+    """Eq. 4.5, ``E -2 (u - v)^T dv/dtheta``, with the theta-gradient of v that training cannot
+    have."""
     a, b = parameters()
     (n, w_n), (t, w_t) = hermite(6), legendre(32)
     n, t = torch.meshgrid(n, t, indexing='ij')
-    x = ((1 - t) * b + ((1 - t)**2 * a**2 + t**2).sqrt() * n).detach()
+    x = ((1 - t) * b + ((1 - t) ** 2 * a**2 + t**2).sqrt() * n).detach()
     v = implicit_velocity(x, t, a, b)
     u = implicit_velocity(x, t, *TEACHER)
-    return torch.stack(torch.autograd.grad((w_n[:, None] * w_t * -2 * (u - v).detach() * v).sum(), (a, b)))
+    return torch.stack(
+        torch.autograd.grad((w_n[:, None] * w_t * -2 * (u - v).detach() * v).sum(), (a, b))
+    )
 
 
 def relative_error(gradient, reference):
@@ -103,42 +125,60 @@ def test_a_moved_stop_gradient_breaks_the_sum(stop):
 @pytest.fixture
 def gaussian_fgm():
     MODELS.register_module(name='GaussianVelocity', module=GaussianVelocity, force=True)
-    model = FGM(network=dict(type='GaussianVelocity', a=TEACHER[0], b=TEACHER[1]), teacher=dict(checkpoint=None),
-                fm_time_sampler=dict(type='Uniform', low=0.05, high=0.95),
-                fgm_time_sampler=dict(type='Uniform', low=0.05, high=0.95))
+    model = FGM(
+        network=dict(type='GaussianVelocity', a=TEACHER[0], b=TEACHER[1]),
+        teacher=dict(checkpoint=None),
+        fm_time_sampler=dict(type='Uniform', low=0.05, high=0.95),
+        fgm_time_sampler=dict(type='Uniform', low=0.05, high=0.95),
+    )
     model.generator = AffineGenerator(A, B)
-    model.online = GaussianVelocity(A, B)   # the optimum of the online phase
+    model.online = GaussianVelocity(A, B)  # the optimum of the online phase
     return model
 
 
 def test_the_model_follows_the_true_gradient(gaussian_fgm):
     """The same through FGM.prepare and FGM.loss, by sampling."""
     torch.manual_seed(0)
-    gaussian_fgm.online.requires_grad_(False)   # as the loop does
+    gaussian_fgm.online.requires_grad_(False)  # as the loop does
     gradient = torch.zeros(2, dtype=torch.float64)
     for _ in range(16):
         samples = gaussian_fgm.prepare(dict(idx=torch.arange(2**19)), differentiable=True)
         loss = gaussian_fgm.loss('generator', samples)['loss_fgm']
-        gradient += torch.stack(torch.autograd.grad(loss, (gaussian_fgm.generator.a, gaussian_fgm.generator.b))) / 16
+        gradient += (
+            torch.stack(
+                torch.autograd.grad(loss, (gaussian_fgm.generator.a, gaussian_fgm.generator.b))
+            )
+            / 16
+        )
     assert relative_error(gradient, true_gradient()) < 1e-2
 
 
 def test_the_online_phase_learns_the_implicit_velocity(gaussian_fgm):
-    """L_FM(psi) is stationary at the implicit velocity of the generator, and only its parameters get gradients."""
+    """L_FM(psi) is stationary at the implicit velocity of the generator, and only its parameters
+    get gradients."""
     torch.manual_seed(0)
     model = gaussian_fgm
     samples = model.prepare(dict(idx=torch.arange(2**20)), differentiable=False)
-    at_optimum = torch.autograd.grad(model.loss('online', samples)['loss_fm'], model.online.parameters())
+    at_optimum = torch.autograd.grad(
+        model.loss('online', samples)['loss_fm'], model.online.parameters()
+    )
     model.online = GaussianVelocity(A + 0.2, B - 0.2)
-    elsewhere = torch.autograd.grad(model.loss('online', samples)['loss_fm'], model.online.parameters())
+    elsewhere = torch.autograd.grad(
+        model.loss('online', samples)['loss_fm'], model.online.parameters()
+    )
     assert all(abs(x) < 0.05 * abs(y) for x, y in zip(at_optimum, elsewhere))
     assert not samples['x_0'].requires_grad
 
 
 def test_time_sampler_of_each_loss_is_its_own(gaussian_fgm):
-    gaussian_fgm.fm_time_sampler, gaussian_fgm.fgm_time_sampler = Uniform(0.1, 0.1), Uniform(0.9, 0.9)
+    gaussian_fgm.fm_time_sampler, gaussian_fgm.fgm_time_sampler = (
+        Uniform(0.1, 0.1),
+        Uniform(0.9, 0.9),
+    )
     seen = []
-    gaussian_fgm.online.register_forward_hook(lambda module, args, out: seen.append(args[1].unique().tolist()))
+    gaussian_fgm.online.register_forward_hook(
+        lambda module, args, out: seen.append(args[1].unique().tolist())
+    )
     samples = gaussian_fgm.prepare(dict(idx=torch.arange(4)), differentiable=True)
     for phase in gaussian_fgm.phases:
         gaussian_fgm.loss(phase, samples)

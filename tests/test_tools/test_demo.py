@@ -1,5 +1,6 @@
 # Copyright (c) mmfgm authors.
 """The demo page as visitors use it, in a headless browser."""
+
 import io
 import re
 import socket
@@ -33,8 +34,21 @@ def url(tiny, run, tmp_path_factory):
     """Where ``tools/demo.py`` serves that generator."""
     port, log = free_port(), tmp_path_factory.mktemp('log') / 'log'
     with open(log, 'w') as f:
-        server = subprocess.Popen([sys.executable, ROOT / 'tools' / 'demo.py', tiny / 'fgm.py', run, '--port', str(port),
-                                   '--gallery', '3'], env=tool_env(), stdout=f, stderr=subprocess.STDOUT)
+        server = subprocess.Popen(
+            [
+                sys.executable,
+                ROOT / 'tools' / 'demo.py',
+                tiny / 'fgm.py',
+                run,
+                '--port',
+                str(port),
+                '--gallery',
+                '3',
+            ],
+            env=tool_env(),
+            stdout=f,
+            stderr=subprocess.STDOUT,
+        )
     try:
         deadline = time.monotonic() + 120
         while server.poll() is None and time.monotonic() < deadline:
@@ -78,10 +92,14 @@ class Visitor:
 
     def picture(self, box='image', before=None):
         """Pixels of a picture, once it is another than ``before``."""
-        self.page.wait_for_function('([box, before]) => {const i = document.querySelector(`#${box} img`); '
-                                    'return i && i.complete && i.naturalWidth && i.getAttribute("src") !== before}',
-                                    arg=[box, before])
-        return np.asarray(Image.open(io.BytesIO(self.page.request.get(self.source(box)).body())).convert('L'))
+        self.page.wait_for_function(
+            '([box, before]) => {const i = document.querySelector(`#${box} img`); '
+            'return i && i.complete && i.naturalWidth && i.getAttribute("src") !== before}',
+            arg=[box, before],
+        )
+        return np.asarray(
+            Image.open(io.BytesIO(self.page.request.get(self.source(box)).body())).convert('L')
+        )
 
     def generate(self, **values):
         before = self.source()
@@ -96,7 +114,11 @@ def expected(tiny, run):
     inferencer = FGMInferencer(str(tiny / 'fgm.py'), str(run))
 
     def make(label, seed, **kwargs):
-        return np.asarray(inferencer(label, seeds=[seed], **kwargs)['predictions'][0]).repeat(40, 0).repeat(40, 1)
+        return (
+            np.asarray(inferencer(label, seeds=[seed], **kwargs)['predictions'][0])
+            .repeat(40, 0)
+            .repeat(40, 1)
+        )
 
     return make
 
@@ -106,7 +128,9 @@ def test_a_visitor_gets_what_the_inferencer_makes(browser, url, expected):
     visitor = Visitor(browser, url)
     first = visitor.generate(condition=3, seed=5)
     assert np.array_equal(first, expected(3, 5)) and first.shape == (320, 320)
-    assert 'generator_ema, 1 NFE' in visitor.page.inner_text('#image') and ' ms' in visitor.page.inner_text('#image')
+    assert 'generator_ema, 1 NFE' in visitor.page.inner_text(
+        '#image'
+    ) and ' ms' in visitor.page.inner_text('#image')
     other = visitor.generate(seed=6)
     assert np.array_equal(other, expected(3, 6)) and not np.array_equal(other, first)
     assert np.array_equal(visitor.generate(seed=5), first)
@@ -122,7 +146,9 @@ def test_a_visitor_gets_what_the_inferencer_makes(browser, url, expected):
     visitor.page.click('#show-gallery')
     assert np.array_equal(visitor.picture('gallery'), expected(8, 0))
     assert visitor.page.locator('#gallery img').count() == 3
-    assert all(address.startswith((url, 'data:', 'blob:')) for address in visitor.requested), visitor.requested
+    assert all(address.startswith((url, 'data:', 'blob:')) for address in visitor.requested), (
+        visitor.requested
+    )
 
 
 @pytest.mark.slow
@@ -155,19 +181,29 @@ def test_prompts(browser, tmp_path):
     page = Demo(FGMInferencer(problem.config, problem.weights), gallery=2)
     page.warm_up()
     blocks = page.build('about')
-    _, url, _ = blocks.launch(prevent_thread_lock=True, quiet=True, ssr_mode=False, share=False, server_name='127.0.0.1',
-                              server_port=free_port())
+    _, url, _ = blocks.launch(
+        prevent_thread_lock=True,
+        quiet=True,
+        ssr_mode=False,
+        share=False,
+        server_name='127.0.0.1',
+        server_port=free_port(),
+    )
     try:
         visitor = Visitor(browser, url)
         red = visitor.generate(condition='a red square', seed=3)
-        image, = page.inferencer('a red square', seeds=[3])['predictions']
+        (image,) = page.inferencer('a red square', seeds=[3])['predictions']
         assert np.array_equal(red, np.asarray(image.convert('L')).repeat(10, 0).repeat(10, 1))
         # the teacher at any number of steps, with the guidance that the config samples it with
         visitor.page.check('#with-teacher input')
         visitor.fill(nfe=3)
         visitor.page.click('#generate')
-        image, = page.inferencer('a red square', seeds=[3], network='teacher', nfe=3, guidance=2.0)['predictions']
-        assert np.array_equal(visitor.picture('compared'), np.asarray(image.convert('L')).repeat(10, 0).repeat(10, 1))
+        (image,) = page.inferencer(
+            'a red square', seeds=[3], network='teacher', nfe=3, guidance=2.0
+        )['predictions']
+        assert np.array_equal(
+            visitor.picture('compared'), np.asarray(image.convert('L')).repeat(10, 0).repeat(10, 1)
+        )
         assert not np.array_equal(visitor.generate(condition='a blue circle'), red)
         visitor.fill(condition='a red elephant')
         visitor.page.click('#generate')
@@ -177,7 +213,10 @@ def test_prompts(browser, tmp_path):
 
 
 def test_bad_input(tiny, tmp_path, monkeypatch):
-    for argv, message in [(['--port', '0'], '--port in'), (['--gallery', '0'], '--gallery must be at least 1')]:
+    for argv, message in [
+        (['--port', '0'], '--port in'),
+        (['--gallery', '0'], '--gallery must be at least 1'),
+    ]:
         with pytest.raises(UsageError, match=message):
             demo([str(tiny / 'fgm.py'), *argv])
     with pytest.raises(UsageError, match='the teacher cannot be shown: .*--teacher none'):

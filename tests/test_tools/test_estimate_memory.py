@@ -1,5 +1,6 @@
 # Copyright (c) mmfgm authors.
 """Estimates of memory are what a run on the CPU really takes, where that can be measured."""
+
 import json
 import time
 
@@ -66,18 +67,29 @@ class MeasureHook(Hook):
         loop._update = measured
 
     def measure_gradients(self, runner):
-        self.gradients = max(self.gradients, size(p.grad for p in runner.model.parameters() if p.grad is not None))
+        self.gradients = max(
+            self.gradients, size(p.grad for p in runner.model.parameters() if p.grad is not None)
+        )
 
     def after_train(self, runner):
         kinds, seen = dict(parameters=0, EMA=0), set()
         for name, network in runner.model.networks.items():
             kind = 'EMA' if name in runner.model.ema_decays else 'parameters'
-            own = [tensor for tensor in (*network.parameters(), *network.buffers()) if id(tensor) not in seen]
+            own = [
+                tensor
+                for tensor in (*network.parameters(), *network.buffers())
+                if id(tensor) not in seen
+            ]
             kinds[kind] += size(own)
             seen.update(map(id, own))
-        states = [state for w in runner.optim_wrapper.values() for state in w.optimizer.state.values()]
-        kinds.update(gradients=self.gradients, optimizer=sum(size(state.values()) for state in states),
-                     activations=self.activations)
+        states = [
+            state for w in runner.optim_wrapper.values() for state in w.optimizer.state.values()
+        ]
+        kinds.update(
+            gradients=self.gradients,
+            optimizer=sum(size(state.values()) for state in states),
+            activations=self.activations,
+        )
         with open(f'{runner.work_dir}/rank_{get_rank()}.json', 'w') as f:
             json.dump(kinds, f)
 
@@ -86,7 +98,7 @@ class MeasureHook(Hook):
 def config(tmp_path):
     """The digits run of one iteration, with an optimizer of each kind and no teacher to read."""
     path = tmp_path / 'run.py'
-    path.write_text(f'''
+    path.write_text(f"""
 _base_ = [{str(DIGITS)!r}]
 model = dict(teacher=dict(checkpoint=None), ema=dict(generator_ema=0.9, generator_ema_slow=0.99))
 train_cfg = dict(max_iters=1)
@@ -94,12 +106,15 @@ optim_wrapper = dict(generator=dict(optimizer=dict(_delete_=True, type='Momentum
 evaluations = dict(fd=dict(interval=0))
 default_hooks = dict(samples=None, measure=dict(type='MeasureHook'))
 custom_imports = dict(imports=['tests.test_tools.test_estimate_memory'])
-''')
+""")
     return path
 
 
-@pytest.mark.parametrize('lora, least', [(None, 1e6), (dict(rank=8, alpha=8, target_modules=('mlp.0', 'mlp.2')), 1e5)],
-                         ids=['all weights', 'LoRA'])
+@pytest.mark.parametrize(
+    'lora, least',
+    [(None, 1e6), (dict(rank=8, alpha=8, target_modules=('mlp.0', 'mlp.2')), 1e5)],
+    ids=['all weights', 'LoRA'],
+)
 def test_estimate_is_what_a_run_takes(config, lora, least, tmp_path):
     cfg = Config.fromfile(config)
     cfg.model.lora = lora
@@ -128,34 +143,83 @@ def test_shards_are_what_a_sharded_run_takes(config, tmp_path):
     for kind in ('parameters', 'gradients', 'optimizer', 'EMA'):
         assert memory.totals[kind] == max(rank[kind] for rank in ranks)
         assert memory.totals[kind] < 0.51 * whole.totals[kind]
-    # two blocks and what is outside of blocks; one block's gradients, and the same again for their reduction
+    # two blocks and what is outside of blocks; one block's gradients, and the same again for their
+    # reduction
     network = MODELS.build(cfg.model.network)
-    block, rest = (sum(p.numel() for p in part) for part in (
-        network.blocks[0].parameters(), (p for name, p in network.named_parameters() if not name.startswith('blocks'))))
+    block, rest = (
+        sum(p.numel() for p in part)
+        for part in (
+            network.blocks[0].parameters(),
+            (p for name, p in network.named_parameters() if not name.startswith('blocks')),
+        )
+    )
     assert memory.totals['gathered/cast'] == 4 * (rest + 2 * block) + 8 * max(block, rest)
 
 
-UNET = dict(type='UNetVelocity', unet=dict(
-    type='EDMUNet', img_resolution=16, in_channels=3, out_channels=3, label_dim=10, model_channels=32, channel_mult=(1, 2),
-    num_blocks=1, attn_resolutions=(16, 8), dropout=0.0))
-SD3 = dict(type='SD3', latent_size=8, config=dict(
-    sample_size=8, patch_size=2, in_channels=16, out_channels=16, num_layers=4, attention_head_dim=8, num_attention_heads=4,
-    joint_attention_dim=32, caption_projection_dim=32, pooled_projection_dim=64, pos_embed_max_size=8))
+UNET = dict(
+    type='UNetVelocity',
+    unet=dict(
+        type='EDMUNet',
+        img_resolution=16,
+        in_channels=3,
+        out_channels=3,
+        label_dim=10,
+        model_channels=32,
+        channel_mult=(1, 2),
+        num_blocks=1,
+        attn_resolutions=(16, 8),
+        dropout=0.0,
+    ),
+)
+SD3 = dict(
+    type='SD3',
+    latent_size=8,
+    config=dict(
+        sample_size=8,
+        patch_size=2,
+        in_channels=16,
+        out_channels=16,
+        num_layers=4,
+        attention_head_dim=8,
+        num_attention_heads=4,
+        joint_attention_dim=32,
+        caption_projection_dim=32,
+        pooled_projection_dim=64,
+        pos_embed_max_size=8,
+    ),
+)
 
 
 def fgm(network, **kwargs):
-    return Config(dict(model=dict(**kwargs,
-        type='FGM', network=network, teacher=dict(checkpoint='none.pth'), fm_time_sampler=dict(type='Uniform'),
-        fgm_time_sampler=dict(type='Uniform')),
-        train_dataloader=dict(batch_size=6), optim_wrapper=dict(online=dict(optimizer=dict(type='SGD', lr=0.1)),
-                                                                generator=dict(optimizer=dict(type='Adam', lr=0.1)))))
+    return Config(
+        dict(
+            model=dict(
+                **kwargs,
+                type='FGM',
+                network=network,
+                teacher=dict(checkpoint='none.pth'),
+                fm_time_sampler=dict(type='Uniform'),
+                fgm_time_sampler=dict(type='Uniform'),
+            ),
+            train_dataloader=dict(batch_size=6),
+            optim_wrapper=dict(
+                online=dict(optimizer=dict(type='SGD', lr=0.1)),
+                generator=dict(optimizer=dict(type='Adam', lr=0.1)),
+            ),
+        )
+    )
 
 
-GAN = dict(gan=dict(time_sampler=dict(type='Uniform'), head=dict(type='ConvDiscriminator', channels=8)))
+GAN = dict(
+    gan=dict(time_sampler=dict(type='Uniform'), head=dict(type='ConvDiscriminator', channels=8))
+)
 
 
-@pytest.mark.parametrize('network, share, more', [(UNET, False, {}), (UNET, True, {}), (SD3, False, {}), (SD3, False, GAN)],
-                         ids=['U-Net', 'shared samples', 'SD3', 'SD3 with a GAN'])
+@pytest.mark.parametrize(
+    'network, share, more',
+    [(UNET, False, {}), (UNET, True, {}), (SD3, False, {}), (SD3, False, GAN)],
+    ids=['U-Net', 'shared samples', 'SD3', 'SD3 with a GAN'],
+)
 def test_activations_are_what_autograd_keeps(network, share, more):
     cfg = fgm(network, **more)
     init_default_scope('mmfgm')
@@ -177,13 +241,16 @@ def test_activations_are_what_autograd_keeps(network, share, more):
 def test_precision_and_checkpointing():
 
     def kept(bf16=False, sharded=False, **kwargs):
-        return kept_bytes(build_on_meta(fgm(dict(SD3, **kwargs))), 6, bf16, sharded, False)['generator']
+        return kept_bytes(build_on_meta(fgm(dict(SD3, **kwargs))), 6, bf16, sharded, False)[
+            'generator'
+        ]
 
     init_default_scope('mmfgm')
     whole, _ = kept()
     mixed, casts = kept(bf16=True)
     numbers = sum(p.numel() for p in build_on_meta(fgm(SD3)).teacher.parameters())
-    # online, teacher and generator, in 2 bytes; biases are not kept, nor what the gradient of frozen networks does not pass
+    # online, teacher and generator, in 2 bytes; biases are not kept, nor what the gradient of
+    # frozen networks does not pass
     assert 0.6 * 3 * 2 * numbers < casts <= 3 * 2 * numbers
     assert 0.5 * whole < mixed < whole
     low, casts = kept(bf16=True, sharded=True)
@@ -194,6 +261,7 @@ def test_precision_and_checkpointing():
 
 def test_nothing_is_read_of_a_pretrained_pipeline(tmp_path):
     from diffusers import SD3Transformer2DModel as transformer
+
     with torch.device('meta'):
         transformer(**SD3['config']).save_config(tmp_path / 'transformer')
     memory = estimate(fgm(dict(type='SD3', latent_size=8, pretrained=str(tmp_path))), gpus=1)
@@ -204,7 +272,9 @@ def test_nothing_is_read_of_a_pretrained_pipeline(tmp_path):
 
 def test_cifar10_without_data_or_weights(tmp_path):
     start = time.time()
-    result = run_module('mmfgm.tools.estimate_memory', CIFAR10, '--gpus', 8, '--gpu', 'H100-80GB', cwd=tmp_path)
+    result = run_module(
+        'mmfgm.tools.estimate_memory', CIFAR10, '--gpus', 8, '--gpu', 'H100-80GB', cwd=tmp_path
+    )
     assert time.time() - start < 60
     assert '8 GPU(s): DDPStrategy, tf32, batch of 64' in result.stdout and ' fit.' in result.stdout
     for name in ('teacher', 'online', 'generator', 'generator_ema'):
@@ -221,17 +291,26 @@ def test_a_gpu_that_is_too_small(capsys):
     assert ' fit.' in capsys.readouterr().out
 
 
-@pytest.mark.parametrize('options, match', [
-    (['--gpu', 'H900'], 'H100-80GB'),
-    (['--gpu', '-3'], 'must be GiB or one of'),
-    (['--batch-size', '0'], '--batch-size must be'),
-    (['--gpus', '0'], 'on 0 GPU'),
-    (['--gpus', '2', '--cfg-options', 'strategy.type=SingleDeviceStrategy'], 'SingleDeviceStrategy on 2 GPU'),
-    (['--cfg-options', 'strategy.type=FSDP2Strategy', 'strategy.block_types=Block,'], 'matches no layer'),
-    (['--cfg-options', 'strategy.precision=fp8'], 'precision must be one of'),
-    (['--cfg-options', 'optim_wrapper.online.optimizer.type=Adamant'], 'cannot be built'),
-    (['--cfg-options', 'model.network.pretrained=somewhere'], 'not known without its weights'),
-])
+@pytest.mark.parametrize(
+    'options, match',
+    [
+        (['--gpu', 'H900'], 'H100-80GB'),
+        (['--gpu', '-3'], 'must be GiB or one of'),
+        (['--batch-size', '0'], '--batch-size must be'),
+        (['--gpus', '0'], 'on 0 GPU'),
+        (
+            ['--gpus', '2', '--cfg-options', 'strategy.type=SingleDeviceStrategy'],
+            'SingleDeviceStrategy on 2 GPU',
+        ),
+        (
+            ['--cfg-options', 'strategy.type=FSDP2Strategy', 'strategy.block_types=Block,'],
+            'matches no layer',
+        ),
+        (['--cfg-options', 'strategy.precision=fp8'], 'precision must be one of'),
+        (['--cfg-options', 'optim_wrapper.online.optimizer.type=Adamant'], 'cannot be built'),
+        (['--cfg-options', 'model.network.pretrained=somewhere'], 'not known without its weights'),
+    ],
+)
 def test_bad_input(options, match):
     with pytest.raises(UsageError, match=match):
         estimate_memory([str(DIGITS), *options])

@@ -1,5 +1,7 @@
 # Copyright (c) mmfgm authors.
-"""The script that builds mmcv's ops, with an interpreter that only pretends; and the real one where they are there."""
+"""The script that builds mmcv's ops, with an interpreter that only pretends; and the real one where
+they are there."""
+
 import os
 import subprocess
 import sys
@@ -9,8 +11,9 @@ import pytest
 
 from tests.conftest import ROOT
 
-# remembers in its folder what was installed and built; fails to build while a file "broken" is there
-PYTHON = r'''#!/usr/bin/env bash
+# remembers in its folder what was installed and built; fails to build while a file "broken" is
+# there
+PYTHON = r"""#!/usr/bin/env bash
 here="$(dirname "$0")"
 case "$*" in
   *"import sys, torch, mmcv.ops"*) [ -e "$here/ops" ] ;;
@@ -25,7 +28,7 @@ case "$*" in
     echo wheel > "$2/onedl_mmcv-1.0.whl" ;;
   *"pip"*" install "*.whl) grep -q wheel "${@: -1}" && touch "$here/ops" ;;
 esac
-'''
+"""
 
 
 class Machine:
@@ -49,10 +52,19 @@ class Machine:
         return ['bash', ROOT / 'tools/install_mmcv_ops.sh', *python]
 
     def run(self, *python):
-        return subprocess.run(self.command(*python), env=self.env, cwd=self.folder, capture_output=True, text=True, timeout=60)
+        return subprocess.run(
+            self.command(*python),
+            env=self.env,
+            cwd=self.folder,
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
 
     def files(self):
-        return sorted(path.name for path in self.cache.rglob('*') if path.is_file() and path.name != 'lock')
+        return sorted(
+            path.name for path in self.cache.rglob('*') if path.is_file() and path.name != 'lock'
+        )
 
 
 def builds(python):
@@ -66,39 +78,63 @@ def machine(tmp_path):
 
 
 def test_built_once_for_a_version_of_torch(machine):
-    first, same, other = machine.interpreter('first'), machine.interpreter('same'), machine.interpreter('other', '2.1')
+    first, same, other = (
+        machine.interpreter('first'),
+        machine.interpreter('same'),
+        machine.interpreter('other', '2.1'),
+    )
     for python in (first, first, same, other):
         result = machine.run(python)
         assert result.returncode == 0 and (python.parent / 'ops').exists(), result.stderr
     # mmcv's own C++ standard is gone
-    assert builds(first) == ['-g0 -O1 1 cxx = []'] and builds(same) == [] and len(builds(other)) == 1
+    assert (
+        builds(first) == ['-g0 -O1 1 cxx = []'] and builds(same) == [] and len(builds(other)) == 1
+    )
     assert machine.files() == ['onedl_mmcv-1.0.whl'] * 2
 
 
 def test_the_active_environment_comes_first(machine):
-    """Then the project's own, then what the path has; one that is named comes before all, and each is told."""
-    conda, own, venv, named, path = (machine.interpreter(f'{name}/bin') for name in ('conda', '.venv', 'venv', 'named', 'path'))
+    """Then the project's own, then what the path has; one that is named comes before all, and each
+    is told."""
+    conda, own, venv, named, path = (
+        machine.interpreter(f'{name}/bin') for name in ('conda', '.venv', 'venv', 'named', 'path')
+    )
     for change, args, python in (
-            (dict(PATH=f'{path.parent}:{machine.env["PATH"]}'), (), own), (dict(CONDA_PREFIX=conda.parent.parent), (), conda),
-            (dict(VIRTUAL_ENV=venv.parent.parent), (), venv), ({}, (named, ), named)):
+        (dict(PATH=f'{path.parent}:{machine.env["PATH"]}'), (), own),
+        (dict(CONDA_PREFIX=conda.parent.parent), (), conda),
+        (dict(VIRTUAL_ENV=venv.parent.parent), (), venv),
+        ({}, (named,), named),
+    ):
         machine.env.update({name: str(value) for name, value in change.items()})
         result = machine.run(*args)
-        assert result.returncode == 0 and result.stdout.splitlines()[0] == f'the interpreter is {python}', result.stderr
+        assert (
+            result.returncode == 0
+            and result.stdout.splitlines()[0] == f'the interpreter is {python}'
+        ), result.stderr
         assert (python.parent / 'ops').exists()
     own.unlink()
     for name in ('VIRTUAL_ENV', 'CONDA_PREFIX'):
         del machine.env[name]
-    assert machine.run().stdout.splitlines()[0] == f'the interpreter is {path}' and (path.parent / 'ops').exists()
+    assert (
+        machine.run().stdout.splitlines()[0] == f'the interpreter is {path}'
+        and (path.parent / 'ops').exists()
+    )
 
 
 def test_failed_or_interrupted_build_leaves_nothing(machine):
     python = machine.interpreter('python')
     (python.parent / 'broken').touch()
     result = machine.run(python)
-    assert result.returncode == 1 and 'no such header' in result.stderr and 'could not be built' in result.stderr
+    assert (
+        result.returncode == 1
+        and 'no such header' in result.stderr
+        and 'could not be built' in result.stderr
+    )
     assert machine.files() == [] and not (python.parent / 'ops').exists()
     (python.parent / 'broken').rename(python.parent / 'slow')
-    process = subprocess.Popen(machine.command(python), env=machine.env, stdout=subprocess.DEVNULL, start_new_session=True)
+    process = subprocess.Popen(
+        machine.command(python), env=machine.env, stdout=subprocess.DEVNULL, start_new_session=True
+    )
     while len(builds(python)) < 2:
         time.sleep(0.05)
     os.killpg(process.pid, 15)

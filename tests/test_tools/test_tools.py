@@ -1,5 +1,6 @@
 # Copyright (c) mmfgm authors.
 """The tools as a user runs them."""
+
 import json
 import os
 import re
@@ -17,8 +18,13 @@ from tests.conftest import ROOT, run_module, tool_env, train
 def run(tiny, tmp_path_factory):
     """A finished tiny FGM run."""
     work_dir = tmp_path_factory.mktemp('run')
-    train(tiny / 'fgm.py', work_dir, 'default_hooks.checkpoint.save_best=fd/fd', 'default_hooks.checkpoint.max_keep_ckpts=2',
-          'default_hooks.samples.interval=4')
+    train(
+        tiny / 'fgm.py',
+        work_dir,
+        'default_hooks.checkpoint.save_best=fd/fd',
+        'default_hooks.checkpoint.max_keep_ckpts=2',
+        'default_hooks.samples.interval=4',
+    )
     return work_dir
 
 
@@ -27,23 +33,54 @@ def test_a_run_leaves_what_a_user_expects(run):
     log = next(run.glob('*/*.log')).read_text()
     lines = [line for line in log.splitlines() if 'Iter(train)' in line]
     assert len(lines) == 8
-    for word in ('eta:', 'online.lr', 'generator.lr', 'online/loss_fm', 'online/grad_norm', 'online/time_share',
-                 'generator/loss_fgm', 'generator/grad_norm', 'generator/time_share', 'samples_per_second'):
+    for word in (
+        'eta:',
+        'online.lr',
+        'generator.lr',
+        'online/loss_fm',
+        'online/grad_norm',
+        'online/time_share',
+        'generator/loss_fgm',
+        'generator/grad_norm',
+        'generator/time_share',
+        'samples_per_second',
+    ):
         assert word in lines[-1], word
     shares = [float(x) for x in re.findall(r'time_share: ([\d.]+)', lines[-1])]
     assert sum(shares) == pytest.approx(1, abs=1e-3)
-    values = [json.loads(line) for line in next(run.glob('*/vis_data/scalars.json')).read_text().splitlines()]
+    values = [
+        json.loads(line)
+        for line in next(run.glob('*/vis_data/scalars.json')).read_text().splitlines()
+    ]
     assert [v['step'] for v in values if 'fd/fd' in v] == [4, 8]
     assert len(list(run.glob('*/vis_data/events*'))) == 1
-    assert sorted(p.name for p in run.glob('*/vis_data/vis_image/*.png')) == ['samples_4.png', 'samples_8.png']
+    assert sorted(p.name for p in run.glob('*/vis_data/vis_image/*.png')) == [
+        'samples_4.png',
+        'samples_8.png',
+    ]
     assert sorted(p.name for p in run.glob('iter_*.pth')) == ['iter_6.pth', 'iter_8.pth']
     assert len(list(run.glob('best_fd_fd_iter_*.pth'))) == 1 and not list(run.glob('*.tmp'))
 
 
 @pytest.mark.slow
 def test_teacher_and_generator_in_one_table(run, tiny, tmp_path):
-    out = run_module('mmfgm.tools.test', tiny / 'fgm.py', run / 'iter_8.pth', '--network', 'teacher', 'generator_ema', '--nfe',
-                     '2', '4', '--solver', 'heun', '--out', tmp_path, '--work-dir', tmp_path / 'w').stdout
+    out = run_module(
+        'mmfgm.tools.test',
+        tiny / 'fgm.py',
+        run / 'iter_8.pth',
+        '--network',
+        'teacher',
+        'generator_ema',
+        '--nfe',
+        '2',
+        '4',
+        '--solver',
+        'heun',
+        '--out',
+        tmp_path,
+        '--work-dir',
+        tmp_path / 'w',
+    ).stdout
     table = json.loads((tmp_path / 'metrics.json').read_text())['fd/fd']
     assert list(table) == ['teacher', 'generator_ema'] and list(table['teacher']) == ['2', '4']
     assert list(table['generator_ema']) == ['1']
@@ -54,72 +91,146 @@ def test_teacher_and_generator_in_one_table(run, tiny, tmp_path):
     # the same number that training logged, and on two processes
     logged = re.findall(r'iteration 8:  fd/fd: ([\d.]+)', next(run.glob('*/*.log')).read_text())
     assert float(logged[0]) == pytest.approx(table['generator_ema']['1'], abs=1e-4)
-    run_module('mmfgm.tools.test', tiny / 'fgm.py', run / 'iter_8.pth', '--out', tmp_path / 'two', '--launcher', 'pytorch',
-               '--work-dir', tmp_path / 'w2', nproc=2)
+    run_module(
+        'mmfgm.tools.test',
+        tiny / 'fgm.py',
+        run / 'iter_8.pth',
+        '--out',
+        tmp_path / 'two',
+        '--launcher',
+        'pytorch',
+        '--work-dir',
+        tmp_path / 'w2',
+        nproc=2,
+    )
     two = json.loads((tmp_path / 'two' / 'metrics.json').read_text())['fd/fd']['generator_ema']['1']
     assert two == pytest.approx(table['generator_ema']['1'], rel=1e-5)
 
 
 def test_samplings_have_folders_of_their_own():
-    samplings = [Sampling('generator'), Sampling('teacher', 4), Sampling('teacher', 4, 'heun'),
-                 Sampling('teacher', 4, guidance=2.0), Sampling('teacher', 4, guidance=7.0),
-                 Sampling('teacher', 4, 'heun', shift=3.0, guidance=7.0)]
+    samplings = [
+        Sampling('generator'),
+        Sampling('teacher', 4),
+        Sampling('teacher', 4, 'heun'),
+        Sampling('teacher', 4, guidance=2.0),
+        Sampling('teacher', 4, guidance=7.0),
+        Sampling('teacher', 4, 'heun', shift=3.0, guidance=7.0),
+    ]
     assert [folder_name(sampling) for sampling in samplings] == [
-        'generator_1_nfe', 'teacher_4_nfe', 'teacher_4_nfe_solver_heun', 'teacher_4_nfe_guidance_2.0',
-        'teacher_4_nfe_guidance_7.0', 'teacher_4_nfe_solver_heun_shift_3.0_guidance_7.0']
+        'generator_1_nfe',
+        'teacher_4_nfe',
+        'teacher_4_nfe_solver_heun',
+        'teacher_4_nfe_guidance_2.0',
+        'teacher_4_nfe_guidance_7.0',
+        'teacher_4_nfe_solver_heun_shift_3.0_guidance_7.0',
+    ]
 
 
 @pytest.mark.slow
 def test_a_generator_is_tested_without_its_teacher(run, tiny, tmp_path):
-    run_module('mmfgm.tools.test', tiny / 'fgm.py', run / 'iter_8.pth', '--work-dir', tmp_path, '--cfg-options',
-               'model.teacher.checkpoint=gone.pth')
+    run_module(
+        'mmfgm.tools.test',
+        tiny / 'fgm.py',
+        run / 'iter_8.pth',
+        '--work-dir',
+        tmp_path,
+        '--cfg-options',
+        'model.teacher.checkpoint=gone.pth',
+    )
 
 
 @pytest.mark.slow
 def test_quickstart_and_again(tmp_path):
-    args = ('--work-dir', tmp_path / 'q', '--pretrain-iters', 20, '--distill-iters', 10, '--num-samples', 200)
+    args = (
+        '--work-dir',
+        tmp_path / 'q',
+        '--pretrain-iters',
+        20,
+        '--distill-iters',
+        10,
+        '--num-samples',
+        200,
+    )
     first = run_module('mmfgm.tools.quickstart', *args, cwd=tmp_path)
     text = (tmp_path / 'q' / 'metrics.json').read_text()
     metrics = json.loads(text)
     assert {key: list(value) for key, value in metrics.items()} == dict(
-        teacher=['1', '10', '50', '100'], generator=['1'], seconds=['pretrain', 'distill'])
+        teacher=['1', '10', '50', '100'], generator=['1'], seconds=['pretrain', 'distill']
+    )
     assert all(value > 0 for part in metrics.values() for value in part.values())
     assert re.search(r'generator +1 +[\d.]+', first.stdout)
     for name in ('samples.png', 'fd_vs_nfe.png'):
         assert (tmp_path / 'q' / name).stat().st_size > 5000
     again = run_module('mmfgm.tools.quickstart', *args, cwd=tmp_path)
-    assert again.stdout.count('finished already') == 2 and 'Iter(train)' not in again.stdout + again.stderr
+    assert (
+        again.stdout.count('finished already') == 2
+        and 'Iter(train)' not in again.stdout + again.stderr
+    )
     assert (tmp_path / 'q' / 'metrics.json').read_text() == text
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_downstream_project_with_the_built_wheel(tiny, tmp_path):
-    """An empty folder, the wheel installed, a config of two overrides, `python -m mmfgm.tools.train`."""
-    subprocess.run([sys.executable, '-m', 'build', '--wheel', '--no-isolation', '--outdir', tmp_path / 'dist', str(ROOT)],
-                   check=True, capture_output=True)
+    """An empty folder, the wheel installed, a config of two overrides, `python -m
+    mmfgm.tools.train`."""
+    subprocess.run(
+        [
+            sys.executable,
+            '-m',
+            'build',
+            '--wheel',
+            '--no-isolation',
+            '--outdir',
+            tmp_path / 'dist',
+            str(ROOT),
+        ],
+        check=True,
+        capture_output=True,
+    )
     wheel = next((tmp_path / 'dist').glob('mmfgm-*.whl'))
     site, project = tmp_path / 'site', tmp_path / 'project'
-    subprocess.run([sys.executable, '-m', 'pip', 'install', '--quiet', '--no-deps', '--target', site, wheel], check=True)
+    subprocess.run(
+        [sys.executable, '-m', 'pip', 'install', '--quiet', '--no-deps', '--target', site, wheel],
+        check=True,
+    )
     project.mkdir()
     env = tool_env(PYTHONPATH=str(site))
     (project / 'small.py').write_text(
         "_base_ = __import__('mmfgm') and 'mmfgm::fgm/digits.py'\n"
         'train_cfg = dict(max_iters=2)\n'
-        f"model = dict(network=dict(width=16, depth=2, embed_dim=16), teacher=dict(checkpoint={str(tiny / 'teacher_run')!r}))\n")
-    where = subprocess.run([sys.executable, '-c', 'import mmfgm; print(mmfgm.__file__)'], cwd=project, env=env,
-                           capture_output=True, text=True, check=True).stdout
+        'model = dict(network=dict(width=16, depth=2, embed_dim=16),'
+        f' teacher=dict(checkpoint={str(tiny / "teacher_run")!r}))\n'
+    )
+    where = subprocess.run(
+        [sys.executable, '-c', 'import mmfgm; print(mmfgm.__file__)'],
+        cwd=project,
+        env=env,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
     assert where.startswith(str(site))
     run_module('mmfgm.tools.train', 'small.py', cwd=project, env=env)
     assert (project / 'work_dirs' / 'project' / 'small' / 'iter_2.pth').exists()
     # the packaged configs themselves, and the console command
-    command = [str(site / 'bin' / 'mmfgm-train'), 'mmfgm::reflow/digits.py', '--cfg-options', 'train_cfg.max_iters=1',
-               'evaluations.fd.interval=0', 'default_hooks.samples=None']
-    subprocess.run([sys.executable, *command], cwd=project, env=env, check=True, capture_output=True)
+    command = [
+        str(site / 'bin' / 'mmfgm-train'),
+        'mmfgm::reflow/digits.py',
+        '--cfg-options',
+        'train_cfg.max_iters=1',
+        'evaluations.fd.interval=0',
+        'default_hooks.samples=None',
+    ]
+    subprocess.run(
+        [sys.executable, *command], cwd=project, env=env, check=True, capture_output=True
+    )
     assert (project / 'work_dirs' / 'reflow' / 'digits' / 'iter_1.pth').exists()
 
 
-@pytest.mark.parametrize('script', ['dist_train.sh', 'dist_test.sh', 'slurm_train.sh', 'quickstart.sh', 'run_tests.sh'])
+@pytest.mark.parametrize(
+    'script', ['dist_train.sh', 'dist_test.sh', 'slurm_train.sh', 'quickstart.sh', 'run_tests.sh']
+)
 def test_scripts_parse_and_are_executable(script):
     path = ROOT / 'tools' / script
     subprocess.run(['bash', '-n', path], check=True)
@@ -128,9 +239,34 @@ def test_scripts_parse_and_are_executable(script):
 
 @pytest.mark.slow
 def test_dist_train(tiny, tmp_path):
-    subprocess.run(['bash', ROOT / 'tools' / 'dist_train.sh', tiny / 'fgm.py', '2', '--work-dir', tmp_path, '--cfg-options',
-                    'train_cfg.max_iters=2'], check=True, env=tool_env(PYTHON=sys.executable), capture_output=True)
+    subprocess.run(
+        [
+            'bash',
+            ROOT / 'tools' / 'dist_train.sh',
+            tiny / 'fgm.py',
+            '2',
+            '--work-dir',
+            tmp_path,
+            '--cfg-options',
+            'train_cfg.max_iters=2',
+        ],
+        check=True,
+        env=tool_env(PYTHON=sys.executable),
+        capture_output=True,
+    )
     assert (tmp_path / 'iter_2.pth').exists()
-    subprocess.run(['bash', ROOT / 'tools' / 'dist_test.sh', tiny / 'fgm.py', tmp_path / 'iter_2.pth', '2', '--work-dir',
-                    tmp_path], check=True, env=tool_env(PYTHON=sys.executable), capture_output=True)
+    subprocess.run(
+        [
+            'bash',
+            ROOT / 'tools' / 'dist_test.sh',
+            tiny / 'fgm.py',
+            tmp_path / 'iter_2.pth',
+            '2',
+            '--work-dir',
+            tmp_path,
+        ],
+        check=True,
+        env=tool_env(PYTHON=sys.executable),
+        capture_output=True,
+    )
     assert (tmp_path / 'test' / 'metrics.json').exists()

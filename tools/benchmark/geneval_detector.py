@@ -1,17 +1,22 @@
 # Copyright (c) mmfgm authors.
-r"""What GenEval's detector and judge take for an image, ours beside mmdet's own ``inference_detector``.
+r"""What GenEval's detector and judge take for an image, ours beside mmdet's own
+``inference_detector``.
 
-Ours goes in batches and enlarges only masks that can count. Theirs is what GenEval's reference does: image by image,
-with all hundred masks enlarged and copied out, and lists for each class. Both have the same
-weights, which without ``--checkpoint`` are random and made confident of ``--pairs`` (query, class) pairs an image.
-Detections above 0.3 and verdicts must agree on a CPU; on a GPU, whose kernels round otherwise for batches, how far they
-differ is printed. Both take turns, so that other load on the machine meets both alike. Prints
-for each the median time of an image, images a second and the time of GenEval's 2,212 images, then the ratio; on a CPU
-also the ratio of processor time, which other load does not change.
+Ours goes in batches and enlarges only masks that can count. Theirs is what GenEval's reference
+does: image by image, with all hundred masks enlarged and copied out, and lists for each class. Both
+    have the same
+weights, which without ``--checkpoint`` are random and made confident of ``--pairs`` (query, class)
+pairs an image. Detections above 0.3 and verdicts must agree on a CPU; on a GPU, whose kernels round
+otherwise for batches, how far they differ is printed. Both take turns, so that other load on the
+machine meets both alike. Prints for each the median time of an image, images a second and the time
+of GenEval's 2,212 images, then the ratio; on a CPU also the ratio of processor time, which other
+load does not change.
 
-    python tools/benchmark/geneval_detector.py [--images 4] [--batch-size 4] [--size 1024] [--rounds 3]
-    python tools/benchmark/geneval_detector.py --device cuda --images 64 --batch-size 8 --checkpoint CHECKPOINT
+    python tools/benchmark/geneval_detector.py [--images 4] [--batch-size 4] [--size 1024] [--rounds
+    3] python tools/benchmark/geneval_detector.py --device cuda --images 64 --batch-size 8
+    --checkpoint CHECKPOINT
 """
+
 import argparse
 import os.path as osp
 import statistics
@@ -35,7 +40,9 @@ def random_images(n, size):
     """Coloured blobs ``(size, size, 3)`` uint8."""
     blobs = torch.rand(n, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     images = torch.nn.functional.interpolate(blobs, (size, size), mode='bicubic')
-    return list((255 * images).clip(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous().numpy())
+    return list(
+        (255 * images).clip(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous().numpy()
+    )
 
 
 def random_checkpoint(folder):
@@ -51,13 +58,16 @@ def random_checkpoint(folder):
 
 @torch.inference_mode()
 def make_confident(detector, images, pairs):
-    """Set how likely "no object" is, so that on average so many (query, class) pairs of an image exceed the threshold."""
+    """Set how likely "no object" is, so that on average so many (query, class) pairs of an image
+    exceed the threshold."""
     bias = detector.network.panoptic_head.cls_embed.bias
     logits = torch.cat([detector.forward([image])[0] for image in images])
     low, high = -50.0, 50.0
     for _ in range(30):
         shift = (low + high) / 2
-        moved = logits + shift * (torch.arange(logits.shape[-1], device=logits.device) == len(OBJECT_NAMES))
+        moved = logits + shift * (
+            torch.arange(logits.shape[-1], device=logits.device) == len(OBJECT_NAMES)
+        )
         found = (moved.softmax(-1)[..., :-1] > detector.threshold).sum() / len(images)
         low, high = (shift, high) if found > pairs else (low, shift)
     bias[-1] += high
@@ -66,20 +76,28 @@ def make_confident(detector, images, pairs):
 def reference_model(detector):
     """mmdet's own model with the detector's weights and the settings of GenEval's reference."""
     from mmdet.apis import init_detector
+
     cfg = reference_config()
     pipeline = cfg.test_dataloader.dataset.pipeline
     pipeline[0].to_float32 = False
-    cfg.test_dataloader.dataset.pipeline = [step for step in pipeline if step.type != 'LoadAnnotations']
+    cfg.test_dataloader.dataset.pipeline = [
+        step for step in pipeline if step.type != 'LoadAnnotations'
+    ]
     model = init_detector(cfg, None, palette='coco', device=str(detector.device))
     model.load_state_dict(detector.network.state_dict())
     return model
 
 
 def verdict(boxes, masks):
-    """Of the best detection's class, asked to be red. Nothing else is measured here, so red is what it is."""
+    """Of the best detection's class, asked to be red. Nothing else is measured here, so red is what
+    it is."""
     best = max(boxes, key=lambda name: boxes[name][:, 4].max(initial=0), default=OBJECT_NAMES[0])
     row = dict(tag='colors', include=[{'class': best, 'count': 1, 'color': 'red'}])
-    return judge(row, boxes, lambda name, rows: ['red' if mask.any() else 'black' for mask in masks(name, rows)])
+    return judge(
+        row,
+        boxes,
+        lambda name, rows: ['red' if mask.any() else 'black' for mask in masks(name, rows)],
+    )
 
 
 def ours(detector, images):
@@ -89,6 +107,7 @@ def ours(detector, images):
 
 def theirs(model, images):
     from mmdet.apis import inference_detector
+
     results = []
     for image in images:
         # as ours, which never compute in TF32
@@ -119,9 +138,12 @@ def compare(a, b, threshold):
 
 
 def check(a, b, threshold, exact):
-    """As :func:`compare`; with ``exact`` both must have found the same boxes, scores to 1e-5, and verdicts."""
+    """As :func:`compare`; with ``exact`` both must have found the same boxes, scores to 1e-5, and
+    verdicts."""
     total, differ = compare(a, b, threshold)
-    if exact and (differ['verdicts'] or differ['detections'] or differ['pixels'] or differ['score'] > 1e-5):
+    if exact and (
+        differ['verdicts'] or differ['detections'] or differ['pixels'] or differ['score'] > 1e-5
+    ):
         raise AssertionError(f'ours and theirs differ by {differ}')
     return total, differ
 
@@ -142,7 +164,12 @@ def main():
     parser.add_argument('--batch-size', type=int, default=4)
     parser.add_argument('--size', type=int, default=1024, help='height and width of the images')
     parser.add_argument('--rounds', type=int, default=3)
-    parser.add_argument('--pairs', type=float, default=8, help='confident (query, class) pairs an image of random weights')
+    parser.add_argument(
+        '--pairs',
+        type=float,
+        default=8,
+        help='confident (query, class) pairs an image of random weights',
+    )
     parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
     args = parser.parse_args()
     warnings.simplefilter('ignore')
@@ -158,22 +185,35 @@ def main():
         # the first round warms up
         for _ in range(args.rounds + 1):
             a, b = timed(ours, detector, images), timed(theirs, model, images)
-            found, differ = check(a[2], b[2], detector.threshold, exact=detector.device.type == 'cpu')
+            found, differ = check(
+                a[2], b[2], detector.threshold, exact=detector.device.type == 'cpu'
+            )
             times.append((a[0], b[0], a[1], b[1]))
     pairs = sum(len(rows) for boxes, _ in a[2] for rows in boxes.values())
-    print(f'{args.device}, {torch.get_num_threads()} threads: {len(images)} images of {args.size} x {args.size}, batches of '
-          f'{args.batch_size}; an image has {pairs / len(images):.1f} confident pairs, {found / len(images):.1f} above '
-          f'{detector.threshold}')
-    print(f'ours and theirs differ in {differ["verdicts"]} verdicts and {differ["detections"]} detections, the others by up to '
-          f'{differ["pixels"]:.3g} pixels and {differ["score"]:.2g} in score')
+    print(
+        f'{args.device}, {torch.get_num_threads()} threads: {len(images)} images of {args.size} x'
+        f' {args.size}, batches of {args.batch_size}; an image has {pairs / len(images):.1f}'
+        f' confident pairs, {found / len(images):.1f} above {detector.threshold}'
+    )
+    print(
+        f'ours and theirs differ in {differ["verdicts"]} verdicts and {differ["detections"]}'
+        f' detections, the others by up to {differ["pixels"]:.3g} pixels and {differ["score"]:.2g}'
+        ' in score'
+    )
     ours_wall, theirs_wall, ours_cpu, theirs_cpu = np.array(times[1:]).T
     for name, seconds in (('inference_detector', theirs_wall), ('ours', ours_wall)):
         each = statistics.median(seconds) / len(images)
-        print(f'{name:20} {each:8.3f} s an image  {1 / each:8.2f} images/s  {ALL_IMAGES * each / 60:8.1f} min for {ALL_IMAGES}')
+        print(
+            f'{name:20} {each:8.3f} s an image  {1 / each:8.2f} images/s '
+            f' {ALL_IMAGES * each / 60:8.1f} min for {ALL_IMAGES}'
+        )
     print(f'ratio                {statistics.median(ours_wall / theirs_wall):8.3f}')
     if args.device == 'cpu':
-        print(f'ratio of processor time {statistics.median(ours_cpu / theirs_cpu):5.3f} ({ours_cpu.mean() / len(images):.2f} s '
-              f'against {theirs_cpu.mean() / len(images):.2f} s an image)')
+        print(
+            f'ratio of processor time {statistics.median(ours_cpu / theirs_cpu):5.3f}'
+            f' ({ours_cpu.mean() / len(images):.2f} s against {theirs_cpu.mean() / len(images):.2f}'
+            ' s an image)'
+        )
 
 
 if __name__ == '__main__':

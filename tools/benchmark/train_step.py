@@ -1,20 +1,24 @@
 # Copyright (c) mmfgm authors.
 r"""What an iteration of ours costs beside a hand-written loop that does the same maths.
 
-``--baseline bare`` is the loop of somebody who knows all our savings, without hooks, log and checks: the
-ratio is what the engine costs. ``--baseline no_grad`` writes Algorithm 1 down without them: the generator runs
-in every phase, frozen networks collect gradients in the generator phase, optimizers and averages go tensor by
-tensor. ``--baseline plain`` leaves the gradients of frozen networks on in the online phase too, where the
-frozen one is the generator.
+``--baseline bare`` is the loop of somebody who knows all our savings, without hooks, log and
+checks: the ratio is what the engine costs. ``--baseline no_grad`` writes Algorithm 1 down without
+    them: the generator runs
+in every phase, frozen networks collect gradients in the generator phase, optimizers and averages go
+tensor by tensor. ``--baseline plain`` leaves the gradients of frozen networks on in the online
+phase too, where the frozen one is the generator.
 
-Both loops run in one process on equal networks and the same noise, in alternating blocks, so that other load
-on the machine meets both alike. Before timing, their losses must agree. Prints the median time of an
-iteration of each, the ratio, and with ``--memory`` the peak memory of each in a process of its own.
+Both loops run in one process on equal networks and the same noise, in alternating blocks, so that
+other load on the machine meets both alike. Before timing, their losses must agree. Prints the
+median time of an iteration of each, the ratio, and with ``--memory`` the peak memory of each in a
+process of its own.
 
     python tools/benchmark/train_step.py [CONFIG] [--iters 200] [--block 10]
-    python tools/benchmark/train_step.py configs/fgm/cifar10_uncond.py --baseline plain --batch-size 8 \
+    python tools/benchmark/train_step.py configs/fgm/cifar10_uncond.py --baseline plain --batch-size
+    8 \
         --iters 4 --block 1 --memory
 """
+
 import argparse
 import copy
 import resource
@@ -41,17 +45,27 @@ class BareLoop:
         self.teacher, self.batches, self.device = teacher, batches, device
         self.event_shape = teacher.event_shape
         self.online = copy.deepcopy(teacher).requires_grad_(True)
-        self.generator = OneStepGenerator(copy.deepcopy(teacher).requires_grad_(True), **cfg.model.generator)
-        self.averages = [(copy.deepcopy(self.generator).requires_grad_(False), decay)
-                         for decay in cfg.model.get('ema', dict(generator_ema=0.999)).values()]
-        self.opt = {name: self.optimizer(getattr(self, name), cfg.optim_wrapper[name].optimizer)
-                    for name in ('online', 'generator')}
-        self.t_fm, self.t_fgm = (TASK_UTILS.build(cfg.model[key]) for key in ('fm_time_sampler', 'fgm_time_sampler'))
+        self.generator = OneStepGenerator(
+            copy.deepcopy(teacher).requires_grad_(True), **cfg.model.generator
+        )
+        self.averages = [
+            (copy.deepcopy(self.generator).requires_grad_(False), decay)
+            for decay in cfg.model.get('ema', dict(generator_ema=0.999)).values()
+        ]
+        self.opt = {
+            name: self.optimizer(getattr(self, name), cfg.optim_wrapper[name].optimizer)
+            for name in ('online', 'generator')
+        }
+        self.t_fm, self.t_fgm = (
+            TASK_UTILS.build(cfg.model[key]) for key in ('fm_time_sampler', 'fgm_time_sampler')
+        )
         self.l1_weight = cfg.model.loss.l1_weight
         self.shared = cfg.train_cfg.get('share_samples', False)
 
     def optimizer(self, network, cfg):
-        return torch.optim.Adam(network.parameters(), **{k: v for k, v in cfg.items() if k != 'type'})
+        return torch.optim.Adam(
+            network.parameters(), **{k: v for k, v in cfg.items() if k != 'type'}
+        )
 
     def draw(self):
         batch = next(self.batches)
@@ -100,7 +114,9 @@ class BareLoop:
     @torch.no_grad()
     def average(self):
         for ema, decay in self.averages:
-            torch._foreach_lerp_(list(ema.parameters()), list(self.generator.parameters()), 1 - decay)
+            torch._foreach_lerp_(
+                list(ema.parameters()), list(self.generator.parameters()), 1 - decay
+            )
 
 
 class NoGradLoop(BareLoop):
@@ -109,7 +125,9 @@ class NoGradLoop(BareLoop):
     frozen_generator_gradient = False
 
     def __init__(self, cfg, teacher, batches, device):
-        teacher = copy.deepcopy(teacher).requires_grad_(True).to(memory_format=torch.contiguous_format)
+        teacher = (
+            copy.deepcopy(teacher).requires_grad_(True).to(memory_format=torch.contiguous_format)
+        )
         super().__init__(cfg, teacher, batches, device)
 
     def optimizer(self, network, cfg):
@@ -152,7 +170,8 @@ def now():
 
 
 class Alternate(Hook):
-    """One iteration of both from the same noise must give the same losses; then blocks of each are timed in turn."""
+    """One iteration of both from the same noise must give the same losses; then blocks of each are
+    timed in turn."""
 
     priority = 'LOWEST'
 
@@ -189,9 +208,17 @@ class Alternate(Hook):
 def build_ours(args, work_dir):
     """The runner of the config, ready to train."""
     cfg = Config.fromfile(args.config)
-    # speed does not depend on the weights, so no teacher is needed; evaluations and pictures are extra maths
-    cfg.merge_from_dict({'work_dir': work_dir, 'launcher': 'none', 'train_cfg.max_iters': args.iters + args.block + 1,
-                         'model.teacher.checkpoint': None, 'log_level': 'WARNING'})
+    # speed does not depend on the weights, so no teacher is needed; evaluations and pictures are
+    # extra maths
+    cfg.merge_from_dict(
+        {
+            'work_dir': work_dir,
+            'launcher': 'none',
+            'train_cfg.max_iters': args.iters + args.block + 1,
+            'model.teacher.checkpoint': None,
+            'log_level': 'WARNING',
+        }
+    )
     cfg.merge_from_dict(args.cfg_options or {})
     cfg.train_dataloader.batch_size = args.batch_size or cfg.train_dataloader.batch_size
     cfg.evaluations = {}
@@ -212,8 +239,20 @@ def build_theirs(args, runner):
 
 def peak_memory(which):
     """GiB of one loop alone, in a process of its own."""
-    command = [sys.executable, __file__, *sys.argv[1:], '--only', which, '--iters', '2', '--block', '1']
-    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+    command = [
+        sys.executable,
+        __file__,
+        *sys.argv[1:],
+        '--only',
+        which,
+        '--iters',
+        '2',
+        '--block',
+        '1',
+    ]
+    return float(
+        subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1]
+    )
 
 
 def run_alone(args, work_dir):
@@ -226,8 +265,11 @@ def run_alone(args, work_dir):
         runner.model.to('meta')
         for _ in range(2):
             other.step()
-    peak = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() \
+    peak = (
+        torch.cuda.max_memory_allocated() / 2**30
+        if torch.cuda.is_available()
         else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    )
     print(f'{peak:.2f}')
 
 
@@ -238,9 +280,13 @@ def main():
     parser.add_argument('--batch-size', type=int, default=None, help="default: the config's")
     parser.add_argument('--iters', type=int, default=200)
     parser.add_argument('--block', type=int, default=10)
-    parser.add_argument('--memory', action='store_true', help='measure the peak memory of each loop too')
+    parser.add_argument(
+        '--memory', action='store_true', help='measure the peak memory of each loop too'
+    )
     parser.add_argument('--only', choices=['ours', 'theirs'], default=None, help=argparse.SUPPRESS)
-    parser.add_argument('--cfg-options', nargs='+', action=DictAction, help='e.g. strategy.compile=True')
+    parser.add_argument(
+        '--cfg-options', nargs='+', action=DictAction, help='e.g. strategy.compile=True'
+    )
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as work_dir:
         if args.only:
@@ -254,9 +300,14 @@ def main():
     ratio = statistics.median(a / b for a, b in zip(hook.ours[1:], hook.theirs[1:]))
     n = runner.train_loop.dataloader.batch_size
     print(f'{args.config}: batch {n}, {args.iters} iterations in blocks of {args.block}')
-    for name, which, seconds in ((f'{args.baseline} loop', 'theirs', theirs), ('our loop with hooks', 'ours', ours)):
+    for name, which, seconds in (
+        (f'{args.baseline} loop', 'theirs', theirs),
+        ('our loop with hooks', 'ours', ours),
+    ):
         memory = f'  peak memory {peak_memory(which):6.2f} GiB' if args.memory else ''
-        print(f'{name:20} {1000 * seconds:9.2f} ms an iteration  {n / seconds:8.2f} images/s{memory}')
+        print(
+            f'{name:20} {1000 * seconds:9.2f} ms an iteration  {n / seconds:8.2f} images/s{memory}'
+        )
     print(f'ratio                {ratio:9.3f}')
 
 

@@ -3,4 +3,5 @@ train_dataloader = dict(
     batch_size=64,
     num_workers=0,
     sampler=dict(type='InfiniteSampler', shuffle=True),
-    dataset=dict(type='CIFAR10', data_root='data/cifar10', labels=False))
+    dataset=dict(type='CIFAR10', data_root='data/cifar10', labels=False),
+)

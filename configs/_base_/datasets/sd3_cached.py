@@ -1,5 +1,5 @@
-# prompts and latents encoded beforehand by tools/cache_prompts.py and tools/cache_latents.py; 4 x 6 accumulation x 8
-# processes are the paper's batch of 192
+# prompts and latents encoded beforehand by tools/cache_prompts.py and tools/cache_latents.py; 4 x 6
+# accumulation x 8 processes are the paper's batch of 192
 train_dataloader = dict(
     batch_size=4,
     num_workers=2,
@@ -7,4 +7,6 @@ train_dataloader = dict(
     dataset=dict(
         type='WithReal',
         conditions=dict(type='CachedPrompts', path='data/sd3/prompts'),
-        real=dict(type='CachedLatents', path='data/sd3/latents', latent_shape=(16, 128, 128))))
+        real=dict(type='CachedLatents', path='data/sd3/latents', latent_shape=(16, 128, 128)),
+    ),
+)

@@ -8,4 +8,8 @@ evaluations = dict(
             fid=dict(
                 type='FID',
                 reference=dict(type='CIFAR10', data_root='data/cifar10', labels=False),
-                feature=dict(type='InceptionV3')))))
+                feature=dict(type='InceptionV3'),
+            )
+        ),
+    )
+)

@@ -4,4 +4,10 @@ evaluations = dict(
         interval=1000,
         dataset=dict(type='GenerationDataset', num_samples=10000, num_classes=10),
         batch_size=1000,
-        metrics=dict(fd=dict(type='FrechetDistance', reference=dict(type='Digits'), feature=dict(type='Pixels')))))
+        metrics=dict(
+            fd=dict(
+                type='FrechetDistance', reference=dict(type='Digits'), feature=dict(type='Pixels')
+            )
+        ),
+    )
+)

@@ -1,5 +1,6 @@
-# GenEval: 553 prompts, 4 samples each. tools/geneval.py prompts writes the prompts, tools/cache_prompts.py encodes them.
-# Detector and CLIP are downloaded at the first start, or name local files
+# GenEval: 553 prompts, 4 samples each. tools/geneval.py prompts writes the prompts,
+# tools/cache_prompts.py encodes them. Detector and CLIP are downloaded at the first start, or name
+# local files
 evaluations = dict(
     geneval=dict(
         interval=2000,
@@ -12,5 +13,10 @@ evaluations = dict(
                     type='MMDetMask2Former',
                     checkpoint='https://download.openmmlab.com/mmdetection/v3.0/mask2former/'
                     'mask2former_swin-s-p4-w7-224_8xb2-lsj-50e_coco/'
-                    'mask2former_swin-s-p4-w7-224_8xb2-lsj-50e_coco_20220504_001756-c9d0c4f2.pth'),
-                colors=dict(type='ClipColors', model='ViT-L-14-quickgelu', pretrained='openai')))))
+                    'mask2former_swin-s-p4-w7-224_8xb2-lsj-50e_coco_20220504_001756-c9d0c4f2.pth',
+                ),
+                colors=dict(type='ClipColors', model='ViT-L-14-quickgelu', pretrained='openai'),
+            )
+        ),
+    )
+)

@@ -5,4 +5,10 @@ evaluations = dict(
         dataset=dict(type='GenerationDataset', num_samples=50000),
         batch_size=10000,
         metrics=dict(
-            sw2=dict(type='SlicedWasserstein', reference=dict(type='Toy2D', shape='8gaussians', size=50000, seed=1)))))
+            sw2=dict(
+                type='SlicedWasserstein',
+                reference=dict(type='Toy2D', shape='8gaussians', size=50000, seed=1),
+            )
+        ),
+    )
+)

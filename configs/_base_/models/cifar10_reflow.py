@@ -12,8 +12,11 @@ model = dict(
             model_channels=128,
             channel_mult=(2, 2, 2),
             num_blocks=4,
-            attn_resolutions=(16, ),
-            dropout=0.13)),
+            attn_resolutions=(16,),
+            dropout=0.13,
+        ),
+    ),
     data_preprocessor=dict(type='ImagePreprocessor', flip_prob=0.5),
     time_sampler=dict(type='Uniform'),
-    ema=dict(network_ema=0.999, network_ema_9999=0.9999))
+    ema=dict(network_ema=0.999, network_ema_9999=0.9999),
+)

@@ -1,22 +1,30 @@
-# Stable Diffusion 3 medium, from the hub or a local folder in diffusers' format: set model.network.pretrained and
-# model.decoder.pretrained. The values are those of Appendix B.2, where it gives any.
+# Stable Diffusion 3 medium, from the hub or a local folder in diffusers' format: set
+# model.network.pretrained and model.decoder.pretrained. The values are those of Appendix B.2, where
+# it gives any.
 pretrained = 'stabilityai/stable-diffusion-3-medium-diffusers'
 model = dict(
     type='FGM',
     network=dict(type='SD3', pretrained=pretrained, latent_size=128, checkpointing=True),
     # the network's own weights are the teacher's
     teacher=dict(checkpoint=None),
-    # x_0 = z - 0.97 v(0.8 z, 0.97) (B.2); the ablation C.1 is t_star in 0, 0.25, 0.5, 0.75, 1 with c_out=1, c_in=1
+    # x_0 = z - 0.97 v(0.8 z, 0.97) (B.2); the ablation C.1 is t_star in 0, 0.25, 0.5, 0.75, 1 with
+    # c_out=1, c_in=1
     generator=dict(t_star=0.97, c_skip=1.0, c_out=0.97, c_in=0.8),
     loss=dict(type='FGMLoss', l1_weight=0.0, loss_scale=100.0),
     fm_time_sampler=dict(type='LogitNormal', mean=-1.0, std=2.0),
     fgm_time_sampler=dict(type='LogitNormal', mean=2.4, std=1.0),
-    guidance=dict(type='ClassifierFreeGuidance', scale=4.0, null=dict(type='CachedNullPrompt', path='data/sd3/prompts')),
+    guidance=dict(
+        type='ClassifierFreeGuidance',
+        scale=4.0,
+        null=dict(type='CachedNullPrompt', path='data/sd3/prompts'),
+    ),
     # the paper says low noise and gives no numbers: half of all t are below 0.18
     gan=dict(
         feature_layer=2,
         generator_weight=1e-2,
         discriminator_weight=5e-2,
-        time_sampler=dict(type='LogitNormal', mean=-1.5, std=1.0)),
+        time_sampler=dict(type='LogitNormal', mean=-1.5, std=1.0),
+    ),
     decoder=dict(type='LatentDecoder', pretrained=pretrained),
-    ema=dict(generator_ema=0.999))
+    ema=dict(generator_ema=0.999),
+)

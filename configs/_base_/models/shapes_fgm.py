@@ -15,7 +15,9 @@ model = dict(
             joint_attention_dim=64,
             caption_projection_dim=256,
             pooled_projection_dim=64,
-            pos_embed_max_size=8)),
+            pos_embed_max_size=8,
+        ),
+    ),
     data_preprocessor=dict(type='ImagePreprocessor', flip_prob=0.0),
     # the generator starts as one denoising step of the teacher from t*, where c_in z stands for x_t
     generator=dict(t_star=0.9, c_skip=0.9, c_in=0.9),
@@ -26,7 +28,9 @@ model = dict(
     gan=dict(
         feature_layer=2,
         time_sampler=dict(type='LogitNormal', mean=-1.0, std=1.0),
-        head=dict(type='ConvDiscriminator', channels=64)),
-    ema=dict(generator_ema=0.999))
+        head=dict(type='ConvDiscriminator', channels=64),
+    ),
+    ema=dict(generator_ema=0.999),
+)
 # what prompts mean to this network, for those who generate with it
 text_encoder = dict(type='WordEncoder')

@@ -15,12 +15,15 @@ model = dict(
             joint_attention_dim=64,
             caption_projection_dim=256,
             pooled_projection_dim=64,
-            pos_embed_max_size=8)),
+            pos_embed_max_size=8,
+        ),
+    ),
     # left and right mean something here: no flips
     data_preprocessor=dict(type='ImagePreprocessor', flip_prob=0.0),
     time_sampler=dict(type='LogitNormal', mean=0.0, std=1.0),
     null_condition=dict(type='ZeroPrompt'),
     null_prob=0.1,
-    ema=dict(network_ema=0.999))
+    ema=dict(network_ema=0.999),
+)
 # what prompts mean to this network, for those who generate with it
 text_encoder = dict(type='WordEncoder')

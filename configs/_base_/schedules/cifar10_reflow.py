@@ -2,4 +2,5 @@
 train_cfg = dict(type='AlternatingTrainLoop', max_iters=39063)
 optim_wrapper = dict(
     constructor='PerNetworkConstructor',
-    network=dict(optimizer=dict(type='Adam', lr=2e-5, betas=(0.0, 0.999), fused=True)))
+    network=dict(optimizer=dict(type='Adam', lr=2e-5, betas=(0.0, 0.999), fused=True)),
+)

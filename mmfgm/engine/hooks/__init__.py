@@ -7,6 +7,14 @@ from .preemption import EXIT_PREEMPTED, PreemptionHook
 from .rng import RNGStateHook, preserve_rng
 
 __all__ = [
-    'CheckpointHook', 'EXIT_PREEMPTED', 'EvaluationHook', 'MonitorHook', 'NetworkEMAHook', 'NonFiniteError',
-    'PreemptionHook', 'RNGStateHook', 'SampleHook', 'preserve_rng'
+    'EXIT_PREEMPTED',
+    'CheckpointHook',
+    'EvaluationHook',
+    'MonitorHook',
+    'NetworkEMAHook',
+    'NonFiniteError',
+    'PreemptionHook',
+    'RNGStateHook',
+    'SampleHook',
+    'preserve_rng',
 ]

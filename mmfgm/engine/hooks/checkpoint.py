@@ -5,7 +5,6 @@ import shutil
 from collections import deque
 from glob import escape as glob_escape
 from glob import glob
-from typing import Dict, List, Union
 
 from mmengine.dist import barrier, is_main_process, master_only
 from mmengine.hooks import CheckpointHook as _CheckpointHook
@@ -26,23 +25,27 @@ def _remove(path: str) -> None:
 class CheckpointHook(_CheckpointHook):
     """MMEngine's hook, made safe against a crash at any moment.
 
-    An old checkpoint is deleted only after the new one is complete, and ``last_checkpoint`` always names
-    a complete one. They go to the work dir.
+    An old checkpoint is deleted only after the new one is complete, and ``last_checkpoint`` always
+    names a complete one. They go to the work dir.
 
     Args:
         interval (int): Iterations between checkpoints; -1 for the last only. Defaults to -1.
         max_keep_ckpts (int): Newest checkpoints to keep; -1 for all. Defaults to 3.
-        save_best (str or list[str], optional): Metrics of the evaluation hook, as ``NAME/METRIC``, whose best
-            checkpoint is kept beside those.
+        save_best (str or list[str], optional): Metrics of the evaluation hook, as ``NAME/METRIC``,
+            whose best checkpoint is kept beside those.
         rule (str or list[str], optional): ``'less'`` or ``'greater'`` is better.
     """
 
-    def __init__(self,
-                 interval: int = -1,
-                 max_keep_ckpts: int = 3,
-                 save_best: Union[str, List[str], None] = None,
-                 rule: Union[str, List[str], None] = None):
-        super().__init__(interval, by_epoch=False, max_keep_ckpts=max_keep_ckpts, save_best=save_best, rule=rule)
+    def __init__(
+        self,
+        interval: int = -1,
+        max_keep_ckpts: int = 3,
+        save_best: str | list[str] | None = None,
+        rule: str | list[str] | None = None,
+    ):
+        super().__init__(
+            interval, by_epoch=False, max_keep_ckpts=max_keep_ckpts, save_best=save_best, rule=rule
+        )
 
     def before_train(self, runner) -> None:
         self.out_dir = runner.work_dir
@@ -62,7 +65,7 @@ class CheckpointHook(_CheckpointHook):
         return osp.join(self.out_dir, self.filename_tmpl.format(step))
 
     def _save_checkpoint_with_step(self, runner, step: int, meta: dict) -> None:
-        outdated: List[str] = []
+        outdated: list[str] = []
         if self.max_keep_ckpts > 0:
             self.keep_ckpt_ids.append(step)
             while len(self.keep_ckpt_ids) > self.max_keep_ckpts:
@@ -70,8 +73,14 @@ class CheckpointHook(_CheckpointHook):
             runner.message_hub.update_info('keep_ckpt_ids', list(self.keep_ckpt_ids))
         path = self._path(step)
         runner.message_hub.update_info('last_ckpt', path)
-        runner.save_checkpoint(self.out_dir, osp.basename(path), save_optimizer=self.save_optimizer,
-                               save_param_scheduler=self.save_param_scheduler, meta=meta, by_epoch=False)
+        runner.save_checkpoint(
+            self.out_dir,
+            osp.basename(path),
+            save_optimizer=self.save_optimizer,
+            save_param_scheduler=self.save_param_scheduler,
+            meta=meta,
+            by_epoch=False,
+        )
         self.last_ckpt = path
         if is_main_process():
             write_text_atomically(osp.join(runner.work_dir, 'last_checkpoint'), path)
@@ -80,21 +89,34 @@ class CheckpointHook(_CheckpointHook):
         for old in outdated:
             _remove(old)
 
-    def after_evaluation(self, runner, metrics: Dict[str, float]) -> None:
-        """Keep the best checkpoint so far of each metric in ``save_best`` that was just measured."""
-        for key, rule in zip(self.key_indicators if self.save_best else [], self.rules if self.save_best else []):
+    def after_evaluation(self, runner, metrics: dict[str, float]) -> None:
+        """Keep the best checkpoint so far of each metric in ``save_best`` that was just
+        measured."""
+        for key, rule in zip(
+            self.key_indicators if self.save_best else [], self.rules if self.save_best else []
+        ):
             if key not in metrics:
                 continue
-            best = runner.message_hub.runtime_info.get(f'best_score_{key}', self.init_value_map[rule])
+            best = runner.message_hub.runtime_info.get(
+                f'best_score_{key}', self.init_value_map[rule]
+            )
             if not self.rule_map[rule](metrics[key], best):
                 continue
             outdated = runner.message_hub.runtime_info.get(f'best_ckpt_{key}')
             step = runner.iter + 1
-            path = osp.join(self.out_dir, f'best_{key.replace("/", "_")}_{self.filename_tmpl.format(step)}')
+            path = osp.join(
+                self.out_dir, f'best_{key.replace("/", "_")}_{self.filename_tmpl.format(step)}'
+            )
             runner.message_hub.update_info(f'best_score_{key}', metrics[key])
             runner.message_hub.update_info(f'best_ckpt_{key}', path)
-            runner.save_checkpoint(self.out_dir, osp.basename(path), save_optimizer=False, save_param_scheduler=False,
-                                   meta=dict(epoch=runner.epoch, iter=step), by_epoch=False)
+            runner.save_checkpoint(
+                self.out_dir,
+                osp.basename(path),
+                save_optimizer=False,
+                save_param_scheduler=False,
+                meta=dict(epoch=runner.epoch, iter=step),
+                by_epoch=False,
+            )
             runner.logger.info(f'Best {key} so far: {metrics[key]:.4f}, saved to {path}')
             if outdated and outdated != path:
                 _remove(outdated)

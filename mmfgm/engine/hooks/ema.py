@@ -10,12 +10,12 @@ from mmfgm.registry import HOOKS
 class NetworkEMAHook(Hook):
     """Update the model's averages once per iteration: ``ema <- decay ema + (1 - decay) source``.
 
-    The averages and their decays are the model's (``model.ema``). A source that is sharded has averages
-    that are sharded alike, so nothing is communicated.
+    The averages and their decays are the model's (``model.ema``). A source that is sharded has
+    averages that are sharded alike, so nothing is communicated.
 
     Args:
-        ramp_up (bool): Use ``min(decay, (1 + i) / (10 + i))`` at iteration ``i`` from 0, so that a short
-            run is not dominated by its start. Defaults to True.
+        ramp_up (bool): Use ``min(decay, (1 + i) / (10 + i))`` at iteration ``i`` from 0, so that a
+            short run is not dominated by its start. Defaults to True.
     """
 
     priority = 'HIGH'
@@ -33,7 +33,11 @@ class NetworkEMAHook(Hook):
                 decay = min(decay, (1 + runner.iter) / (10 + runner.iter))
             ema = getattr(model, name)
             # a frozen base is shared and has nothing to average
-            pairs = [(local(p), local(q)) for p, q in zip(ema.parameters(), source.parameters()) if p is not q]
+            pairs = [
+                (local(p), local(q))
+                for p, q in zip(ema.parameters(), source.parameters())
+                if p is not q
+            ]
             torch._foreach_lerp_([p for p, _ in pairs], [q for _, q in pairs], 1 - decay)
             for average, current in zip(ema.buffers(), buffers):
                 average.copy_(current)

@@ -1,6 +1,5 @@
 # Copyright (c) mmfgm authors.
 import os.path as osp
-from typing import Dict, List, Optional
 
 from mmengine.dist import broadcast_object_list, is_main_process
 from mmengine.hooks import Hook
@@ -18,10 +17,12 @@ from .rng import preserve_rng
 class EvaluationHook(Hook):
     """Run the config's ``evaluations`` during training, each at its own interval.
 
-    An evaluation comes after a checkpoint of the same iteration, so a crash in a long one loses nothing: a run
+    An evaluation comes after a checkpoint of the same iteration, so a crash in a long one loses
+        nothing: a run
     that resumes from there evaluates first.
-    Results go to the log, to the visualizer as ``NAME/METRIC``, and to the hooks' ``after_evaluation``; what metrics
-    write goes to ``WORK_DIR/NAME/iter_N``, their pictures to the visualizer.
+    Results go to the log, to the visualizer as ``NAME/METRIC``, and to the hooks'
+    ``after_evaluation``; what metrics write goes to ``WORK_DIR/NAME/iter_N``, their pictures to the
+    visualizer.
     """
 
     priority = 'LOWEST'
@@ -31,18 +32,28 @@ class EvaluationHook(Hook):
         self.evaluations = build_evaluations(runner.cfg.get('evaluations'))
         for evaluation in self.evaluations.values():
             runner.model.check(Sampling(**evaluation.sampling))
-        known = [name for evaluation in self.evaluations.values() for name in evaluation.value_names]
+        known = [
+            name for evaluation in self.evaluations.values() for name in evaluation.value_names
+        ]
         for hook in runner.hooks:
             for key in (hook.save_best or []) if isinstance(hook, CheckpointHook) else []:
                 if key not in known:
-                    raise UsageError(f'default_hooks.checkpoint.save_best names {key!r}, but the evaluations measure {known}')
+                    raise UsageError(
+                        f'default_hooks.checkpoint.save_best names {key!r}, but the evaluations'
+                        f' measure {known}'
+                    )
 
-    def _due(self, iteration: int) -> List[str]:
-        return [name for name, e in self.evaluations.items() if e.interval and iteration % e.interval == 0]
+    def _due(self, iteration: int) -> list[str]:
+        return [
+            name
+            for name, e in self.evaluations.items()
+            if e.interval and iteration % e.interval == 0
+        ]
 
     def before_train(self, runner):
         if runner.iter > 0:
-            # stand where after_train_iter of that iteration stood: MMEngine's names and metas count from there
+            # stand where after_train_iter of that iteration stood: MMEngine's names and metas count
+            # from there
             runner.train_loop._iter -= 1
             self._run(runner, self._due(runner.iter + 1))
             runner.train_loop._iter += 1
@@ -55,13 +66,18 @@ class EvaluationHook(Hook):
         self._run(runner, due)
 
     def _run(self, runner, names) -> None:
-        metrics: Dict[str, float] = {}
+        metrics: dict[str, float] = {}
         for name in names:
             evaluation = self.evaluations[name]
             with preserve_rng():
                 values = evaluation.run(
-                    runner.model, out_dir=osp.join(runner.work_dir, name, f'iter_{runner.iter + 1}'),
-                    config=dict(model=runner.cfg.model, precision=getattr(runner.strategy, 'precision', None)))
+                    runner.model,
+                    out_dir=osp.join(runner.work_dir, name, f'iter_{runner.iter + 1}'),
+                    config=dict(
+                        model=runner.cfg.model,
+                        precision=getattr(runner.strategy, 'precision', None),
+                    ),
+                )
             for title, picture in evaluation.pictures().items():
                 runner.visualizer.add_image(title, picture, step=runner.iter + 1)
             # one process's numbers for all, so that all keep or drop a best checkpoint alike
@@ -82,7 +98,8 @@ class EvaluationHook(Hook):
 class SampleHook(Hook):
     """Draw samples from fixed seeds, several samplings side by side, at an interval and at the end.
 
-    The picture is saved by the visualizer: ``WORK_DIR/TIMESTAMP/vis_data/vis_image/samples_ITER.png``.
+    The picture is saved by the visualizer:
+        ``WORK_DIR/TIMESTAMP/vis_data/vis_image/samples_ITER.png``.
 
     Args:
         interval (int): Iterations between pictures.
@@ -93,27 +110,38 @@ class SampleHook(Hook):
 
     priority = 'LOWEST'
 
-    def __init__(self, interval: int, dataset: dict, samplings: Dict[str, dict], nrow: int = 10):
+    def __init__(self, interval: int, dataset: dict, samplings: dict[str, dict], nrow: int = 10):
         self.interval = interval
         self.samplings = {title: Sampling(**cfg) for title, cfg in samplings.items()}
         self.nrow = nrow
         dataset = DATASETS.build(dataset)
         self.batch = dataset.__getitems__(range(len(dataset)))
-        self._fixed: Optional[dict] = None
+        self._fixed: dict | None = None
 
     def before_run(self, runner):
         for sampling in self.samplings.values():
             runner.model.check(sampling)
 
     def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
-        if not (self.every_n_train_iters(runner, self.interval) or runner.iter + 1 == runner.max_iters):
+        if not (
+            self.every_n_train_iters(runner, self.interval) or runner.iter + 1 == runner.max_iters
+        ):
             return
         if self._fixed is None:
             # a pre-trained network never changes, so its samples are drawn once
-            self._fixed = {title: runner.model.sample(self.batch, sampling).cpu()
-                           for title, sampling in self.samplings.items() if sampling.network in runner.model.pretrained}
+            self._fixed = {
+                title: runner.model.sample(self.batch, sampling).cpu()
+                for title, sampling in self.samplings.items()
+                if sampling.network in runner.model.pretrained
+            }
         panels = {}
         for title, sampling in self.samplings.items():
-            panels[title] = self._fixed[title] if title in self._fixed else runner.model.sample(self.batch, sampling)
+            panels[title] = (
+                self._fixed[title]
+                if title in self._fixed
+                else runner.model.sample(self.batch, sampling)
+            )
         if is_main_process():
-            runner.visualizer.add_image('samples', draw_panels(panels, self.nrow), step=runner.iter + 1)
+            runner.visualizer.add_image(
+                'samples', draw_panels(panels, self.nrow), step=runner.iter + 1
+            )

@@ -1,7 +1,6 @@
 # Copyright (c) mmfgm authors.
 import math
 import time
-from typing import Dict, List, Optional, Tuple
 
 import torch
 from mmengine.dist import get_world_size
@@ -18,11 +17,14 @@ class NonFiniteError(ArithmeticError):
     """A loss or gradient became inf or nan."""
 
 
-def non_finite_networks(networks: Dict[str, nn.Module]) -> List[str]:
+def non_finite_networks(networks: dict[str, nn.Module]) -> list[str]:
     """Names of the networks that have an inf or nan among their (local) parameters."""
 
-    return [name for name, network in networks.items()
-            if not all(local(p).isfinite().all() for p in network.parameters())]
+    return [
+        name
+        for name, network in networks.items()
+        if not all(local(p).isfinite().all() for p in network.parameters())
+    ]
 
 
 @HOOKS.register_module()
@@ -31,17 +33,18 @@ class MonitorHook(Hook):
 
     Logs, for each phase, its losses, gradient norm (before clipping) and share of the time, and the
     samples that the last network of a cycle was trained on per second. On a GPU the numbers of an
-    iteration are read during the next one, so the step never waits for them; a checkpoint is written
-    only after those of its own iteration were found finite.
+    iteration are read during the next one, so the step never waits for them; a checkpoint is
+    written only after those of its own iteration were found finite.
 
     Raises:
-        NonFiniteError: Names the iteration, the phase and the networks; the last good checkpoint stays.
+        NonFiniteError: Names the iteration, the phase and the networks; the last good checkpoint
+            stays.
     """
 
     priority = 'ABOVE_NORMAL'
 
     def __init__(self):
-        self._pending: Optional[Tuple[CycleRecord, torch.Tensor, Optional[torch.cuda.Event]]] = None
+        self._pending: tuple[CycleRecord, torch.Tensor, torch.cuda.Event | None] | None = None
 
     def before_train(self, runner):
         loop = runner.train_loop
@@ -54,7 +57,8 @@ class MonitorHook(Hook):
 
     def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
         now = time.perf_counter()
-        # since the last iteration's end: evaluations, pictures and checkpoints count as training time
+        # since the last iteration's end: evaluations, pictures and checkpoints count as training
+        # time
         self._seconds += now - self._last
         self._last = now
         runner.message_hub.update_info('train_seconds', self._seconds)
@@ -62,14 +66,17 @@ class MonitorHook(Hook):
         values = torch.stack([value.float() for value in record.values.values()])
         if values.is_cuda:
             self._read(runner)
-            host = torch.empty_like(values, device='cpu', pin_memory=True).copy_(values, non_blocking=True)
+            host = torch.empty_like(values, device='cpu', pin_memory=True).copy_(
+                values, non_blocking=True
+            )
             reached = torch.cuda.Event()
             reached.record()
             self._pending = record, host, reached
         else:
             self._pending = record, values, None
             self._read(runner)
-        # on a GPU the read above waited for the iteration before, so this is the pace of the GPU, not of the launches
+        # on a GPU the read above waited for the iteration before, so this is the pace of the GPU,
+        # not of the launches
         pace = self._samples / (time.perf_counter() - self._start)
         runner.message_hub.update_scalar('train/samples_per_second', pace)
 
@@ -93,18 +100,24 @@ class MonitorHook(Hook):
                 self._stop(runner, record.iteration, name, values)
             runner.message_hub.update_scalar(f'train/{name}', value)
         clock = runner.train_loop.clock
-        seconds = {phase: sum(clock.seconds(*m) for m in marks) for phase, marks in record.marks.items()}
+        seconds = {
+            phase: sum(clock.seconds(*m) for m in marks) for phase, marks in record.marks.items()
+        }
         for phase, spent in seconds.items():
-            runner.message_hub.update_scalar(f'train/{phase}/time_share', spent / max(sum(seconds.values()), 1e-9))
+            runner.message_hub.update_scalar(
+                f'train/{phase}/time_share', spent / max(sum(seconds.values()), 1e-9)
+            )
 
     @staticmethod
-    def _stop(runner, iteration: int, name: str, values: Dict[str, float]) -> None:
+    def _stop(runner, iteration: int, name: str, values: dict[str, float]) -> None:
         phase, what = name.split('/')
         trained = ', '.join(runner.model.phases[phase].trains)
         damaged = non_finite_networks(runner.model.networks)
         last = latest_checkpoint(runner.work_dir)
         same_phase = {k: v for k, v in values.items() if k.startswith(f'{phase}/')}
         raise NonFiniteError(
-            f'iteration {iteration}, phase {phase!r} (trains {trained}): {what} is {values[name]}. Values of the phase: '
-            f'{same_phase}. Networks with non-finite weights: {damaged or "none yet"}. No checkpoint was written after it; '
-            f'the last good one is {last}. Lower the learning rate of {trained}, or set clip_grad, and resume.')
+            f'iteration {iteration}, phase {phase!r} (trains {trained}): {what} is {values[name]}.'
+            f' Values of the phase: {same_phase}. Networks with non-finite weights:'
+            f' {damaged or "none yet"}. No checkpoint was written after it; the last good one is'
+            f' {last}. Lower the learning rate of {trained}, or set clip_grad, and resume.'
+        )

@@ -55,7 +55,10 @@ class PreemptionHook(Hook):
         for hook in runner.hooks:
             if isinstance(hook, CheckpointHook):
                 hook.save_now(runner)
-        runner.logger.warning(f'SIGTERM: stopped after iteration {runner.iter + 1} with a checkpoint; go on with --resume')
+        runner.logger.warning(
+            f'SIGTERM: stopped after iteration {runner.iter + 1} with a checkpoint; go on with'
+            ' --resume'
+        )
         # writes out what TensorBoard has buffered
         runner.visualizer.close()
         raise SystemExit(EXIT_PREEMPTED)

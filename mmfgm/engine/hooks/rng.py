@@ -1,7 +1,7 @@
 # Copyright (c) mmfgm authors.
 import random
 from contextlib import contextmanager
-from typing import Any, Dict
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,17 +11,19 @@ from mmengine.hooks import Hook
 from mmfgm.registry import HOOKS
 
 
-def get_rng_state() -> Dict[str, Any]:
-    """States of python's, numpy's, torch's and the current CUDA device's generator, as plain values."""
+def get_rng_state() -> dict[str, Any]:
+    """States of python's, numpy's, torch's and the current CUDA device's generator, as plain
+    values."""
     name, keys, *rest = np.random.get_state()
     return dict(
         python=random.getstate(),
         numpy=(name, torch.from_numpy(keys.astype(np.int64)), *rest),
         torch=torch.get_rng_state(),
-        cuda=torch.cuda.get_rng_state() if torch.cuda.is_available() else None)
+        cuda=torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+    )
 
 
-def set_rng_state(state: Dict[str, Any]) -> None:
+def set_rng_state(state: dict[str, Any]) -> None:
     """Inverse of :func:`get_rng_state`."""
     random.setstate(state['python'])
     name, keys, *rest = state['numpy']
@@ -60,9 +62,11 @@ class RNGStateHook(Hook):
             return
         states = checkpoint['rng']
         if len(states) != get_world_size():
-            runner.logger.warning(f'The checkpoint was written by {len(states)} processes and is resumed by '
-                                  f'{get_world_size()}: training goes on with fresh random numbers, so it will not repeat '
-                                  'the interrupted run bit for bit.')
+            runner.logger.warning(
+                f'The checkpoint was written by {len(states)} processes and is resumed by'
+                f' {get_world_size()}: training goes on with fresh random numbers, so it will not'
+                ' repeat the interrupted run bit for bit.'
+            )
             return
         self._state = states[get_rank()]
 

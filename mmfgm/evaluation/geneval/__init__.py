@@ -12,7 +12,19 @@ from .summary import SCORES, summarize
 from .transformers_detector import TransformersMask2Former
 
 __all__ = [
-    'ClipColors', 'Detected', 'DiffusersPipeline', 'GenEval', 'GenEvalPrompts', 'MMDetMask2Former',
-    'Mask2FormerDetector', 'SCORES', 'Scorer', 'TransformersMask2Former', 'Verdict', 'generate', 'judge',
-    'read_metadata', 'summarize'
+    'SCORES',
+    'ClipColors',
+    'Detected',
+    'DiffusersPipeline',
+    'GenEval',
+    'GenEvalPrompts',
+    'MMDetMask2Former',
+    'Mask2FormerDetector',
+    'Scorer',
+    'TransformersMask2Former',
+    'Verdict',
+    'generate',
+    'judge',
+    'read_metadata',
+    'summarize',
 ]

@@ -1,8 +1,10 @@
 # Copyright (c) mmfgm authors.
-"""GenEval's decision on one image (Ghosh et al., 2023), from detected boxes to a verdict; no models here."""
+"""GenEval's decision on one image (Ghosh et al., 2023), from detected boxes to a verdict; no models
+here."""
+
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from numbers import Real
-from typing import Callable, Dict, List, Optional, Sequence
 
 import numpy as np
 
@@ -10,7 +12,9 @@ from mmfgm.errors import UsageError
 
 from .prompts import COLORS, check_clauses
 
-_DEFAULTS = dict(threshold=0.3, counting_threshold=0.9, max_objects=16, max_overlap=1.0, position_threshold=0.1)
+_DEFAULTS = dict(
+    threshold=0.3, counting_threshold=0.9, max_objects=16, max_overlap=1.0, position_threshold=0.1
+)
 
 
 @dataclass(frozen=True)
@@ -19,17 +23,20 @@ class Verdict:
 
     Attributes:
         correct (bool): Whether the image shows what its prompt asks for.
-        reason (str): Why not, one line per failed clause in the reference's words; empty if correct.
-        kept (dict[str, list[int]]): Class name -> rows of its detections that count, best score first.
-            Classes without any are absent.
+        reason (str): Why not, one line per failed clause in the reference's words; empty if
+            correct.
+        kept (dict[str, list[int]]): Class name -> rows of its detections that count, best score
+            first. Classes without any are absent.
     """
+
     correct: bool
     reason: str
-    kept: Dict[str, List[int]]
+    kept: dict[str, list[int]]
 
 
 def iou(box_a: Sequence[float], box_b: Sequence[float]) -> np.float32:
-    """Intersection over union of two boxes ``x1, y1, x2, y2, ...`` in pixels, whose last pixel belongs to them.
+    """Intersection over union of two boxes ``x1, y1, x2, y2, ...`` in pixels, whose last pixel
+    belongs to them.
 
     Computed in float32; 0 if neither box has an area.
     """
@@ -43,19 +50,27 @@ def iou(box_a: Sequence[float], box_b: Sequence[float]) -> np.float32:
     return inter / union if union else np.float32(0)
 
 
-def relation(box_a: Sequence[float], box_b: Sequence[float], position_threshold: float = 0.1) -> List[str]:
-    """Where A lies relative to B: none, one or two of left of, right of, above, below, in this order.
+def relation(
+    box_a: Sequence[float], box_b: Sequence[float], position_threshold: float = 0.1
+) -> list[str]:
+    """Where A lies relative to B: none, one or two of left of, right of, above, below, in this
+    order.
 
     Args:
         box_a, box_b (Sequence[float]): ``x1, y1, x2, y2, ...`` in pixels, y downwards.
-        position_threshold (float): Fraction of the summed sizes by which an offset of the centres is shortened.
+        position_threshold (float): Fraction of the summed sizes by which an offset of the centres
+            is shortened.
     """
     # (box, corner, axis); float32 throughout, as the boxes of the reference are
-    corners = np.stack([np.asarray(box, dtype=np.float32)[:4] for box in (box_a, box_b)]).reshape(2, 2, 2)
+    corners = np.stack([np.asarray(box, dtype=np.float32)[:4] for box in (box_a, box_b)]).reshape(
+        2, 2, 2
+    )
     centre_a, centre_b = corners.mean(axis=1)
     size_a, size_b = np.abs(corners[:, 1] - corners[:, 0])
     offset = centre_a - centre_b
-    shortened = np.sign(offset) * np.maximum(np.abs(offset) - float(position_threshold) * (size_a + size_b), 0)
+    shortened = np.sign(offset) * np.maximum(
+        np.abs(offset) - float(position_threshold) * (size_a + size_b), 0
+    )
     if (np.abs(shortened) < 1e-3).all():
         return []
     # the norm is that of the full offset, so the components need not form a unit vector
@@ -64,7 +79,7 @@ def relation(box_a: Sequence[float], box_b: Sequence[float], position_threshold:
     return [name for name, true in holds.items() if true]
 
 
-def _keep(boxes: np.ndarray, threshold: float, max_objects: int, max_overlap: float) -> List[int]:
+def _keep(boxes: np.ndarray, threshold: float, max_objects: int, max_overlap: float) -> list[int]:
     """Rows of ``boxes`` (n, 5) that count, best score first."""
     # ascending and reversed: the reference's order of equal scores
     order = np.argsort(boxes[:, 4])[::-1]
@@ -79,16 +94,20 @@ def _keep(boxes: np.ndarray, threshold: float, max_objects: int, max_overlap: fl
     return kept
 
 
-def _settings(options: Optional[dict]) -> dict:
+def _settings(options: dict | None) -> dict:
     options = dict(options or {})
     for name, value in options.items():
         if name not in _DEFAULTS:
-            raise UsageError(f'unknown GenEval option {name!r}; the options are {", ".join(_DEFAULTS)}')
+            raise UsageError(
+                f'unknown GenEval option {name!r}; the options are {", ".join(_DEFAULTS)}'
+            )
         if not isinstance(value, Real) or isinstance(value, bool):
             raise UsageError(f'GenEval option {name} must be a number, but is {value!r}')
     settings = {**_DEFAULTS, **options}
     if settings['max_objects'] < 0 or settings['max_objects'] != int(settings['max_objects']):
-        raise UsageError(f'GenEval option max_objects must be a whole number, but is {settings["max_objects"]!r}')
+        raise UsageError(
+            f'GenEval option max_objects must be a whole number, but is {settings["max_objects"]!r}'
+        )
     return settings
 
 
@@ -101,7 +120,7 @@ def _boxes(name: str, rows: np.ndarray) -> np.ndarray:
     return boxes
 
 
-def _color_reason(clause: dict, colors: List[str]) -> Optional[str]:
+def _color_reason(clause: dict, colors: list[str]) -> str | None:
     name, count, wanted = clause['class'], clause['count'], clause['color']
     found = colors.count(wanted)
     if found >= count:
@@ -110,7 +129,9 @@ def _color_reason(clause: dict, colors: List[str]) -> Optional[str]:
     return f'expected {wanted} {name}>={count}, found {found} {wanted}; and {present}'
 
 
-def _position_reason(clause: dict, boxes: np.ndarray, targets: Optional[np.ndarray], threshold: float) -> Optional[str]:
+def _position_reason(
+    clause: dict, boxes: np.ndarray, targets: np.ndarray | None, threshold: float
+) -> str | None:
     name, (wanted, _) = clause['class'], clause['position']
     if targets is None:
         return f'no target for {name} to be {wanted}'
@@ -122,28 +143,33 @@ def _position_reason(clause: dict, boxes: np.ndarray, targets: Optional[np.ndarr
     return None
 
 
-def judge(metadata: dict,
-          detections: Dict[str, np.ndarray],
-          classify_color: Callable[[str, List[int]], List[str]],
-          options: Optional[dict] = None) -> Verdict:
-    """Decide whether an image shows what its prompt asks for, as GenEval's ``evaluate_images.py`` does.
+def judge(
+    metadata: dict,
+    detections: dict[str, np.ndarray],
+    classify_color: Callable[[str, list[int]], list[str]],
+    options: dict | None = None,
+) -> Verdict:
+    """Decide whether an image shows what its prompt asks for, as GenEval's ``evaluate_images.py``
+    does.
 
-    Every clause is evaluated, so a verdict can have several reasons. Only the best ``count`` boxes of a clause are
-    looked at for its colour and position.
+    Every clause is evaluated, so a verdict can have several reasons. Only the best ``count`` boxes
+    of a clause are looked at for its colour and position.
 
     Args:
         metadata (dict): A row of the prompt file: ``tag``, ``include``, optionally ``exclude``.
-        detections (dict[str, np.ndarray]): Class name -> float32 ``(n, 5)``: ``x1, y1, x2, y2`` in pixels and score,
-            rows in any order.
-        classify_color (Callable): Class name and rows into its array -> the colour name of each. Called at most
-            once per include clause, for clauses with a colour and enough boxes.
-        options (dict, optional): Any of ``threshold`` (0.3), ``counting_threshold`` (0.9, for the tag counting),
-            ``max_objects`` (16, per class), ``max_overlap`` (1.0: no suppression of overlapping boxes of a
-            class) and ``position_threshold`` (0.1).
+        detections (dict[str, np.ndarray]): Class name -> float32 ``(n, 5)``: ``x1, y1, x2, y2`` in
+            pixels and score, rows in any order.
+        classify_color (Callable): Class name and rows into its array -> the colour name of each.
+            Called at most once per include clause, for clauses with a colour and enough boxes.
+        options (dict, optional): Any of ``threshold`` (0.3), ``counting_threshold`` (0.9, for the
+            tag counting), ``max_objects`` (16, per class), ``max_overlap`` (1.0: no suppression of
+            overlapping boxes of a class) and ``position_threshold`` (0.1).
 
     Raises:
-        UsageError: If the metadata lacks a key or has a bad value, or an option is unknown or not a number.
-        ValueError: If an array is not ``(n, 5)`` or ``classify_color`` gives another number of colours.
+        UsageError: If the metadata lacks a key or has a bad value, or an option is unknown or not a
+            number.
+        ValueError: If an array is not ``(n, 5)`` or ``classify_color`` gives another number of
+            colours.
     """
     check_clauses(metadata)
     settings = _settings(options)
@@ -167,7 +193,9 @@ def judge(metadata: dict,
             if 'color' in clause:
                 colors = list(classify_color(name, rows))
                 if len(colors) != len(rows):
-                    raise ValueError(f'classify_color gave {colors} for {len(rows)} boxes of class {name!r}')
+                    raise ValueError(
+                        f'classify_color gave {colors} for {len(rows)} boxes of class {name!r}'
+                    )
                 reason = _color_reason(clause, colors)
             if 'position' in clause and reason is None:
                 targets = groups[clause['position'][1]]

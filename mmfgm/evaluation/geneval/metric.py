@@ -3,9 +3,10 @@ import json
 import os
 import os.path as osp
 import shutil
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from hashlib import sha256
-from typing import AbstractSet, Any, Dict, List, Optional, Sequence, Tuple
+from typing import AbstractSet, Any
 
 import numpy as np
 import torch
@@ -20,15 +21,25 @@ from mmfgm.evaluation.features import to_uint8
 from mmfgm.evaluation.metrics import SampleMetric
 from mmfgm.registry import METRICS
 
-from .layout import Entry, VerdictLog, encode_png, image_name, result_row, write_image, write_results
+from .layout import (
+    Entry,
+    VerdictLog,
+    encode_png,
+    image_name,
+    result_row,
+    write_image,
+    write_results,
+)
 from .scorer import Scorer
 from .sheets import draw_sheets
 from .summary import SCORES, summarize
 
 
-def publish(out_dir: str, images: str, rows: List[dict], scorer: Scorer, sheet_prompts: int,
-            **about) -> Tuple[Dict[str, float], Dict[str, np.ndarray]]:
-    """Write ``results.jsonl``, ``metrics.json`` and ``sheets/TAG.png``; returns the scores and the sheets.
+def publish(
+    out_dir: str, images: str, rows: list[dict], scorer: Scorer, sheet_prompts: int, **about
+) -> tuple[dict[str, float], dict[str, np.ndarray]]:
+    """Write ``results.jsonl``, ``metrics.json`` and ``sheets/TAG.png``; returns the scores and the
+    sheets.
 
     Args:
         out_dir (str): Where they go.
@@ -40,7 +51,13 @@ def publish(out_dir: str, images: str, rows: List[dict], scorer: Scorer, sheet_p
     """
     rows = sorted(rows, key=lambda row: row['filename'])
     scores, sheets = summarize(rows), draw_sheets(rows, images, sheet_prompts)
-    about = dict(detector=scorer.label, comparable=scorer.comparable, num_images=len(rows), options=scorer.options, **about)
+    about = dict(
+        detector=scorer.label,
+        comparable=scorer.comparable,
+        num_images=len(rows),
+        options=scorer.options,
+        **about,
+    )
     if scorer.note:
         about['note'] = scorer.note
         MMLogger.get_current_instance().warning(f'GenEval by {scorer.note}')
@@ -48,7 +65,10 @@ def publish(out_dir: str, images: str, rows: List[dict], scorer: Scorer, sheet_p
     write_results(out_dir, rows, images)
     for tag, sheet in sheets.items():
         write_file(osp.join(out_dir, 'sheets', f'{tag}.png'), encode_png(sheet))
-    write_file(osp.join(out_dir, 'metrics.json'), (json.dumps(dict(scores=scores, **about), indent=2) + '\n').encode())
+    write_file(
+        osp.join(out_dir, 'metrics.json'),
+        (json.dumps(dict(scores=scores, **about), indent=2) + '\n').encode(),
+    )
     return scores, sheets
 
 
@@ -56,23 +76,33 @@ def publish(out_dir: str, images: str, rows: List[dict], scorer: Scorer, sheet_p
 class GenEval(SampleMetric):
     """GenEval (Ghosh et al., 2023): whether images show what their prompts ask for.
 
-    The evaluation's dataset says what item is what: :class:`GenEvalPrompts`, or another with a ``row(idx)``. Images,
-    ``results.jsonl``, ``metrics.json`` and the sheets go to the evaluation's folder in the reference's layout. The models
-    are on the device only while it evaluates. Values: a score for each task, and those of
-    :func:`~mmfgm.evaluation.geneval.summarize`.
+    The evaluation's dataset says what item is what: :class:`GenEvalPrompts`, or another with a
+    ``row(idx)``. Images, ``results.jsonl``, ``metrics.json`` and the sheets go to the evaluation's
+    folder in the reference's layout. The models are on the device only while it evaluates. Values:
+    a score for each task, and those of :func:`~mmfgm.evaluation.geneval.summarize`.
 
     Args:
-        detector (dict): Config of the detector, ``dict(type='MMDetMask2Former', ...)`` for comparable scores.
+        detector (dict): Config of the detector, ``dict(type='MMDetMask2Former', ...)`` for
+            comparable scores.
         colors (dict, optional): Config of the colour classifier, ``dict(type='ClipColors', ...)``.
-        options (dict, optional): Options of :func:`~mmfgm.evaluation.geneval.judge` other than the reference's.
-        sheet_prompts (int): Prompts on the picture sheet of each task; 0 for no sheets. Defaults to 10.
-        keep_images (bool): False removes the images, gigabytes at 1024 pixels, once they are judged.
+        options (dict, optional): Options of :func:`~mmfgm.evaluation.geneval.judge` other than the
+            reference's.
+        sheet_prompts (int): Prompts on the picture sheet of each task; 0 for no sheets. Defaults to
+            10.
+        keep_images (bool): False removes the images, gigabytes at 1024 pixels, once they are
+            judged.
     """
 
     saves = True
 
-    def __init__(self, detector: dict, colors: Optional[dict] = None, options: Optional[dict] = None, sheet_prompts: int = 10,
-                 keep_images: bool = True):
+    def __init__(
+        self,
+        detector: dict,
+        colors: dict | None = None,
+        options: dict | None = None,
+        sheet_prompts: int = 10,
+        keep_images: bool = True,
+    ):
         super().__init__()
         self.scorer = Scorer(detector, colors, options)
         self.sheet_prompts, self.keep_images = sheet_prompts, keep_images
@@ -84,37 +114,54 @@ class GenEval(SampleMetric):
             UsageError: If it has none, or they cannot be judged.
         """
         if not hasattr(dataset, 'row'):
-            raise UsageError(f"GenEval needs a dataset that knows its prompts' metadata, such as GenEvalPrompts, but got "
-                             f'{type(dataset).__name__}')
+            raise UsageError(
+                "GenEval needs a dataset that knows its prompts' metadata, such as GenEvalPrompts,"
+                f' but got {type(dataset).__name__}'
+            )
         n = getattr(dataset, 'samples_per_prompt', 1)
-        self.entries = [Entry(image_name(*divmod(i, n)), dataset.row(i)) for i in range(len(dataset))]
+        self.entries = [
+            Entry(image_name(*divmod(i, n)), dataset.row(i)) for i in range(len(dataset))
+        ]
         self.scorer.check([entry.row for entry in self.entries])
 
     @property
     def value_names(self) -> Sequence[str]:
         return (*dict.fromkeys(entry.row['tag'] for entry in self.entries), *SCORES)
 
-    def reset(self, num_samples: int, out_dir: Optional[str] = None, origin: Optional[dict] = None) -> None:
+    def reset(
+        self, num_samples: int, out_dir: str | None = None, origin: dict | None = None
+    ) -> None:
         super().reset(num_samples, out_dir, origin)
-        self.rows: Dict[int, dict] = {}
+        self.rows: dict[int, dict] = {}
         self.out_dir, self.log, done = out_dir, None, [{}]
         self.sampling = (origin or {}).get('sampling', {})
         if out_dir:
             # images belong to their origin, so verdicts of another one do not count
-            self.log = VerdictLog(out_dir, dict(scorer=self.scorer.identity, origin=origin), get_rank())
+            self.log = VerdictLog(
+                out_dir, dict(scorer=self.scorer.identity, origin=origin), get_rank()
+            )
             if is_main_process():
                 held = self.log.read(out_dir, self.entries)
-                done = [{i: held[entry.name] for i, entry in enumerate(self.entries) if entry.name in held}]
+                done = [
+                    {
+                        i: held[entry.name]
+                        for i, entry in enumerate(self.entries)
+                        if entry.name in held
+                    }
+                ]
                 if not held and osp.isdir(out_dir):
                     self._clear()
             broadcast_object_list(done)
         self.taken_up = done[0]
         if self.taken_up and is_main_process():
-            MMLogger.get_current_instance().info(f'GenEval: {len(self.taken_up)} of {num_samples} images are judged already')
+            MMLogger.get_current_instance().info(
+                f'GenEval: {len(self.taken_up)} of {num_samples} images are judged already'
+            )
         self.scorer.to(get_device())
 
     def _clear(self) -> None:
-        """Remove what an evaluation of something else left, so that the folder holds one set of images."""
+        """Remove what an evaluation of something else left, so that the folder holds one set of
+        images."""
         for name in os.listdir(self.out_dir):
             if name.isdigit() or name == 'verdicts':
                 shutil.rmtree(osp.join(self.out_dir, name))
@@ -132,12 +179,16 @@ class GenEval(SampleMetric):
         if not idx:
             return
         if samples.ndim != 4 or samples.shape[1] != 3:
-            raise UsageError(f'GenEval judges images (N, 3, H, W), but the samples have shape {tuple(samples.shape)}; latents '
-                             "need model.decoder, for example dict(type='LatentDecoder')")
+            raise UsageError(
+                'GenEval judges images (N, 3, H, W), but the samples have shape'
+                f' {tuple(samples.shape)}; latents need model.decoder, for example'
+                " dict(type='LatentDecoder')"
+            )
         images = list(to_uint8(samples).permute(0, 2, 3, 1).cpu().numpy())
         entries = [self.entries[i] for i in idx]
         with ThreadPoolExecutor() as pool:
-            # a PNG of 1024 pixels takes about as long as a one-step image: meanwhile the detector works
+            # a PNG of 1024 pixels takes about as long as a one-step image: meanwhile the detector
+            # works
             contents = pool.map(encode_png, images if self.log else ())
             judged = self.scorer.score(images, [entry.row for entry in entries])
             contents = list(contents)
@@ -148,7 +199,7 @@ class GenEval(SampleMetric):
             self.log.append(rows, [sha256(content).hexdigest() for content in contents])
         self.rows.update(zip(idx, rows))
 
-    def evaluate(self, size: int) -> Dict[str, float]:
+    def evaluate(self, size: int) -> dict[str, float]:
         gathered = gather_object(self.rows)
         counted, scores = [0], [None]
         if is_main_process():
@@ -161,10 +212,12 @@ class GenEval(SampleMetric):
         broadcast_object_list(scores)
         return scores[0]
 
-    def _publish(self, rows: List[dict]) -> Dict[str, float]:
+    def _publish(self, rows: list[dict]) -> dict[str, float]:
         if not self.out_dir:
             return summarize(rows)
-        scores, self.pictures = publish(self.out_dir, self.out_dir, rows, self.scorer, self.sheet_prompts, **self.sampling)
+        scores, self.pictures = publish(
+            self.out_dir, self.out_dir, rows, self.scorer, self.sheet_prompts, **self.sampling
+        )
         if not self.keep_images:
             self._clear()
         return scores

@@ -1,23 +1,30 @@
 # Copyright (c) mmfgm authors.
-"""GenEval's prompts (Ghosh et al., 2023): the 553 of the paper, others like them, and files of a user's own."""
+"""GenEval's prompts (Ghosh et al., 2023): the 553 of the paper, others like them, and files of a
+user's own."""
+
 import json
 from pathlib import Path
-from typing import List, Union
 
 import numpy as np
 
 from mmfgm.errors import UsageError
 
-# COCO's classes in order, but for the names of 64, 65 and 66: match a detector's classes by index, not by name
-OBJECT_NAMES = tuple("""
-person, bicycle, car, motorcycle, airplane, bus, train, truck, boat, traffic light, fire hydrant, stop sign,
-parking meter, bench, bird, cat, dog, horse, sheep, cow, elephant, bear, zebra, giraffe, backpack, umbrella, handbag,
-tie, suitcase, frisbee, skis, snowboard, sports ball, kite, baseball bat, baseball glove, skateboard, surfboard,
-tennis racket, bottle, wine glass, cup, fork, knife, spoon, bowl, banana, apple, sandwich, orange, broccoli, carrot,
-hot dog, pizza, donut, cake, chair, couch, potted plant, bed, dining table, toilet, tv, laptop, computer mouse,
-tv remote, computer keyboard, cell phone, microwave, oven, toaster, sink, refrigerator, book, clock, vase, scissors,
+# COCO's classes in order, but for the names of 64, 65 and 66: match a detector's classes by index,
+# not by name
+OBJECT_NAMES = tuple(
+    """
+person, bicycle, car, motorcycle, airplane, bus, train, truck, boat, traffic light, fire hydrant,
+stop sign, parking meter, bench, bird, cat, dog, horse, sheep, cow, elephant, bear, zebra, giraffe,
+backpack, umbrella, handbag, tie, suitcase, frisbee, skis, snowboard, sports ball, kite, baseball
+bat, baseball glove, skateboard, surfboard, tennis racket, bottle, wine glass, cup, fork, knife,
+spoon, bowl, banana, apple, sandwich, orange, broccoli, carrot, hot dog, pizza, donut, cake, chair,
+couch, potted plant, bed, dining table, toilet, tv, laptop, computer mouse, tv remote, computer
+keyboard, cell phone, microwave, oven, toaster, sink, refrigerator, book, clock, vase, scissors,
 teddy bear, hair drier, toothbrush
-""".strip().replace(',\n', ', ').split(', '))
+""".strip()
+    .replace(',\n', ', ')
+    .split(', ')
+)
 COLORS = ('red', 'orange', 'yellow', 'green', 'blue', 'purple', 'pink', 'brown', 'black', 'white')
 RELATIONS = ('left of', 'right of', 'above', 'below')
 
@@ -37,7 +44,9 @@ def _clause(name: str, count: int = 1, **conditions) -> dict:
 
 def _two_object(rng: np.random.Generator) -> dict:
     a, b = (OBJECT_NAMES[i] for i in rng.choice(80, 2, replace=False))
-    return dict(tag='two_object', include=[_clause(a), _clause(b)], prompt=f'a photo of {_a(a)} and {_a(b)}')
+    return dict(
+        tag='two_object', include=[_clause(a), _clause(b)], prompt=f'a photo of {_a(a)} and {_a(b)}'
+    )
 
 
 def _counting(rng: np.random.Generator) -> dict:
@@ -46,13 +55,16 @@ def _counting(rng: np.random.Generator) -> dict:
         tag='counting',
         include=[_clause(name, count)],
         exclude=[_clause(name, count + 1)],
-        prompt=f'a photo of {("two", "three", "four")[count - 2]} {_many(name)}')
+        prompt=f'a photo of {("two", "three", "four")[count - 2]} {_many(name)}',
+    )
 
 
 def _colors(rng: np.random.Generator) -> dict:
     # + 1 leaves out persons, whom no prompt colours
     name, color = OBJECT_NAMES[rng.choice(79) + 1], COLORS[rng.choice(10)]
-    return dict(tag='colors', include=[_clause(name, color=color)], prompt=f'a photo of {_a(color)} {name}')
+    return dict(
+        tag='colors', include=[_clause(name, color=color)], prompt=f'a photo of {_a(color)} {name}'
+    )
 
 
 def _position(rng: np.random.Generator) -> dict:
@@ -62,7 +74,8 @@ def _position(rng: np.random.Generator) -> dict:
     return dict(
         tag='position',
         include=[_clause(b), _clause(a, position=[wanted, 0])],
-        prompt=f'a photo of {_a(a)} {wanted} {_a(b)}')
+        prompt=f'a photo of {_a(a)} {wanted} {_a(b)}',
+    )
 
 
 def _color_attr(rng: np.random.Generator) -> dict:
@@ -71,22 +84,28 @@ def _color_attr(rng: np.random.Generator) -> dict:
     return dict(
         tag='color_attr',
         include=[_clause(a, color=color_a), _clause(b, color=color_b)],
-        prompt=f'a photo of {_a(color_a)} {a} and {_a(color_b)} {b}')
+        prompt=f'a photo of {_a(color_a)} {a} and {_a(color_b)} {b}',
+    )
 
 
-def generate(seed: int = 43, n: int = 100) -> List[dict]:
+def generate(seed: int = 43, n: int = 100) -> list[dict]:
     """GenEval's prompts; the defaults give the 553 of the paper, bit for bit.
 
     Args:
         seed (int): Seed of the draw.
-        n (int): Prompts drawn for each task but the first, which has one per class. Duplicates are dropped.
+        n (int): Prompts drawn for each task but the first, which has one per class. Duplicates are
+            dropped.
 
     Returns:
         list[dict]: Rows ``dict(tag, include, [exclude], prompt)``, a task after the other.
     """
     rng = np.random.default_rng(seed)
     rows = [
-        dict(tag='single_object', include=[_clause(OBJECT_NAMES[i])], prompt=f'a photo of {_a(OBJECT_NAMES[i])}')
+        dict(
+            tag='single_object',
+            include=[_clause(OBJECT_NAMES[i])],
+            prompt=f'a photo of {_a(OBJECT_NAMES[i])}',
+        )
         for i in rng.choice(80, 80, replace=False)
     ]
     # one stream of random numbers: the order of the tasks is part of the definition
@@ -96,7 +115,7 @@ def generate(seed: int = 43, n: int = 100) -> List[dict]:
     return list({json.dumps(row): row for row in rows}.values())
 
 
-def to_jsonl(rows: List[dict]) -> str:
+def to_jsonl(rows: list[dict]) -> str:
     """Rows as the text of a prompt file: one JSON object a line, as the reference writes them."""
     return ''.join(json.dumps(row) + '\n' for row in rows)
 
@@ -135,22 +154,32 @@ def _check_clause(clause: dict, index: int, where: str, conditions: bool) -> Non
     if not isinstance(clause['class'], str):
         raise UsageError(f"'class' of {where} must be a name, but is {clause['class']!r}")
     if not _whole(clause['count']) or clause['count'] < 1:
-        raise UsageError(f"'count' of {where} must be a whole number from 1, but is {clause['count']!r}")
+        raise UsageError(
+            f"'count' of {where} must be a whole number from 1, but is {clause['count']!r}"
+        )
     if not conditions:
         return
     if 'color' in clause and clause['color'] not in COLORS:
-        raise UsageError(f"'color' of {where} must be one of {', '.join(COLORS)}, but is {clause['color']!r}")
+        raise UsageError(
+            f"'color' of {where} must be one of {', '.join(COLORS)}, but is {clause['color']!r}"
+        )
     if 'position' in clause:
         position = clause['position']
         if not isinstance(position, (list, tuple)) or len(position) != 2:
-            raise UsageError(f"'position' of {where} must be [relation, index of an earlier clause], but is "
-                             f'{position!r}')
+            raise UsageError(
+                f"'position' of {where} must be [relation, index of an earlier clause], but is "
+                f'{position!r}'
+            )
         wanted, target = position
         if wanted not in RELATIONS:
-            raise UsageError(f"'position' of {where} must be one of {', '.join(RELATIONS)}, but is {wanted!r}")
+            raise UsageError(
+                f"'position' of {where} must be one of {', '.join(RELATIONS)}, but is {wanted!r}"
+            )
         if not _whole(target) or not 0 <= target < index:
-            raise UsageError(f"'position' of {where} must refer to an earlier include clause by its index, but refers to "
-                             f'{target!r}')
+            raise UsageError(
+                f"'position' of {where} must refer to an earlier include clause by its index, but"
+                f' refers to {target!r}'
+            )
 
 
 def check_row(row: dict) -> None:
@@ -168,18 +197,22 @@ def check_row(row: dict) -> None:
     for key in ('include', 'exclude'):
         for index, clause in enumerate(row.get(key, [])):
             if clause['class'] not in OBJECT_NAMES:
-                raise UsageError(f"'class' of {key}[{index}] must be one of GenEval's 80 object names, but is "
-                                 f"{clause['class']!r}; see mmfgm.evaluation.geneval.prompts.OBJECT_NAMES")
+                raise UsageError(
+                    f"'class' of {key}[{index}] must be one of GenEval's 80 object names, but is "
+                    f'{clause["class"]!r}; see mmfgm.evaluation.geneval.prompts.OBJECT_NAMES'
+                )
 
 
-def read_metadata(path: Union[str, Path]) -> List[dict]:
-    """Rows of a prompt file: one JSON object a line, with ``tag``, ``include``, optionally ``exclude``, and ``prompt``.
+def read_metadata(path: str | Path) -> list[dict]:
+    """Rows of a prompt file: one JSON object a line, with ``tag``, ``include``, optionally
+    ``exclude``, and ``prompt``.
 
     Blank lines are skipped.
 
     Raises:
-        UsageError: If the file cannot be read or has no rows; names file and line if a line is not JSON, lacks a key or
-            has a class, colour, relation, count or target that GenEval does not know.
+        UsageError: If the file cannot be read or has no rows; names file and line if a line is not
+            JSON, lacks a key or has a class, colour, relation, count or target that GenEval does
+            not know.
     """
     try:
         lines = Path(path).read_text(encoding='utf-8').split('\n')

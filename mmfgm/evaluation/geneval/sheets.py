@@ -1,9 +1,10 @@
 # Copyright (c) mmfgm authors.
 """Picture sheets: what was asked for, what came, what the detector saw and how it was judged."""
+
 import json
 import os.path as osp
 import textwrap
-from typing import Dict, List, Sequence, Tuple
+from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -29,11 +30,19 @@ def _tile(row: dict, folder: str) -> Image.Image:
     else:
         scale = TILE / max(image.size)
         # pixels of tiny images stay visible
-        image = image.resize([max(1, round(side * scale)) for side in image.size],
-                             Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS)
+        image = image.resize(
+            [max(1, round(side * scale)) for side in image.size],
+            Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS,
+        )
         tile.paste(image)
         metadata, details = json.loads(row['metadata']), json.loads(row['details'])
-        asked = list(dict.fromkeys(clause['class'] for key in ('include', 'exclude') for clause in metadata.get(key, ())))
+        asked = list(
+            dict.fromkeys(
+                clause['class']
+                for key in ('include', 'exclude')
+                for clause in metadata.get(key, ())
+            )
+        )
         # what was not asked for is a thin line below the rest
         for name in [*(name for name in details if name not in asked), *asked]:
             for *corners, score in details.get(name, ()):
@@ -42,7 +51,14 @@ def _tile(row: dict, folder: str) -> Image.Image:
                     draw.rectangle(box, outline=NEUTRAL)
                     continue
                 draw.rectangle(box, outline=BOXES[asked.index(name) % len(BOXES)], width=3)
-                draw.text((box[0] + 4, box[1] + 2), f'{name} {score:.2f}', 'white', font, stroke_width=2, stroke_fill='black')
+                draw.text(
+                    (box[0] + 4, box[1] + 2),
+                    f'{name} {score:.2f}',
+                    'white',
+                    font,
+                    stroke_width=2,
+                    stroke_fill='black',
+                )
     draw.rectangle((0, 0, TILE - 1, TILE - 1), outline=color, width=4)
     return tile
 
@@ -54,7 +70,7 @@ def _caption(row: dict) -> str:
     return '\n'.join([*lines[:3], *(['...'] if len(lines) > 3 else [])])
 
 
-def draw_sheet(groups: Sequence[List[dict]], folder: str) -> np.ndarray:
+def draw_sheet(groups: Sequence[list[dict]], folder: str) -> np.ndarray:
     """A row of samples for each prompt, with boxes, verdict and reason.
 
     Args:
@@ -75,12 +91,18 @@ def draw_sheet(groups: Sequence[List[dict]], folder: str) -> np.ndarray:
         for column, row in enumerate(rows):
             left = MARGIN + column * (TILE + MARGIN)
             sheet.paste(_tile(row, folder), (left, top + line))
-            draw.multiline_text((left, top + line + TILE + 3), _caption(row), RIGHT if row['correct'] else WRONG, font)
+            draw.multiline_text(
+                (left, top + line + TILE + 3),
+                _caption(row),
+                RIGHT if row['correct'] else WRONG,
+                font,
+            )
     return np.asarray(sheet)
 
 
-def draw_sheets(rows: List[dict], folder: str, prompts: int = 20) -> Dict[str, np.ndarray]:
-    """A sheet for each task, of so many prompts, evenly spaced among those in order of their file names.
+def draw_sheets(rows: list[dict], folder: str, prompts: int = 20) -> dict[str, np.ndarray]:
+    """A sheet for each task, of so many prompts, evenly spaced among those in order of their file
+    names.
 
     Args:
         rows (list[dict]): Result rows.
@@ -90,13 +112,15 @@ def draw_sheets(rows: List[dict], folder: str, prompts: int = 20) -> Dict[str, n
     Returns:
         dict[str, np.ndarray]: Tag to RGB ``(H, W, 3)`` uint8.
     """
-    tasks: Dict[str, Dict[Tuple[str, str], List[dict]]] = {}
+    tasks: dict[str, dict[tuple[str, str], list[dict]]] = {}
     for row in sorted(rows, key=lambda row: row['filename']):
         # two folders may have one prompt
         key = (osp.dirname(row['filename']), row['metadata'])
         tasks.setdefault(row['tag'], {}).setdefault(key, []).append(row)
     sheets = {}
     for tag, found in tasks.items() if prompts else ():
-        chosen = np.unique(np.linspace(0, len(found) - 1, min(prompts, len(found))).round().astype(int))
+        chosen = np.unique(
+            np.linspace(0, len(found) - 1, min(prompts, len(found))).round().astype(int)
+        )
         sheets[tag] = draw_sheet([list(found.values())[i] for i in chosen], folder)
     return sheets

@@ -1,5 +1,6 @@
 # Copyright (c) mmfgm authors.
 """The non-saturating GAN loss (Goodfellow et al., 2014) on maps of logits, one value per sample."""
+
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -8,7 +9,8 @@ def discriminator_loss(real: Tensor, fake: Tensor) -> Tensor:
     """``-log D(real) - log(1 - D(fake))`` with ``D = sigmoid(logits)``.
 
     Args:
-        real (Tensor): Logits ``(N, ...)`` of noisy real data; their mean over everything but ``N`` counts.
+        real (Tensor): Logits ``(N, ...)`` of noisy real data; their mean over everything but ``N``
+            counts.
         fake (Tensor): Logits ``(N, ...)`` of noisy generated samples.
 
     Returns:

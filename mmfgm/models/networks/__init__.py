@@ -4,4 +4,4 @@ from .edm_velocity import EDMVelocity, UNetVelocity
 from .mlp import AdaLNMLP
 from .sd3 import SD3
 
-__all__ = ['AdaLNMLP', 'EDMUNet', 'EDMVelocity', 'SD3', 'UNetVelocity']
+__all__ = ['SD3', 'AdaLNMLP', 'EDMUNet', 'EDMVelocity', 'UNetVelocity']

@@ -1,7 +1,9 @@
 # Copyright (c) mmfgm authors.
-"""The DDPM++ U-Net of EDM (Karras et al., 2022), whose state dict is the one of the published networks."""
+"""The DDPM++ U-Net of EDM (Karras et al., 2022), whose state dict is the one of the published
+networks."""
+
 import math
-from typing import Optional, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -29,12 +31,19 @@ def _norm(channels: int) -> nn.GroupNorm:
 class Conv2d(nn.Conv2d):
     """Convolution that keeps the resolution, after doubling (``up``) or halving (``down``) it.
 
-    The [1, 1] filter of both is the 2x2 mean and nearest-neighbour doubling; ``resample_filter`` only
-    carries it in the state dict.
+    The [1, 1] filter of both is the 2x2 mean and nearest-neighbour doubling; ``resample_filter``
+    only carries it in the state dict.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, kernel: int, up: bool = False, down: bool = False,
-                 gain: float = 1.0):
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel: int,
+        up: bool = False,
+        down: bool = False,
+        gain: float = 1.0,
+    ):
         super().__init__(in_channels, out_channels, kernel, padding=kernel // 2)
         self.up, self.down = up, down
         if up or down:
@@ -50,10 +59,19 @@ class Conv2d(nn.Conv2d):
 
 
 class UNetBlock(nn.Module):
-    """Residual block with a shift from the embedding, and single-head self-attention if asked for."""
+    """Residual block with a shift from the embedding, and single-head self-attention if asked
+    for."""
 
-    def __init__(self, in_channels: int, out_channels: int, emb_channels: int, dropout: float, attention: bool = False,
-                 up: bool = False, down: bool = False):
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        emb_channels: int,
+        dropout: float,
+        attention: bool = False,
+        up: bool = False,
+        down: bool = False,
+    ):
         super().__init__()
         self.dropout = dropout
         self.norm0 = _norm(in_channels)
@@ -61,7 +79,11 @@ class UNetBlock(nn.Module):
         self.affine = _xavier_(nn.Linear(emb_channels, out_channels))
         self.norm1 = _norm(out_channels)
         self.conv1 = Conv2d(out_channels, out_channels, 3, gain=NEAR_ZERO)
-        self.skip = Conv2d(in_channels, out_channels, 1, up, down) if up or down or in_channels != out_channels else None
+        self.skip = (
+            Conv2d(in_channels, out_channels, 1, up, down)
+            if up or down or in_channels != out_channels
+            else None
+        )
         self.norm2 = self.qkv = self.proj = None
         if attention:
             self.norm2 = _norm(out_channels)
@@ -81,7 +103,9 @@ class UNetBlock(nn.Module):
         n, c, height, width = x.shape
         # channel-major: the 3 C outputs of qkv are (q, k, v) of channel 0, of channel 1, ...
         # the fused kernels want channels last
-        q, k, v = self.qkv(x).view(n, c, 3, height * width).permute(2, 0, 3, 1)[:, :, None].contiguous()
+        q, k, v = (
+            self.qkv(x).view(n, c, 3, height * width).permute(2, 0, 3, 1)[:, :, None].contiguous()
+        )
         # softmax(q k / sqrt(C)) with its sums in float32 whatever the inputs are
         out = F.scaled_dot_product_attention(q, k, v)
         return out.squeeze(1).transpose(1, 2).reshape(n, c, height, width)
@@ -89,7 +113,8 @@ class UNetBlock(nn.Module):
 
 @MODELS.register_module()
 class EDMUNet(nn.Module):
-    """DDPM++ U-Net as EDM configures it; :class:`EDMVelocity` and :class:`UNetVelocity` make a flow of it.
+    """DDPM++ U-Net as EDM configures it; :class:`EDMVelocity` and :class:`UNetVelocity` make a flow
+    of it.
 
     Args:
         img_resolution (int): Height and width of images; halved between levels.
@@ -105,34 +130,49 @@ class EDMUNet(nn.Module):
         dropout (float): Dropout probability. Defaults to 0.13, EDM's for CIFAR-10.
 
     Raises:
-        UsageError: If the resolution cannot be halved often enough, or channels do not fill a group.
+        UsageError: If the resolution cannot be halved often enough, or channels do not fill a
+            group.
     """
 
-    def __init__(self,
-                 img_resolution: int,
-                 in_channels: int,
-                 out_channels: int,
-                 label_dim: int = 0,
-                 augment_dim: int = 0,
-                 model_channels: int = 128,
-                 channel_mult: Sequence[int] = (2, 2, 2),
-                 num_blocks: int = 4,
-                 attn_resolutions: Sequence[int] = (16, ),
-                 dropout: float = 0.13):
+    def __init__(
+        self,
+        img_resolution: int,
+        in_channels: int,
+        out_channels: int,
+        label_dim: int = 0,
+        augment_dim: int = 0,
+        model_channels: int = 128,
+        channel_mult: Sequence[int] = (2, 2, 2),
+        num_blocks: int = 4,
+        attn_resolutions: Sequence[int] = (16,),
+        dropout: float = 0.13,
+    ):
         super().__init__()
         self._check(img_resolution, model_channels, channel_mult)
-        self.img_resolution, self.in_channels, self.out_channels = img_resolution, in_channels, out_channels
-        self.label_dim, self.augment_dim, self.model_channels = label_dim, augment_dim, model_channels
+        self.img_resolution, self.in_channels, self.out_channels = (
+            img_resolution,
+            in_channels,
+            out_channels,
+        )
+        self.label_dim, self.augment_dim, self.model_channels = (
+            label_dim,
+            augment_dim,
+            model_channels,
+        )
         emb_channels = 4 * model_channels
         block = dict(emb_channels=emb_channels, dropout=dropout)
 
         self.map_label = _xavier_(nn.Linear(label_dim, model_channels)) if label_dim else None
-        self.map_augment = _xavier_(nn.Linear(augment_dim, model_channels, bias=False)) if augment_dim else None
+        self.map_augment = (
+            _xavier_(nn.Linear(augment_dim, model_channels, bias=False)) if augment_dim else None
+        )
         self.map_layer0 = _xavier_(nn.Linear(model_channels, emb_channels))
         self.map_layer1 = _xavier_(nn.Linear(emb_channels, emb_channels))
 
         resolutions = [img_resolution >> level for level in range(len(channel_mult))]
-        self.enc = nn.ModuleDict({f'{img_resolution}x{img_resolution}_conv': Conv2d(in_channels, model_channels, 3)})
+        self.enc = nn.ModuleDict(
+            {f'{img_resolution}x{img_resolution}_conv': Conv2d(in_channels, model_channels, 3)}
+        )
         channels, skips = model_channels, [model_channels]
         for level, (r, mult) in enumerate(zip(resolutions, channel_mult)):
             if level > 0:
@@ -140,7 +180,8 @@ class EDMUNet(nn.Module):
                 skips.append(channels)
             for i in range(num_blocks):
                 self.enc[f'{r}x{r}_block{i}'] = UNetBlock(
-                    channels, mult * model_channels, attention=r in attn_resolutions, **block)
+                    channels, mult * model_channels, attention=r in attn_resolutions, **block
+                )
                 channels = mult * model_channels
                 skips.append(channels)
 
@@ -153,7 +194,11 @@ class EDMUNet(nn.Module):
                 self.dec[f'{r}x{r}_up'] = UNetBlock(channels, channels, up=True, **block)
             for i in range(num_blocks + 1):
                 self.dec[f'{r}x{r}_block{i}'] = UNetBlock(
-                    channels + skips.pop(), mult * model_channels, attention=i == num_blocks and r in attn_resolutions, **block)
+                    channels + skips.pop(),
+                    mult * model_channels,
+                    attention=i == num_blocks and r in attn_resolutions,
+                    **block,
+                )
                 channels = mult * model_channels
         self.dec[f'{r}x{r}_aux_norm'] = _norm(channels)
         self.dec[f'{r}x{r}_aux_conv'] = Conv2d(channels, out_channels, 3, gain=NEAR_ZERO)
@@ -163,55 +208,80 @@ class EDMUNet(nn.Module):
 
     @staticmethod
     def _check(img_resolution: int, model_channels: int, channel_mult: Sequence[int]) -> None:
-        factor = 2**(len(channel_mult) - 1)
+        factor = 2 ** (len(channel_mult) - 1)
         if img_resolution % factor:
-            raise UsageError(f'EDMUNet with {len(channel_mult)} levels needs an img_resolution divisible by {factor}, but got '
-                             f'{img_resolution}; shorten channel_mult or resize the images')
+            raise UsageError(
+                f'EDMUNet with {len(channel_mult)} levels needs an img_resolution divisible by'
+                f' {factor}, but got {img_resolution}; shorten channel_mult or resize the images'
+            )
         for channels in {model_channels, *(mult * model_channels for mult in channel_mult)}:
             if model_channels < 4 or channels % min(32, channels // 4):
-                raise UsageError(f'EDMUNet normalises {channels} channels in groups of min(32, channels / 4): choose '
-                                 f'model_channels (now {model_channels}) as a multiple of 32, or below 128 as a multiple of 4')
+                raise UsageError(
+                    f'EDMUNet normalises {channels} channels in groups of min(32, channels / 4):'
+                    f' choose model_channels (now {model_channels}) as a multiple of 32, or below'
+                    ' 128 as a multiple of 4'
+                )
 
-    def embed(self, noise_labels: Tensor, labels: Optional[Tensor], augment_labels: Optional[Tensor]) -> Tensor:
+    def embed(
+        self, noise_labels: Tensor, labels: Tensor | None, augment_labels: Tensor | None
+    ) -> Tensor:
         """Noise level, class and augmentation to ``(N, 4 * model_channels)``."""
         dtype = self.map_layer0.weight.dtype
         half = self.model_channels // 2
-        i = torch.arange(half, device=noise_labels.device, dtype=torch.promote_types(noise_labels.dtype, torch.float32))
+        i = torch.arange(
+            half,
+            device=noise_labels.device,
+            dtype=torch.promote_types(noise_labels.dtype, torch.float32),
+        )
         # i / (half - 1) reaches 1: the endpoint is included
-        angles = noise_labels[:, None] * (1 / 10000)**(i / (half - 1))
+        angles = noise_labels[:, None] * (1 / 10000) ** (i / (half - 1))
         emb = torch.cat([angles.sin(), angles.cos()], dim=1).to(dtype)
         if self.map_label is not None:
-            # one-hot without a look at the values, which would wait for the GPU; label_dim itself means "no class"
+            # one-hot without a look at the values, which would wait for the GPU; label_dim itself
+            # means "no class"
             onehot = labels[:, None] == torch.arange(self.label_dim, device=labels.device)
             emb = emb + self.map_label(onehot.to(dtype) * math.sqrt(self.label_dim))
         if self.map_augment is not None and augment_labels is not None:
             emb = emb + self.map_augment(augment_labels.to(dtype))
         return F.silu(self.map_layer1(F.silu(self.map_layer0(emb))))
 
-    def forward(self,
-                x: Tensor,
-                noise_labels: Tensor,
-                labels: Optional[Tensor] = None,
-                augment_labels: Optional[Tensor] = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        noise_labels: Tensor,
+        labels: Tensor | None = None,
+        augment_labels: Tensor | None = None,
+    ) -> Tensor:
         """``F_x (N, out_channels, H, W)``.
 
         Args:
             x (Tensor): ``(N, in_channels, H, W)``.
             noise_labels (Tensor): ``(N,)``; EDM's preconditioning passes ``ln(sigma) / 4``.
-            labels (Tensor, optional): ``(N,)`` int64 in [0, label_dim]; ``label_dim`` means "no class".
-            augment_labels (Tensor, optional): ``(N, augment_dim)``; None for images that are not augmented.
+            labels (Tensor, optional): ``(N,)`` int64 in [0, label_dim]; ``label_dim`` means "no
+                class".
+            augment_labels (Tensor, optional): ``(N, augment_dim)``; None for images that are not
+                augmented.
 
         Raises:
-            ValueError: If labels are given to an unconditional network, missing for a conditional one,
-                or (on the CPU, where looking is free) outside the classes.
+            ValueError: If labels are given to an unconditional network, missing for a conditional
+                one, or (on the CPU, where looking is free) outside the classes.
         """
         if (labels is None) == (self.map_label is not None):
-            raise ValueError(f'a network of {self.label_dim} classes was called with labels={labels}; make label_dim agree '
-                             'with the dataset')
-        if labels is not None and labels.device.type == 'cpu' and not torch.compiler.is_compiling() \
-                and labels.numel() and not 0 <= labels.min() <= labels.max() <= self.label_dim:
-            raise ValueError(f'labels must lie in [0, {self.label_dim}] ({self.label_dim} means "no class"), but lie in '
-                             f'[{int(labels.min())}, {int(labels.max())}]')
+            raise ValueError(
+                f'a network of {self.label_dim} classes was called with labels={labels}; make'
+                ' label_dim agree with the dataset'
+            )
+        if (
+            labels is not None
+            and labels.device.type == 'cpu'
+            and not torch.compiler.is_compiling()
+            and labels.numel()
+            and not 0 <= labels.min() <= labels.max() <= self.label_dim
+        ):
+            raise ValueError(
+                f'labels must lie in [0, {self.label_dim}] ({self.label_dim} means "no class"), but'
+                f' lie in [{int(labels.min())}, {int(labels.max())}]'
+            )
         emb = self.embed(noise_labels, labels, augment_labels)
         x = x.to(self.map_layer0.weight.dtype)
         skips = []

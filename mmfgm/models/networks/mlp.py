@@ -1,6 +1,6 @@
 # Copyright (c) mmfgm authors.
 import math
-from typing import Optional, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,9 @@ class TimeEmbedding(nn.Module):
         super().__init__()
         frequencies = torch.exp(torch.linspace(0, math.log(max_frequency), num_frequencies))
         self.register_buffer('frequencies', frequencies, persistent=False)
-        self.mlp = nn.Sequential(nn.Linear(2 * num_frequencies, dim), nn.SiLU(), nn.Linear(dim, dim))
+        self.mlp = nn.Sequential(
+            nn.Linear(2 * num_frequencies, dim), nn.SiLU(), nn.Linear(dim, dim)
+        )
 
     def forward(self, t: Tensor) -> Tensor:
         """``(N,)`` times in [0, 1] to ``(N, dim)``."""
@@ -25,7 +27,8 @@ class TimeEmbedding(nn.Module):
 
 
 class AdaLNBlock(nn.Module):
-    """Residual MLP block, modulated by the embedding as in DiT (Peebles & Xie, 2023): adaLN-zero."""
+    """Residual MLP block, modulated by the embedding as in DiT (Peebles & Xie, 2023):
+    adaLN-zero."""
 
     def __init__(self, width: int, embed_dim: int):
         super().__init__()
@@ -53,13 +56,15 @@ class AdaLNMLP(nn.Module):
         max_frequency (float): Highest angular frequency of the time features, rad per unit of time.
     """
 
-    def __init__(self,
-                 event_shape: Sequence[int],
-                 width: int = 512,
-                 depth: int = 4,
-                 embed_dim: int = 128,
-                 num_classes: int = 0,
-                 max_frequency: float = 1000.0):
+    def __init__(
+        self,
+        event_shape: Sequence[int],
+        width: int = 512,
+        depth: int = 4,
+        embed_dim: int = 128,
+        num_classes: int = 0,
+        max_frequency: float = 1000.0,
+    ):
         super().__init__()
         self.event_shape = tuple(event_shape)
         self.num_classes = num_classes
@@ -75,15 +80,19 @@ class AdaLNMLP(nn.Module):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
 
-    def forward(self, x_t: Tensor, t: Tensor, labels: Optional[Tensor] = None) -> Tensor:
-        """Velocity at ``x_t (N, *event_shape)`` and ``t (N,)`` in [0, 1], for ``labels (N,)`` or none.
+    def forward(self, x_t: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Velocity at ``x_t (N, *event_shape)`` and ``t (N,)`` in [0, 1], for ``labels (N,)`` or
+        none.
 
         Raises:
-            ValueError: If ``labels`` are given to an unconditional network, or missing for a conditional one.
+            ValueError: If ``labels`` are given to an unconditional network, or missing for a
+                conditional one.
         """
         if (labels is None) == (self.label_embedding is not None):
-            raise ValueError(f'a network of {self.num_classes} classes was called with labels={labels}; '
-                             'make num_classes agree with the dataset')
+            raise ValueError(
+                f'a network of {self.num_classes} classes was called with labels={labels}; '
+                'make num_classes agree with the dataset'
+            )
         emb = self.time_embedding(t)
         if labels is not None:
             emb = emb + self.label_embedding(labels)

@@ -1,6 +1,7 @@
 # Copyright (c) mmfgm authors.
 """Stable Diffusion 3 and 3.5 as a velocity network: our contract over diffusers' stock MM-DiT."""
-from typing import Any, Dict, Optional
+
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -8,7 +9,8 @@ from torch import Tensor, nn
 from mmfgm.errors import UsageError
 from mmfgm.registry import MODELS
 
-# what diffusers and the hub raise when weights cannot be had: no such folder, no network, a licence not accepted
+# what diffusers and the hub raise when weights cannot be had: no such folder, no network, a licence
+# not accepted
 LOADING_ERRORS = (OSError, ValueError, KeyError, RuntimeError)
 
 
@@ -17,7 +19,9 @@ def diffusers_module():
     try:
         import diffusers
     except ImportError as e:
-        raise UsageError(f'Stable Diffusion 3 needs diffusers ({e}); install it: pip install "mmfgm[sd3]"') from e
+        raise UsageError(
+            f'Stable Diffusion 3 needs diffusers ({e}); install it: pip install "mmfgm[sd3]"'
+        ) from e
     return diffusers
 
 
@@ -28,60 +32,88 @@ def load_pretrained(cls: type, pretrained: str, subfolder: str, **kwargs) -> nn.
         UsageError: If the weights are missing, gated, or not of this class.
     """
     try:
-        found = cls.load_config(pretrained, subfolder=subfolder, revision=kwargs.get('revision')).get('_class_name')
-        network = cls.from_pretrained(pretrained, subfolder=subfolder, **kwargs) if found == cls.__name__ else None
+        found = cls.load_config(
+            pretrained, subfolder=subfolder, revision=kwargs.get('revision')
+        ).get('_class_name')
+        network = (
+            cls.from_pretrained(pretrained, subfolder=subfolder, **kwargs)
+            if found == cls.__name__
+            else None
+        )
     except LOADING_ERRORS as e:
-        raise UsageError(f'{cls.__name__} cannot be loaded from {pretrained!r}, folder {subfolder!r}: {str(e)[:400]}\nName a '
-                         "local pipeline folder in diffusers' format, or a hub id whose licence you have accepted on its page "
-                         'and that you can download from here (hf auth login)') from e
+        raise UsageError(
+            f'{cls.__name__} cannot be loaded from {pretrained!r}, folder {subfolder!r}:'
+            f" {str(e)[:400]}\nName a local pipeline folder in diffusers' format, or a hub id"
+            ' whose licence you have accepted on its page and that you can download from here (hf'
+            ' auth login)'
+        ) from e
     if network is None:
-        raise UsageError(f'{pretrained!r} holds a {found} in {subfolder!r}, not a {cls.__name__}; name a Stable Diffusion 3 '
-                         "pipeline in diffusers' format")
+        raise UsageError(
+            f'{pretrained!r} holds a {found} in {subfolder!r}, not a {cls.__name__}; name a Stable'
+            " Diffusion 3 pipeline in diffusers' format"
+        )
     return network
 
 
 @MODELS.register_module()
 class SD3(nn.Module):
-    """Velocity of diffusers' ``SD3Transformer2DModel`` on latents; ``t`` is scaled to 0..1000 here and only here.
+    """Velocity of diffusers' ``SD3Transformer2DModel`` on latents; ``t`` is scaled to 0..1000 here
+    and only here.
 
     Args:
         latent_size (int): Height and width of the latents: an eighth of the image's.
         pretrained (str, optional): Hub id or local folder of a pipeline in diffusers' format.
-        config (dict, optional): Arguments of ``SD3Transformer2DModel`` for a random initialisation; exactly
-            one of ``pretrained`` and ``config``.
+        config (dict, optional): Arguments of ``SD3Transformer2DModel`` for a random initialisation;
+            exactly one of ``pretrained`` and ``config``.
         subfolder (str): Where the transformer lies in the pipeline. Defaults to ``'transformer'``.
         revision (str, optional): Git revision on the hub.
         variant (str, optional): Variant of the weight files, for example ``'fp16'``.
         dtype (str): Type the weights are kept in. Defaults to ``'float32'``: optimizers need it.
-        checkpointing (bool): Recompute each transformer block in the backward pass. Defaults to False.
+        checkpointing (bool): Recompute each transformer block in the backward pass. Defaults to
+            False.
 
     Raises:
         UsageError: If weights cannot be loaded, or the latents do not fit the network.
     """
 
-    def __init__(self,
-                 latent_size: int,
-                 pretrained: Optional[str] = None,
-                 config: Optional[Dict[str, Any]] = None,
-                 subfolder: str = 'transformer',
-                 revision: Optional[str] = None,
-                 variant: Optional[str] = None,
-                 dtype: str = 'float32',
-                 checkpointing: bool = False):
+    def __init__(
+        self,
+        latent_size: int,
+        pretrained: str | None = None,
+        config: dict[str, Any] | None = None,
+        subfolder: str = 'transformer',
+        revision: str | None = None,
+        variant: str | None = None,
+        dtype: str = 'float32',
+        checkpointing: bool = False,
+    ):
         super().__init__()
         if (pretrained is None) == (config is None):
-            raise UsageError('SD3 takes either pretrained (a pipeline in diffusers\' format) or config (of a random '
-                             f'initialisation), but got pretrained={pretrained!r}, config={config!r}')
+            raise UsageError(
+                "SD3 takes either pretrained (a pipeline in diffusers' format) or config (of a"
+                f' random initialisation), but got pretrained={pretrained!r}, config={config!r}'
+            )
         cls = diffusers_module().SD3Transformer2DModel
         if pretrained is None:
             self.transformer = cls(**config).to(getattr(torch, dtype))
         else:
-            self.transformer = load_pretrained(cls, pretrained, subfolder, revision=revision, variant=variant,
-                                               torch_dtype=getattr(torch, dtype))
-        patch, largest = self.transformer.config.patch_size, self.transformer.config.pos_embed_max_size
+            self.transformer = load_pretrained(
+                cls,
+                pretrained,
+                subfolder,
+                revision=revision,
+                variant=variant,
+                torch_dtype=getattr(torch, dtype),
+            )
+        patch, largest = (
+            self.transformer.config.patch_size,
+            self.transformer.config.pos_embed_max_size,
+        )
         if latent_size % patch or latent_size // patch > largest:
-            raise UsageError(f'latent_size={latent_size} must be a multiple of the patch size {patch}, and at most '
-                             f'{patch * largest}, which the position embeddings of this network reach')
+            raise UsageError(
+                f'latent_size={latent_size} must be a multiple of the patch size {patch}, and at'
+                f' most {patch * largest}, which the position embeddings of this network reach'
+            )
         self.event_shape = (self.transformer.config.in_channels, latent_size, latent_size)
         self.feature_dim = self.transformer.inner_dim
         if checkpointing:
@@ -91,45 +123,60 @@ class SD3(nn.Module):
         """Raise a UsageError unless there is a layer of that number, counted from 1."""
         layers = len(self.transformer.transformer_blocks)
         if not 1 <= layer <= layers:
-            raise UsageError(f'feature_layer={layer} is out of range: this network has the layers 1 to {layers}')
+            raise UsageError(
+                f'feature_layer={layer} is out of range: this network has the layers 1 to {layers}'
+            )
 
-    def dummy_conditions(self, batch_size: int) -> Dict[str, Tensor]:
-        """Conditions of the shapes that a cache of full-length prompts yields, for estimates of memory."""
+    def dummy_conditions(self, batch_size: int) -> dict[str, Tensor]:
+        """Conditions of the shapes that a cache of full-length prompts yields, for estimates of
+        memory."""
         config = self.transformer.config
-        return dict(prompt_embeds=torch.zeros(batch_size, 333, config.joint_attention_dim),
-                    pooled_embeds=torch.zeros(batch_size, config.pooled_projection_dim))
+        return dict(
+            prompt_embeds=torch.zeros(batch_size, 333, config.joint_attention_dim),
+            pooled_embeds=torch.zeros(batch_size, config.pooled_projection_dim),
+        )
 
-    def forward(self,
-                x_t: Tensor,
-                t: Tensor,
-                prompt_embeds: Tensor,
-                pooled_embeds: Tensor,
-                feature_layer: Optional[int] = None) -> Tensor:
-        """Velocity ``(N, C, h, w)``, or the image tokens after a layer as a map ``(N, D, h / p, w / p)``.
+    def forward(
+        self,
+        x_t: Tensor,
+        t: Tensor,
+        prompt_embeds: Tensor,
+        pooled_embeds: Tensor,
+        feature_layer: int | None = None,
+    ) -> Tensor:
+        """Velocity ``(N, C, h, w)``, or the image tokens after a layer as a map ``(N, D, h / p, w /
+        p)``.
 
         Args:
             x_t (Tensor): Latents ``(N, C, h, w)``.
             t (Tensor): ``(N,)`` in [0, 1].
             prompt_embeds (Tensor): ``(N, L, joint_attention_dim)``.
             pooled_embeds (Tensor): ``(N, pooled_projection_dim)``.
-            feature_layer (int, optional): Return the features after this layer, counted from 1, instead of
-                the velocity; later layers are not run.
+            feature_layer (int, optional): Return the features after this layer, counted from 1,
+                instead of the velocity; later layers are not run.
 
         Raises:
             UsageError: If there is no such layer.
         """
         dtype = self.transformer.proj_out.weight.dtype
-        inputs = dict(hidden_states=x_t.to(dtype), encoder_hidden_states=prompt_embeds.to(dtype),
-                      pooled_projections=pooled_embeds.to(dtype), timestep=1000 * t, return_dict=False)
+        inputs = dict(
+            hidden_states=x_t.to(dtype),
+            encoder_hidden_states=prompt_embeds.to(dtype),
+            pooled_projections=pooled_embeds.to(dtype),
+            timestep=1000 * t,
+            return_dict=False,
+        )
         if feature_layer is None:
             return self.transformer(**inputs)[0]
         return self._features(inputs, feature_layer, x_t.shape[-2:])
 
-    def _features(self, inputs: Dict[str, Any], layer: int, size: torch.Size) -> Tensor:
+    def _features(self, inputs: dict[str, Any], layer: int, size: torch.Size) -> Tensor:
         self.check_feature_layer(layer)
         blocks, kept = self.transformer.transformer_blocks, []
         # a block returns (text tokens, image tokens)
-        handle = blocks[layer - 1].register_forward_hook(lambda module, args, output: kept.append(output[1]))
+        handle = blocks[layer - 1].register_forward_hook(
+            lambda module, args, output: kept.append(output[1])
+        )
         try:
             self.transformer(**inputs, skip_layers=list(range(layer, len(blocks))))
         finally:
