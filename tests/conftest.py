@@ -73,15 +73,22 @@ model = dict(network=dict(width=16, depth=2, embed_dim=16))
 train_cfg = dict(max_iters=30)
 train_dataloader = dict(batch_size=8)
 evaluations = dict(fd=dict(interval=0, dataset=dict(num_samples=40), batch_size=16))
-default_hooks = dict(logger=dict(interval=10), checkpoint=dict(interval=30), samples=dict(interval=1000))
+default_hooks = dict(
+    logger=dict(interval=10), checkpoint=dict(interval=30), samples=dict(interval=1000)
+)
 """)
     (folder / 'fgm.py').write_text(f"""
 _base_ = [{str(ROOT / 'configs/fgm/digits.py')!r}]
-model = dict(network=dict(width=16, depth=2, embed_dim=16), teacher=dict(checkpoint={str(folder / 'teacher_run')!r}))
+model = dict(
+    network=dict(width=16, depth=2, embed_dim=16),
+    teacher=dict(checkpoint={str(folder / 'teacher_run')!r}),
+)
 train_cfg = dict(max_iters=8)
 train_dataloader = dict(batch_size=8)
 evaluations = dict(fd=dict(interval=4, dataset=dict(num_samples=40), batch_size=16))
-default_hooks = dict(logger=dict(interval=1), checkpoint=dict(interval=2), samples=dict(interval=1000))
+default_hooks = dict(
+    logger=dict(interval=1), checkpoint=dict(interval=2), samples=dict(interval=1000)
+)
 custom_imports = dict(imports=['tests.helpers'])
 """)
     train(folder / 'teacher.py', folder / 'teacher_run')

@@ -89,6 +89,11 @@ SLOW = (
     f'{TRAIN} --work-dir work_dirs/slow_online --cfg-options train_cfg.max_iters=600 '
     'optim_wrapper.online.optimizer.lr=1e-4'
 )
+COMPARED = 'python tools/report.py work_dirs/fgm/digits --beside work_dirs/slow_online'
+CACHE_PROMPTS = 'python tools/cache_prompts.py'
+CACHE_LATENTS = f'python tools/cache_latents.py images data/sd3/latents --model {SD3}'
+MERGE = 'python tools/merge_checkpoint.py work_dirs/fgm/sd3_1024'
+MY_GENERATOR = 'my_generator.py work_dirs/my_project/my_generator'
 
 COMMANDS = {
     TRAIN_TEACHER: Run(SHORT, 'work_dirs/reflow/digits/iter_2.pth'),
@@ -111,7 +116,7 @@ COMMANDS = {
         'work_dirs/slow_online/iter_2.pth',
         (TRAIN_TEACHER,),
     ),
-    'python tools/report.py work_dirs/fgm/digits --beside work_dirs/slow_online --curves docs/losses_compared.png': Run(
+    f'{COMPARED} --curves docs/losses_compared.png': Run(
         '', 'docs/losses_compared.png', (TRAIN, SLOW)
     ),
     f'python tools/generate.py {DIGITS} --labels 0 1 2 3 --compare 50 --out digits': Run(
@@ -143,13 +148,13 @@ COMMANDS = {
     f'{MY}.train my_generator.py': Run(
         SHORT, 'work_dirs/my_project/my_generator/iter_2.pth', (f'{MY}.train my_teacher.py',)
     ),
-    f'{MY}.test my_generator.py work_dirs/my_project/my_generator --network teacher generator_ema': Run(
+    f'{MY}.test {MY_GENERATOR} --network teacher generator_ema': Run(
         FEW, 'work_dirs/my_project/my_generator/test/metrics.json', (f'{MY}.train my_generator.py',)
     ),
-    f'python tools/cache_prompts.py prompts.txt data/sd3/prompts --model {SD3}': Run(
+    f'{CACHE_PROMPTS} prompts.txt data/sd3/prompts --model {SD3}': Run(
         '', 'data/sd3/prompts', (sd3_inputs,)
     ),
-    f'python tools/cache_latents.py images data/sd3/latents --model {SD3} --resolution 1024 --captions captions.jsonl': Run(
+    f'{CACHE_LATENTS} --resolution 1024 --captions captions.jsonl': Run(
         '--resolution 16', 'data/sd3/latents', (sd3_inputs,)
     ),
     'python tools/estimate_memory.py configs/fgm/sd3_1024.py --gpus 8 --gpu H100-80GB': Run(
@@ -168,13 +173,13 @@ COMMANDS = {
             (sd3_inputs, sd3_checkpoint),
         )
     ),
-    'python tools/merge_checkpoint.py work_dirs/fgm/sd3_1024 generator.safetensors --network generator_ema': Run(
+    f'{MERGE} generator.safetensors --network generator_ema': Run(
         '', 'generator.safetensors', (sd3_inputs, sd3_checkpoint)
     ),
     'python tools/geneval.py prompts data/geneval/prompts.jsonl': Run(
         '', 'data/geneval/prompts.jsonl'
     ),
-    f'python tools/cache_prompts.py data/geneval/prompts.jsonl data/geneval/prompts --model {SD3}': Run(
+    f'{CACHE_PROMPTS} data/geneval/prompts.jsonl data/geneval/prompts --model {SD3}': Run(
         '',
         'data/geneval/prompts',
         (sd3_inputs, 'python tools/geneval.py prompts data/geneval/prompts.jsonl'),

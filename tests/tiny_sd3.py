@@ -6,7 +6,9 @@ import os
 
 import torch
 
-WORDS = 'a an the red green blue cat dog bird house tree on in of with and photo painting small large'.split()
+WORDS = (
+    'a an the red green blue cat dog bird house tree on in of with and photo painting small large'
+).split()
 FACTOR = 2  # pixels per latent; 8 in the published models
 
 

@@ -3,7 +3,7 @@ import copy
 import threading
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, Union
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ from .config import read_config
 from .sampling_model import SamplingModel
 from .values import OUT_TYPES, as_seeds, convert, draw_grid, is_int
 
-Inputs = Union[int, str, Sequence[int], Sequence[str], np.ndarray, Tensor]
+Inputs = int | str | Sequence[int] | Sequence[str] | np.ndarray | Tensor
 
 
 class FGMInferencer(BaseInferencer):

@@ -17,23 +17,47 @@ from .report_curves import curves_svg, group_scalars
 from .report_data import Run, closest_packaged_config, config_difference
 
 STYLE = """
-:root { color-scheme: light dark; --line: #d4d4d8; --soft: #f4f4f5; --muted: #52525b; --link: #1d4ed8; }
-@media (prefers-color-scheme: dark) { :root { --line: #3f3f46; --soft: #27272a; --muted: #a1a1aa; --link: #93c5fd; } }
+:root {
+  color-scheme: light dark;
+  --line: #d4d4d8; --soft: #f4f4f5; --muted: #52525b; --link: #1d4ed8;
+}
+@media (prefers-color-scheme: dark) {
+  :root { --line: #3f3f46; --soft: #27272a; --muted: #a1a1aa; --link: #93c5fd; }
+}
 * { box-sizing: border-box; }
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 1180px; margin: 0 auto; padding: 24px 20px 60px; }
-h1 { font-size: 26px; margin: 0; } h2 { font-size: 21px; margin: 44px 0 8px; border-bottom: 1px solid var(--line); }
+body {
+  font: 15px/1.5 system-ui, sans-serif;
+  max-width: 1180px; margin: 0 auto; padding: 24px 20px 60px;
+}
+h1 { font-size: 26px; margin: 0; }
+h2 { font-size: 21px; margin: 44px 0 8px; border-bottom: 1px solid var(--line); }
 h3 { font-size: 16px; margin: 26px 0 8px; }
-p, figcaption, footer { color: var(--muted); } p { margin: 6px 0; } a { color: var(--link); } nav a { margin-right: 18px; }
-.grid { display: grid; align-items: start; grid-template-columns: repeat(auto-fill, minmax(330px, 1fr)); gap: 14px; }
+p, figcaption, footer { color: var(--muted); }
+p { margin: 6px 0; }
+a { color: var(--link); }
+nav a { margin-right: 18px; }
+.grid {
+  display: grid; align-items: start; gap: 14px;
+  grid-template-columns: repeat(auto-fill, minmax(330px, 1fr));
+}
 .wide { grid-template-columns: repeat(auto-fill, minmax(500px, 1fr)); }
-figure { margin: 0; padding: 8px; border: 1px solid var(--line); border-radius: 8px; min-width: 0; }
-figure svg, figure img { display: block; width: 100%; height: auto; } figure img { background: #fff; }
+figure {
+  margin: 0; padding: 8px; border: 1px solid var(--line); border-radius: 8px; min-width: 0;
+}
+figure svg, figure img { display: block; width: 100%; height: auto; }
+figure img { background: #fff; }
 figcaption { font-size: 13px; padding: 4px 2px 0; }
-.table { overflow-x: auto; margin-bottom: 12px; } table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { text-align: left; padding: 4px 18px 4px 0; border-bottom: 1px solid var(--line); vertical-align: top; }
-th { font-weight: 600; } td code { overflow-wrap: anywhere; }
+.table { overflow-x: auto; margin-bottom: 12px; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+th, td {
+  text-align: left; vertical-align: top;
+  padding: 4px 18px 4px 0; border-bottom: 1px solid var(--line);
+}
+th { font-weight: 600; }
+td code { overflow-wrap: anywhere; }
 code, pre { font: 13px/1.45 ui-monospace, monospace; }
-pre { background: var(--soft); padding: 12px; border-radius: 8px; overflow-x: auto; } summary { cursor: pointer; }
+pre { background: var(--soft); padding: 12px; border-radius: 8px; overflow-x: auto; }
+summary { cursor: pointer; }
 @media (max-width: 560px) { .grid, .wide { grid-template-columns: 1fr; } }
 """
 
@@ -72,13 +96,16 @@ def page(title: str, about: str, sections: dict[str, str]) -> str:
         f'<section id="{ids[name]}"><h2>{escape(name)}</h2>{content}</section>'
         for name, content in sections.items()
     )
+    nav = f'<nav>{links}</nav>' if len(ids) > 1 else ''
+    written = f'Written by mmfgm {__version__} on {time.strftime("%Y-%m-%d %H:%M")}.'
     return (
-        '<!DOCTYPE html>\n<html lang="en"><head><meta'
-        f' charset="utf-8"><title>{escape(title)}</title><meta name="viewport"'
-        ' content="width=device-width,'
-        f' initial-scale=1"><style>{STYLE}</style></head><body><h1>{escape(title)}</h1><p>{escape(about)}</p>{f"<nav>{links}</nav>" if len(ids) > 1 else ""}{body}<footer><p>Written'
-        f' by mmfgm {__version__} on'
-        f' {time.strftime("%Y-%m-%d %H:%M")}.</p></footer></body></html>\n'
+        '<!DOCTYPE html>\n'
+        '<html lang="en"><head><meta charset="utf-8">'
+        f'<title>{escape(title)}</title>'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f'<style>{STYLE}</style></head>'
+        f'<body><h1>{escape(title)}</h1><p>{escape(about)}</p>{nav}{body}'
+        f'<footer><p>{written}</p></footer></body></html>\n'
     )
 
 

@@ -3,8 +3,8 @@
 sampler."""
 
 import math
-from collections.abc import Iterator, Sequence
-from typing import AbstractSet, Any
+from collections.abc import Iterator, Sequence, Set
+from typing import Any
 
 import torch
 from mmengine.dist import get_dist_info
@@ -151,7 +151,7 @@ class PaddedSampler(Sampler):
     def __init__(self, dataset):
         self.size = len(dataset)
         self.rank, self.world_size = get_dist_info()
-        self.skip: AbstractSet[int] = frozenset()
+        self.skip: Set[int] = frozenset()
 
     def __len__(self) -> int:
         return math.ceil((self.size - len(self.skip)) / self.world_size)

@@ -289,7 +289,7 @@ class Shapes(Dataset):
         length: int = 50000,
         seed: int = 0,
         tags: Sequence[str] = TAGS,
-        encoder: dict = dict(),
+        encoder: dict | None = None,
         images: bool = True,
     ):
         if length < 1 or not tags or set(tags) - set(TAGS):
@@ -298,7 +298,7 @@ class Shapes(Dataset):
                 f' and tags={list(tags)}'
             )
         self.length, self.seed, self.tags, self.images = length, seed, tuple(tags), images
-        self.event_shape, self.encoder = (3, size, size), WordEncoder(**encoder)
+        self.event_shape, self.encoder = (3, size, size), WordEncoder(**(encoder or {}))
         self.metainfo = dict(dataset=type(self).__name__)
 
     def __len__(self) -> int:
@@ -340,7 +340,11 @@ class ShapePrompts(Shapes):
     """
 
     def __init__(
-        self, num_samples: int, seed: int = 1, tags: Sequence[str] = TAGS, encoder: dict = dict()
+        self,
+        num_samples: int,
+        seed: int = 1,
+        tags: Sequence[str] = TAGS,
+        encoder: dict | None = None,
     ):
         super().__init__(length=num_samples, seed=seed, tags=tags, encoder=encoder, images=False)
 

@@ -6,8 +6,8 @@
 does not count.
 """
 
-from collections.abc import Sequence
-from typing import AbstractSet, Any
+from collections.abc import Sequence, Set
+from typing import Any
 
 import numpy as np
 import torch
@@ -79,7 +79,7 @@ class SampleMetric(BaseMetric):
         self.num_samples = num_samples
         self.pictures: dict[str, np.ndarray] = {}
 
-    def finished(self) -> AbstractSet[int]:
+    def finished(self) -> Set[int]:
         """Items, the same on every process, that an interrupted run finished, and that need not be
         generated again."""
         return frozenset()
@@ -117,9 +117,9 @@ class FrechetDistance(SampleMetric):
     name = 'fd'
     min_samples = 2
 
-    def __init__(self, reference: dict | str, feature: dict = dict(type='Pixels')):
+    def __init__(self, reference: dict | str, feature: dict | None = None):
         super().__init__()
-        self.feature = build_feature(feature)
+        self.feature = build_feature(feature or dict(type='Pixels'))
         self.reference = load_reference(reference, self.feature)
 
     def check(self, num_samples: int) -> None:

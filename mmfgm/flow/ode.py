@@ -6,6 +6,7 @@ usually from 1 (noise) to 0 (data).
 """
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -79,7 +80,7 @@ def euler(
     """
     _check_times(times)
     x = x_1
-    for i, (t, t_next) in enumerate(zip(times[:-1], times[1:])):
+    for i, (t, t_next) in enumerate(pairwise(times)):
         x = x + (t_next - t) * velocity(x, t.expand(len(x)))
         if callback is not None:
             callback(i, x, t_next)
@@ -95,7 +96,7 @@ def heun(
     """
     _check_times(times)
     x = x_1
-    for i, (t, t_next) in enumerate(zip(times[:-1], times[1:])):
+    for i, (t, t_next) in enumerate(pairwise(times)):
         dt = t_next - t
         d = velocity(x, t.expand(len(x)))
         d_next = velocity(x + dt * d, t_next.expand(len(x)))

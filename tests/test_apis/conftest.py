@@ -24,7 +24,8 @@ model = dict(network=dict(width=16, depth=2, embed_dim=16), teacher=dict(checkpo
 SHAPES = f"""
 _base_ = [{str(ROOT / 'configs/fgm/shapes.py')!r}]
 model = dict(
-    network=dict(config=dict(num_layers=2, attention_head_dim=8, num_attention_heads=2, caption_projection_dim=16)),
+    network=dict(config=dict(
+        num_layers=2, attention_head_dim=8, num_attention_heads=2, caption_projection_dim=16)),
     gan=dict(feature_layer=1, head=dict(channels=8)), teacher=dict(checkpoint='TEACHER'))
 """
 
@@ -99,8 +100,9 @@ def sd3_config(folder, **generator):
     return f"""
 _base_ = [{str(ROOT / 'configs/fgm/sd3_1024.py')!r}]
 model = dict(
-    network=dict(pretrained={folder!r}, latent_size=8), decoder=dict(pretrained={folder!r}), gan=None, guidance=dict(
-        null=dict(path='nowhere')), generator=dict({', '.join(f'{k}={v}' for k, v in generator.items())}))
+    network=dict(pretrained={folder!r}, latent_size=8), decoder=dict(pretrained={folder!r}),
+    gan=None, guidance=dict(null=dict(path='nowhere')),
+    generator=dict({', '.join(f'{k}={v}' for k, v in generator.items())}))
 """
 
 

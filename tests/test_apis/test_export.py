@@ -43,7 +43,8 @@ from diffusers import StableDiffusion3Pipeline
 
 for folder, dtype, prompts, noise, out in json.load(open(sys.argv[1])):
     pipe = StableDiffusion3Pipeline.from_pretrained(folder, torch_dtype=getattr(torch, dtype))
-    images = pipe(prompts, num_inference_steps=1, guidance_scale=1.0, latents=torch.load(noise).to(pipe.dtype), output_type='pt')
+    options = dict(num_inference_steps=1, guidance_scale=1.0, output_type='pt')
+    images = pipe(prompts, latents=torch.load(noise).to(pipe.dtype), **options)
     torch.save(images.images.float(), out)
 try:
     import mmfgm

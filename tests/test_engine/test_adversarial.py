@@ -23,15 +23,19 @@ def config(tmp_path_factory):
 _base_ = [{str(ROOT / 'configs/fgm/shapes.py')!r}]
 model = dict(
     type='RowNoiseFGM', teacher=dict(checkpoint=None), gan=dict(head=dict(channels=8)),
-    network=dict(config=dict(num_layers=2, attention_head_dim=8, num_attention_heads=2, caption_projection_dim=16)))
+    network=dict(config=dict(
+        num_layers=2, attention_head_dim=8, num_attention_heads=2, caption_projection_dim=16)))
 train_dataloader = dict(batch_size=8, num_workers=0)
 train_cfg = dict(max_iters=4)
 # float32 noise in a tiny gradient must not become a full step
-optim_wrapper = dict(online=dict(optimizer=dict(eps=1e-2)), discriminator=dict(optimizer=dict(eps=1e-3, lr=1e-2)),
-                     generator=dict(optimizer=dict(eps=1e-2)))
+optim_wrapper = dict(
+    online=dict(optimizer=dict(eps=1e-2)), generator=dict(optimizer=dict(eps=1e-2)),
+    discriminator=dict(optimizer=dict(eps=1e-3, lr=1e-2)))
 evaluations = dict(shapes=dict(interval=4, dataset=dict(num_samples=13), batch_size=5,
                                metrics=dict(score=dict(prompts=dict(num_samples=13)))))
-default_hooks = dict(logger=dict(interval=1), checkpoint=dict(interval=2), samples=dict(interval=1000))
+default_hooks = dict(
+    logger=dict(interval=1), checkpoint=dict(interval=2), samples=dict(interval=1000)
+)
 custom_imports = dict(imports=['tests.helpers'])
 """)
     return path

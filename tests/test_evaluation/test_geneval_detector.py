@@ -343,7 +343,7 @@ def test_op_is_held_against_its_pytorch_spelling(weights, monkeypatch):
     monkeypatch.setattr(detector.network, 'to', lambda device: None)
     monkeypatch.setattr(ops.MultiScaleDeformableAttnFunction, 'apply', compiled)
     cpu = torch.device('cpu')
-    for factor, fails in ((1, False), (1.01, True)):
+    for factor, fails in ((1, False), (1.01, True)):  # noqa: B007, `compiled` reads factor
         if fails:
             with pytest.raises(UsageError, match='is wrong by.*install_mmcv_ops'):
                 mmdet_detector.check_deformable_attention(cpu)

@@ -31,7 +31,7 @@ def test_published_weights_are_known_by_their_checksum(tmp_path, monkeypatch):
             'Mask2Former (mmdet, weights tiny.pth), not comparable with published GenEval scores',
         ),
     ):
-        monkeypatch.setattr(mmdet_detector, 'sha256', lambda path: digest)
+        monkeypatch.setattr(mmdet_detector, 'sha256', lambda path, digest=digest: digest)
         found = MMDetMask2Former(checkpoint)
         assert found.label == label and found.comparable == ('not comparable' not in label)
         own = MMDetMask2Former(checkpoint, cfg)

@@ -35,7 +35,7 @@ N = 3  # samples of a prompt
 class StandInPrompts(Dataset):
     samples_per_prompt = N
 
-    def __init__(self, prompts=len(ROWS)):
+    def __init__(self, prompts=None):
         self.rows = ROWS[:prompts]
 
     def __len__(self):
@@ -112,13 +112,12 @@ def test_images_and_verdicts_are_those_of_the_items(tmp_path):
             and entry.row == ROWS[idx // N]
         )
         seen = detector([image])[0]
-        verdict = judge(
-            entry.row,
-            seen.boxes,
-            lambda name, indices: colors.classify(
-                [(image, seen.boxes[name][indices], seen.masks(name, indices), name)]
-            )[0],
-        )
+
+        def ask(name, indices, image=image, seen=seen):
+            crops = (image, seen.boxes[name][indices], seen.masks(name, indices), name)
+            return colors.classify([crops])[0]
+
+        verdict = judge(entry.row, seen.boxes, ask)
         assert (row['correct'], row['reason']) == (verdict.correct, verdict.reason)
         assert json.loads(row['details']) == {
             name: seen.boxes[name][kept].tolist() for name, kept in verdict.kept.items()

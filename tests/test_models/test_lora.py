@@ -39,7 +39,10 @@ def make_network():
 
 def inputs(n=3):
     g = torch.Generator().manual_seed(1)
-    rand = lambda *shape: torch.randn(*shape, generator=g, dtype=torch.float64)
+
+    def rand(*shape):
+        return torch.randn(*shape, generator=g, dtype=torch.float64)
+
     return dict(
         x_t=rand(n, 4, 8, 8),
         t=torch.rand(n, generator=g),

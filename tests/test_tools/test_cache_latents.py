@@ -108,7 +108,7 @@ def test_image_is_resized_and_cut_in_the_middle():
 
 
 def test_zip_and_webdataset_give_the_folders_latents(sd3, images, tmp_path):
-    root, names = images
+    root, _ = images
     files = sorted(path for path in root.rglob('*') if path.is_file())
     with zipfile.ZipFile(tmp_path / 'images.zip', 'w') as f:
         for path in files:
@@ -135,7 +135,7 @@ def test_zip_and_webdataset_give_the_folders_latents(sd3, images, tmp_path):
 
 
 def test_bad_images_and_captions(sd3, images, tmp_path):
-    root, names = images
+    root, _ = images
     (root / 'b.png').write_bytes((root / 'b.png').read_bytes()[:60])
     out = str(tmp_path / 'out')
     args = [str(root), out, '--model', sd3, *LATENTS]
@@ -159,7 +159,7 @@ def test_bad_images_and_captions(sd3, images, tmp_path):
     with pytest.raises(UsageError, match='has no captions; set prompts=False'):
         CachedLatents(out)
     with pytest.raises(UsageError, match='made without prompts'):
-        cache.null
+        _ = cache.null
     (root / 'c.txt').unlink()
     with pytest.raises(UsageError, match='1 of 5 .*caption of c.png is empty'):
         cache_latents(

@@ -102,7 +102,8 @@ def config(tmp_path):
 _base_ = [{str(DIGITS)!r}]
 model = dict(teacher=dict(checkpoint=None), ema=dict(generator_ema=0.9, generator_ema_slow=0.99))
 train_cfg = dict(max_iters=1)
-optim_wrapper = dict(generator=dict(optimizer=dict(_delete_=True, type='MomentumFreeAdam', lr=1e-3)))
+optim_wrapper = dict(
+    generator=dict(optimizer=dict(_delete_=True, type='MomentumFreeAdam', lr=1e-3)))
 evaluations = dict(fd=dict(interval=0))
 default_hooks = dict(samples=None, measure=dict(type='MeasureHook'))
 custom_imports = dict(imports=['tests.test_tools.test_estimate_memory'])

@@ -46,7 +46,8 @@ custom_imports = dict(imports=['tests.geneval_standin'])
 pipeline = dict(pretrained={str(folder / 'model')!r}, dtype='float32', batch_size=2,
                 call=dict(num_inference_steps=2, height=16, width=16, max_sequence_length=32))
 evaluations = dict(geneval=dict(metrics=dict(geneval=dict(
-    detector=dict(_delete_=True, type='StandInDetector'), colors=dict(_delete_=True, type='StandInColors')))))
+    detector=dict(_delete_=True, type='StandInDetector'),
+    colors=dict(_delete_=True, type='StandInColors')))))
 """)
     return folder / 'tiny.py'
 

@@ -18,7 +18,8 @@ here="$(dirname "$0")"
 case "$*" in
   *"import sys, torch, mmcv.ops"*) [ -e "$here/ops" ] ;;
   *importlib.metadata*) echo "1.0 mmcv1.0-torch$(cat "$here/torch") " ;;
-  *" download --no-cache-dir "*) mkdir onedl_mmcv-1.0 && echo "cxx = ['-std=c++17']" > onedl_mmcv-1.0/setup.py &&
+  *" download --no-cache-dir "*) mkdir onedl_mmcv-1.0 &&
+    echo "cxx = ['-std=c++17']" > onedl_mmcv-1.0/setup.py &&
     tar -czf onedl_mmcv-1.0.tar.gz onedl_mmcv-1.0 && rm -r onedl_mmcv-1.0 ;;
   *" wheel --no-cache-dir "*)
     echo "$CFLAGS $MMCV_WITH_OPS $(cat setup.py)" >> "$here/built"

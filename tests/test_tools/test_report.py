@@ -129,7 +129,7 @@ def test_runs_beside_each_other_share_panels(tmp_path):
         start(
             tmp_path / name,
             '20260101_000000',
-            losses(10, 20, offset=i) + [{'fd/fd': 1.0 + i, 'step': 20}],
+            [*losses(10, 20, offset=i), {'fd/fd': 1.0 + i, 'step': 20}],
         )
         for i, name in enumerate(('a', 'b'))
     ]

@@ -72,7 +72,8 @@ def recipe(tmp_path_factory):
 _base_ = [{str(ROOT / 'configs/fgm/sd3_1024.py')!r}]
 custom_imports = dict(imports=['tests.helpers', 'tests.geneval_standin'])
 evaluations = dict(geneval=dict(
-    interval=2, batch_size=2, dataset=dict(path={str(folder / 'geneval')!r}, metadata={rows!r}, samples_per_prompt=3),
+    interval=2, batch_size=2,
+    dataset=dict(path={str(folder / 'geneval')!r}, metadata={rows!r}, samples_per_prompt=3),
     metrics=dict(geneval=dict(detector=dict(_delete_=True, type='StandInDetector'),
                               colors=dict(_delete_=True, type='StandInColors')))))
 """)

@@ -116,8 +116,10 @@ def theirs(model, images):
         labels, masks = found.labels.cpu().numpy(), found.masks.cpu().numpy()
         rows = torch.cat([found.bboxes, found.scores[:, None]], 1).cpu().numpy()
         boxes = {name: rows[labels == index] for index, name in enumerate(OBJECT_NAMES)}
-        masks = {name: masks[labels == index] for index, name in enumerate(OBJECT_NAMES)}
-        results.append((boxes, verdict(boxes, lambda name, indices: masks[name][indices])))
+        masks_of = {name: masks[labels == index] for index, name in enumerate(OBJECT_NAMES)}
+        results.append(
+            (boxes, verdict(boxes, lambda name, indices, masks=masks_of: masks[name][indices]))
+        )
     return results
 
 

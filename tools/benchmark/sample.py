@@ -8,8 +8,7 @@ Then the teacher makes the batch with guidance. Prints median seconds of each, a
 without a GPU those are of the process's CPU time, which other load is not in.
 
 Without CONFIG, a Stable Diffusion 3 of random weights is made: --width, --depth and --latent-size
-    set how long a call takes;
-its VAE and text encoders stay tiny.
+set how long a call takes; its VAE and text encoders stay tiny.
 
     python tools/benchmark/sample.py [CONFIG [WEIGHTS]] [--batch-size 8] [--repeats 5] [--nfe 28]
 """
@@ -19,6 +18,7 @@ import os.path as osp
 import sys
 import tempfile
 import time
+from functools import partial
 
 import torch
 from mmengine.config import Config
@@ -143,10 +143,10 @@ def measure(inferencer, args):
     times = dict(encoders=[], network=[], inferencer=[])
     for _ in range(args.repeats):
         given = inputs()
-        spent, cond = seconds_of(lambda: encode(given), device)
+        spent, cond = seconds_of(partial(encode, given), device)
         times['encoders'].append(spent)
-        times['network'].append(seconds_of(lambda: bare(cond), device)[0])
-        times['inferencer'].append(seconds_of(lambda: ours(given), device)[0])
+        times['network'].append(seconds_of(partial(bare, cond), device)[0])
+        times['inferencer'].append(seconds_of(partial(ours, given), device)[0])
     median = {key: torch.stack(values).median(0).values for key, values in times.items()}
     parameters = sum(p.numel() for p in generator.parameters())
     print(

@@ -3,10 +3,10 @@ import json
 import os
 import os.path as osp
 import shutil
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from hashlib import sha256
-from typing import AbstractSet, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -166,7 +166,7 @@ class GenEval(SampleMetric):
             if name.isdigit() or name == 'verdicts':
                 shutil.rmtree(osp.join(self.out_dir, name))
 
-    def finished(self) -> AbstractSet[int]:
+    def finished(self) -> Set[int]:
         return self.taken_up.keys()
 
     def release(self) -> None:

@@ -117,7 +117,7 @@ class Scorer:
         requests: list[tuple] = []
         for image, row, detected in zip(images, rows, found):
 
-            def ask(name, indices):
+            def ask(name, indices, image=image, detected=detected):
                 requests.append(
                     (image, detected.boxes[name][indices], detected.masks(name, indices), name)
                 )
