@@ -1,4 +1,14 @@
 # Copyright (c) mmfgm authors.
+"""The errors that a user can act on, and the codes that the commands exit with."""
+
+# estimate_memory.py: the run does not fit the GPU that was named
+EXIT_DOES_NOT_FIT = 1
+# a mistake of the user, with a message
+EXIT_USAGE = 2
+# a loss or a gradient became inf or nan
+EXIT_NON_FINITE = 3
+# EX_TEMPFAIL of sysexits.h: nothing is wrong, start it again (with --resume)
+EXIT_PREEMPTED = 75
 
 
 class UsageError(ValueError):
@@ -7,3 +17,7 @@ class UsageError(ValueError):
     The message names what was expected, what was found, and the fix. The command-line tools print
     it without a traceback and exit with code 2.
     """
+
+
+class NonFiniteError(ArithmeticError):
+    """A loss or a gradient became inf or nan; the command-line tools exit with code 3."""

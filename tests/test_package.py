@@ -16,6 +16,8 @@ from tests.conftest import ROOT
 LAYERS = [
     'errors',
     'version',
+    'files',
+    'processes',
     'registry',
     'flow',
     'datasets',

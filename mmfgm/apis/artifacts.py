@@ -1,18 +1,11 @@
 # Copyright (c) mmfgm authors.
-"""What an export is on disk, how to tell it from a training checkpoint, and folders that appear
-only when whole."""
+"""What an export is on disk, and how to tell it from a training checkpoint."""
 
-import errno
-import json
 import os
 import os.path as osp
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
-
-from safetensors import SafetensorError
 
 from mmfgm.errors import UsageError
+from mmfgm.files import read_json
 
 # lies in every export of ours and says what it is; a diffusers pipeline ignores it
 EXPORT_FILE = 'mmfgm_export.json'
@@ -42,10 +35,9 @@ def read_export(path: str) -> dict:
         )
     file = osp.join(path, EXPORT_FILE)
     try:
-        with open(file) as f:
-            export = json.load(f)
+        export = read_json(file, 'export again')
         export['kind'], export['network'], export['model']['network']
-    except (OSError, ValueError, KeyError, TypeError) as e:
+    except (KeyError, TypeError) as e:
         raise UsageError(f'{file!r} is damaged ({e!r}); export again') from e
     if export['kind'] == 'lora':
         raise UsageError(
@@ -96,72 +88,3 @@ def _describe(path: str) -> str:
         )
     whole = any(osp.isfile(osp.join(path, name)) for name in ('last_checkpoint', '.metadata'))
     return 'a training checkpoint' if whole else 'a folder of another kind'
-
-
-@contextmanager
-def whole_folder(out: str, force: bool, marker: str) -> Iterator[str]:
-    """A folder to write into, that gets its name only when the block ends without an error.
-
-    Args:
-        out (str): Its name.
-        force (bool): Replace what has the name already, if that was written by the same tool.
-        marker (str): File by which the tool knows its folders.
-
-    Yields:
-        str: The folder to write into meanwhile.
-
-    Raises:
-        UsageError: If ``out`` exists and may not be replaced, or cannot be written.
-    """
-    out = osp.normpath(out)
-    if osp.lexists(out) and not force:
-        raise UsageError(f'{out!r} exists; replace it with --force, or name another')
-    if (
-        osp.lexists(out)
-        and not osp.isfile(osp.join(out, marker))
-        and not (osp.isdir(out) and not os.listdir(out))
-    ):
-        raise UsageError(
-            f'{out!r} holds no {marker}, so it was not written by this tool, and --force does not'
-            ' delete it; name another folder'
-        )
-    unfinished = f'{out}.{os.getpid()}.tmp'
-    old = f'{unfinished}.old'
-    try:
-        os.makedirs(unfinished)
-    except OSError as e:
-        raise UsageError(
-            f'{out!r} cannot be written: {e.strerror or e}; name a folder where you may write'
-        ) from e
-    try:
-        yield unfinished
-        try:
-            if osp.lexists(
-                out
-            ):  # moved aside first: there is never a moment without a whole one on disk
-                os.rename(out, old)
-            os.rename(unfinished, out)
-        except BaseException:
-            if osp.lexists(old) and not osp.lexists(out):
-                os.rename(old, out)
-            raise
-        shutil.rmtree(old, ignore_errors=True)
-    except (OSError, SafetensorError) as e:
-        if not _is_about_writing(e, out):
-            raise
-        raise UsageError(
-            f'{out!r} cannot be written: {e}; make room, or name a folder where you may write'
-        ) from e
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
-
-
-def _is_about_writing(error: Exception, out: str) -> bool:
-    """Whether the disk is full or read-only, or the file is ``out`` or one of those written in its
-    place."""
-    # safetensors and shutil hand on the system's words, but not its number
-    disk = any(
-        os.strerror(code) in str(error)
-        for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
-    )
-    return disk or str(getattr(error, 'filename', None) or '').startswith(out)

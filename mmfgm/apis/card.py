@@ -10,8 +10,8 @@ from typing import Any
 
 from mmengine.config import Config
 
-from mmfgm.datasets.files import sha256
 from mmfgm.engine.checkpoint import EXTRAS
+from mmfgm.files import sha256
 from mmfgm.models import latest_checkpoint
 from mmfgm.models.weights import read_pickle
 from mmfgm.version import __version__

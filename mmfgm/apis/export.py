@@ -13,15 +13,15 @@ from mmengine.registry import DefaultScope
 from safetensors.torch import save_file
 from torch import nn
 
-from mmfgm.datasets.cached import differences
 from mmfgm.errors import UsageError
+from mmfgm.files import differences, whole_folder
 from mmfgm.models import FGM, SD3, OneStepGenerator
 from mmfgm.models.lora import has_adapters, merge_adapters
 from mmfgm.models.networks.sd3 import diffusers_module
 from mmfgm.models.text_encoders import check_sd3, load_or_explain
 from mmfgm.registry import MODELS
 
-from .artifacts import EXPORT_FILE, PIPELINE_FILE, WEIGHTS_FILE, check_checkpoint, whole_folder
+from .artifacts import EXPORT_FILE, PIPELINE_FILE, WEIGHTS_FILE, check_checkpoint
 from .card import describe_source, find_licence, hash_weights, licence_files, write_card
 from .folding import PipelineStep, fold_generator
 from .sampling_model import SamplingModel

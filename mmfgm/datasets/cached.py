@@ -11,12 +11,10 @@ stored without the zeros that diffusers appends to reach T5's ``D``.
 """
 
 import bisect
-import json
 import os
 import os.path as osp
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -24,24 +22,13 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from mmfgm.errors import UsageError
+from mmfgm.files import differences, read_json, sha256
 from mmfgm.registry import DATASETS
 
 from .base import Batch
-from .files import sha256
 
 NULL = 'null.safetensors'
 OPEN_SHARDS = 64
-
-
-def differences(expected: Any, found: Any, name: str = '') -> Iterator[str]:
-    """What differs between two nested dicts, each as ``'a.b is 1, expected is 2'``."""
-    if isinstance(expected, dict) and isinstance(found, dict):
-        for key in sorted({*expected, *found}):
-            yield from differences(
-                expected.get(key), found.get(key), f'{name}.{key}' if name else key
-            )
-    elif expected != found:
-        yield f'{name} is {str(found)[:80]}, expected is {str(expected)[:80]}'
 
 
 def read_manifest(path: str, kind: str | None = None) -> dict:
@@ -62,12 +49,11 @@ def read_manifest(path: str, kind: str | None = None) -> dict:
             )
         )
     try:
-        with open(file) as f:
-            manifest = json.load(f)
+        manifest = read_json(file, 'make the cache again')
         found = manifest['kind']
         manifest['identity'], manifest['layout'], [shard['sha256'] for shard in manifest['shards']]
-    except (ValueError, KeyError, TypeError) as e:
-        raise UsageError(f'{file} is damaged ({e!r}); make the cache again') from e
+    except (KeyError, TypeError) as e:
+        raise UsageError(f'{file!r} is damaged ({e!r}); make the cache again') from e
     if kind is not None and found != kind:
         raise UsageError(
             f'{path!r} is a cache of {found}, expected is one of {kind}; name another folder or'

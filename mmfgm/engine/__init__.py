@@ -2,12 +2,10 @@
 from .adam import MomentumFreeAdam
 from .checkpoint import CheckpointMixin
 from .hooks import (
-    EXIT_PREEMPTED,
     CheckpointHook,
     EvaluationHook,
     MonitorHook,
     NetworkEMAHook,
-    NonFiniteError,
     PreemptionHook,
     RNGStateHook,
     SampleHook,
@@ -15,10 +13,9 @@ from .hooks import (
 from .loops import AlternatingTrainLoop
 from .optim import NetworkOptimWrapper, PerNetworkConstructor
 from .runner import FlowRunner
-from .strategies import DDPStrategy, FSDP2Strategy, SingleDeviceStrategy, init_processes
+from .strategies import DDPStrategy, FSDP2Strategy, SingleDeviceStrategy
 
 __all__ = [
-    'EXIT_PREEMPTED',
     'AlternatingTrainLoop',
     'CheckpointHook',
     'CheckpointMixin',
@@ -30,11 +27,9 @@ __all__ = [
     'MonitorHook',
     'NetworkEMAHook',
     'NetworkOptimWrapper',
-    'NonFiniteError',
     'PerNetworkConstructor',
     'PreemptionHook',
     'RNGStateHook',
     'SampleHook',
     'SingleDeviceStrategy',
-    'init_processes',
 ]

@@ -8,9 +8,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from mmfgm.errors import UsageError
+from mmfgm.processes import local
 from mmfgm.registry import OPTIMIZERS
-
-from .optim import local
 
 
 def _check_betas(betas: tuple[float, float]) -> None:

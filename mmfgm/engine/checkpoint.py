@@ -5,7 +5,6 @@ A run on one device or with DDP writes one file, a sharded run a directory. Eith
 tensors and plain containers, so it loads with ``weights_only=True``.
 """
 
-import os
 import os.path as osp
 import shutil
 import time
@@ -19,6 +18,7 @@ from mmengine.dist import all_gather_object, barrier, is_main_process
 from mmengine.logging import HistoryBuffer
 
 from mmfgm.errors import UsageError
+from mmfgm.files import replace_folder, whole_file
 from mmfgm.models.weights import (
     STATE_DICT,
     SafePlanner,
@@ -64,15 +64,6 @@ def decode_message_hub(state: dict[str, Any]) -> dict[str, Any]:
     return {**state, 'log_scalars': scalars}
 
 
-def write_text_atomically(path: str, text: str) -> None:
-    """Replace a small file in one step: a reader sees the old text or the new, never half of it."""
-    with open(f'{path}.tmp', 'w') as f:
-        f.write(text)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(f'{path}.tmp', path)
-
-
 def check_shapes(expected: dict[str, torch.Tensor], found: dict[str, torch.Size]) -> None:
     """Hold the tensors of a checkpoint against the model's.
 
@@ -93,27 +84,20 @@ def check_shapes(expected: dict[str, torch.Tensor], found: dict[str, torch.Size]
 
 
 def _save_file(content: dict, filename: str) -> None:
-    with open(f'{filename}.tmp', 'wb') as f:
+    with whole_file(filename) as unfinished, open(unfinished, 'wb') as f:
         torch.save(content, f)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(f'{filename}.tmp', filename)
 
 
 def _save_directory(tensors: dict, extras: dict, directory: str) -> None:
-    tmp = f'{directory}.tmp'
+    # all processes write into it, so its name is the same for all of them
+    unfinished = f'{directory}.tmp'
     if is_main_process():
-        shutil.rmtree(tmp, ignore_errors=True)
+        shutil.rmtree(unfinished, ignore_errors=True)
     barrier()
-    dcp.save(tensors, checkpoint_id=tmp)
+    dcp.save(tensors, checkpoint_id=unfinished)
     if is_main_process():
-        _save_file(extras, osp.join(tmp, EXTRAS))
-        if osp.exists(directory):
-            # moved aside rather than deleted first: there is never a moment without a whole one on
-            # disk
-            os.rename(directory, f'{directory}.old.tmp')
-        os.rename(tmp, directory)
-        shutil.rmtree(f'{directory}.old.tmp', ignore_errors=True)
+        _save_file(extras, osp.join(unfinished, EXTRAS))
+        replace_folder(unfinished, directory)
     barrier()
 
 

@@ -10,11 +10,6 @@ from mmfgm.errors import UsageError
 from mmfgm.registry import OPTIM_WRAPPER_CONSTRUCTORS, OPTIM_WRAPPERS
 
 
-def local(tensor: Tensor) -> Tensor:
-    """This process's part of a sharded tensor; any other tensor itself."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
 @OPTIM_WRAPPERS.register_module()
 class NetworkOptimWrapper(OptimWrapper):
     """The optimizer of one network: steps once per update and keeps the gradient norm of that step.

@@ -6,7 +6,6 @@ wrapper.
 """
 
 import functools
-import os
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack, contextmanager
 
@@ -14,7 +13,6 @@ import torch
 import torch.distributed as dist
 from mmengine._strategy.single_device import SingleDeviceStrategy as _SingleDeviceStrategy
 from mmengine.device import get_device
-from mmengine.dist import init_dist
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -29,10 +27,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from mmfgm.errors import UsageError
 from mmfgm.models.lora import has_adapters, move_to
+from mmfgm.processes import init_processes, local
 from mmfgm.registry import STRATEGIES
 
 from .checkpoint import CheckpointMixin, check_shapes
-from .optim import local
 
 PRECISIONS = ('fp32', 'tf32', 'bf16')
 
@@ -149,28 +147,6 @@ class SingleDeviceStrategy(CheckpointMixin, _SingleDeviceStrategy):
             self.model_state_dict(), {key: value.shape for key, value in state_dict.items()}
         )
         set_model_state_dict(self.model, state_dict, options=StateDictOptions(strict=False))
-
-
-def init_processes(launcher: str, backend: str | None = None, **kwargs) -> None:
-    """Connect the processes of a launcher, one per GPU, or with gloo where there is none; nothing
-    without a launcher.
-
-    Raises:
-        UsageError: If there are more processes than GPUs.
-    """
-    if launcher == 'none' or dist.is_initialized():
-        return
-    if not torch.cuda.is_available():
-        # init_dist would call torch.cuda.set_device
-        dist.init_process_group(backend='gloo')
-        return
-    local = int(os.environ.get('LOCAL_WORLD_SIZE', os.environ.get('SLURM_NTASKS_PER_NODE', 1)))
-    if local > torch.cuda.device_count():
-        raise UsageError(
-            f'{local} processes were started on this machine, but it has'
-            f' {torch.cuda.device_count()} GPU(s); start one process per GPU'
-        )
-    init_dist(launcher, backend or 'nccl', **kwargs)
 
 
 class ProcessGroupStrategy(SingleDeviceStrategy):
@@ -307,5 +283,4 @@ __all__: list[str] = [
     'FSDP2Strategy',
     'SingleDeviceStrategy',
     'default_strategy',
-    'init_processes',
 ]

@@ -14,8 +14,8 @@ from mmengine.dist import barrier
 from mmengine.logging import MMLogger
 from torch import Tensor
 
-from mmfgm.datasets.files import sha256 as file_sha256
 from mmfgm.errors import UsageError
+from mmfgm.files import sha256 as file_sha256
 from mmfgm.models import from_uint8
 from mmfgm.models.weights import read_pickle
 from mmfgm.registry import TASK_UTILS

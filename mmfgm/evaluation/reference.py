@@ -2,7 +2,6 @@
 """What generated samples are compared with: statistics of a data set's features, from images or
 from a file."""
 
-import os
 import time
 import zipfile
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from torch.utils.data import DataLoader
 
 from mmfgm.datasets import collate
 from mmfgm.errors import UsageError
+from mmfgm.files import whole_file
 from mmfgm.registry import DATASETS
 
 from .frechet import StreamingMoments
@@ -101,10 +101,8 @@ def save_reference(path: str, reference: Reference, feature: Any) -> None:
     )
     if reference.features is not None:
         data['features'] = reference.features.numpy()
-    partial = f'{path}.partial'
-    with open(partial, 'wb') as f:
+    with whole_file(path) as unfinished, open(unfinished, 'wb') as f:
         np.savez(f, **data)
-    os.replace(partial, path)
 
 
 @torch.no_grad()

@@ -31,9 +31,10 @@ from torch import Tensor
 
 from mmfgm.datasets.images import SUFFIXES
 from mmfgm.errors import UsageError
+from mmfgm.processes import on_main
 
 from .cache_prompts import read_prompts
-from .caching import DTYPES, ShardWriter, add_caching_arguments, keep_good, on_main, run_job, start
+from .caching import DTYPES, ShardWriter, add_caching_arguments, keep_good, run_job, start
 from .cli import run_tool
 from .sd3_encoders import PromptEncoder, identify, load_vae
 

@@ -28,8 +28,9 @@ from typing import Any
 from mmengine.dist import is_main_process
 
 from mmfgm.errors import UsageError
+from mmfgm.processes import on_main
 
-from .caching import DTYPES, ShardWriter, add_caching_arguments, keep_good, on_main, run_job, start
+from .caching import DTYPES, ShardWriter, add_caching_arguments, keep_good, run_job, start
 from .cli import run_tool
 from .sd3_encoders import PromptEncoder
 

@@ -7,24 +7,19 @@ import glob
 import json
 import os
 import os.path as osp
-import time
 from collections.abc import Callable, Sequence
-from datetime import timedelta
 from typing import Any
 
 import torch
-from mmengine.dist import barrier, broadcast_object_list, get_dist_info
+from mmengine.dist import barrier
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mmfgm.datasets.cached import NULL, differences, read_manifest
-from mmfgm.datasets.files import sha256
-from mmfgm.engine import init_processes
-from mmfgm.engine.checkpoint import write_text_atomically
+from mmfgm.datasets.cached import NULL, read_manifest
 from mmfgm.errors import UsageError
-
-from .cli import EXIT_USAGE
+from mmfgm.files import differences, read_json, sha256, whole_file, write_file
+from mmfgm.processes import Progress, connect, on_main, rank_and_size
 
 DTYPES = dict(bf16='bfloat16', fp32='float32')
 
@@ -86,62 +81,8 @@ def start(args: argparse.Namespace) -> str:
                 f'--{name.replace("_", "-")} must be at least'
                 f' 1{f" and at most {largest}" if largest else ""}, but is {value}'
             )
-    connect(args)
+    connect(args.launcher, args.local_rank)
     return 'cuda' if torch.cuda.is_available() else 'cpu'
-
-
-def connect(args: argparse.Namespace) -> None:
-    """Connect the processes of ``args.launcher``, which may be hours apart."""
-    os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
-    # gloo, and patiently: processes meet at the start and at the end of long parts only
-    init_processes(
-        args.launcher,
-        'gloo',
-        **(dict(timeout=timedelta(days=7)) if torch.cuda.is_available() else {}),
-    )
-
-
-def on_main(function: Callable[[], Any]) -> Any:
-    """The first process's result on all of them; its UsageError ends them all, with one message."""
-    rank, _ = get_dist_info()
-    results: list[Any] = [None]
-    if rank == 0:
-        try:
-            results = [(function(), None)]
-        except UsageError as e:
-            results = [(None, e)]
-    broadcast_object_list(results)
-    result, error = results[0]
-    if error is not None:
-        raise error if rank == 0 else SystemExit(EXIT_USAGE)
-    return result
-
-
-class Progress:
-    """Says every ten seconds, and at the end, how far the first process is with its part.
-
-    Args:
-        total (int): Items of this process.
-        unit (str): What an item is called.
-    """
-
-    def __init__(self, total: int, unit: str):
-        self.total, self.unit, self.done = total, unit, 0
-        self.began = self.said = time.perf_counter()
-
-    def step(self, count: int) -> None:
-        """Count items that are done."""
-        self.done += count
-        rank, world_size = get_dist_info()
-        now = time.perf_counter()
-        if rank == 0 and (now - self.said > 10 or self.done == self.total):
-            self.said, rate = now, self.done / (now - self.began)
-            eta = timedelta(seconds=round((self.total - self.done) / rate))
-            print(
-                f'process 1 of {world_size}: {self.done:,} of {self.total:,} {self.unit}s,'
-                f' {rate:.1f} {self.unit}s/s, ETA {eta}',
-                flush=True,
-            )
 
 
 class ShardWriter:
@@ -157,10 +98,8 @@ class ShardWriter:
     """
 
     def __init__(self, path: str, job: dict):
-        self.path, self.job = path, json.loads(json.dumps(job))
-        mask = os.umask(0)
-        os.umask(mask)
-        self.mode = 0o666 & ~mask
+        self.path = path
+        self.job = json.loads(json.dumps(job))
 
     def begin(self) -> dict[str, dict]:
         """Make or take up the folder, on one process; returns the entries of the files that are
@@ -179,7 +118,7 @@ class ShardWriter:
         if osp.exists(manifest):
             began = read_manifest(self.path)
         elif osp.exists(unfinished):
-            began = _read_json(unfinished)
+            began = read_json(unfinished, 'delete it and run again')
         else:
             if os.listdir(self.path):
                 raise UsageError(f'{self.path!r} is neither empty nor a cache; name another folder')
@@ -195,7 +134,7 @@ class ShardWriter:
                 )
         entries = [*began.get('shards', ()), *([began['null']] if began.get('null') else [])]
         entries += [
-            _read_json(file)
+            read_json(file, 'delete it and run again')
             for file in glob.glob(osp.join(glob.escape(self.path), '*.safetensors.json'))
         ]
         return {
@@ -211,28 +150,19 @@ class ShardWriter:
 
     def write(self, name: str, tensors: dict[str, Tensor], count: int, **entry: Any) -> None:
         """Write one shard, then the entry that says it is whole."""
-        path, unfinished = (
-            osp.join(self.path, name),
-            osp.join(self.path, f'{name}.{os.getpid()}.tmp'),
-        )
+        path = osp.join(self.path, name)
+        tensors = {key: value.contiguous() for key, value in tensors.items()}
         try:
-            # more than one key of metadata would be written in random order
-            save_file(
-                {key: value.contiguous() for key, value in tensors.items()},
-                unfinished,
-                dict(format='pt'),
-            )
-            os.chmod(unfinished, self.mode)  # save_file's are for their owner only
-            with open(unfinished, 'rb+') as f:
-                os.fsync(f.fileno())
-            entry = dict(
-                file=name,
-                count=count,
-                size=osp.getsize(unfinished),
-                sha256=sha256(unfinished),
-                **entry,
-            )
-            os.replace(unfinished, path)
+            with whole_file(path) as unfinished:
+                # more than one key of metadata would be written in random order
+                save_file(tensors, unfinished, dict(format='pt'))
+                entry = dict(
+                    file=name,
+                    count=count,
+                    size=osp.getsize(unfinished),
+                    sha256=sha256(unfinished),
+                    **entry,
+                )
         except (OSError, SafetensorError) as e:
             raise UsageError(
                 f'{path!r} cannot be written: {e}; what is finished stays: make room and run again'
@@ -257,16 +187,8 @@ class ShardWriter:
         return manifest
 
 
-def _read_json(path: str) -> dict:
-    try:
-        with open(path) as f:
-            return json.load(f)
-    except ValueError as e:
-        raise UsageError(f'{path!r} is damaged ({e}); delete it and run again') from e
-
-
 def _write_json(path: str, content: dict) -> None:
-    write_text_atomically(path, f'{json.dumps(content, indent=1, sort_keys=True)}\n')
+    write_file(path, f'{json.dumps(content, indent=1, sort_keys=True)}\n')
 
 
 def run_job(
@@ -291,7 +213,7 @@ def run_job(
         null (Callable, optional): Makes the tensors of the empty prompt.
         unit (str): What an item is called, for the progress.
     """
-    rank, world_size = get_dist_info()
+    rank, world_size = rank_and_size()
     done = on_main(writer.begin)
     numbers = range(-(-count // shard_size))
     # of the unfinished ones, so that all processes have work after a restart too

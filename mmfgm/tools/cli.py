@@ -12,12 +12,7 @@ import torch.distributed as dist
 from mmengine.config import Config, DictAction
 
 from mmfgm.apis.config import config_path, read_config
-from mmfgm.engine import NonFiniteError
-from mmfgm.errors import UsageError
-
-EXIT_USAGE = 2
-EXIT_NON_FINITE = 3
-
+from mmfgm.errors import EXIT_NON_FINITE, EXIT_USAGE, NonFiniteError, UsageError
 
 CONFIG_HELP = 'config file, or mmfgm::PATH for one that comes with mmfgm'
 

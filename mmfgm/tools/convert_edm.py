@@ -9,8 +9,8 @@ from collections.abc import Sequence
 
 from safetensors.torch import save
 
-from mmfgm.datasets.files import sha256, write_file
 from mmfgm.errors import UsageError
+from mmfgm.files import sha256, write_file
 from mmfgm.models.edm_checkpoint import read_edm_pickle
 
 from .cli import run_tool

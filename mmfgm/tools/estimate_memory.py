@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from mmfgm.engine import PerNetworkConstructor
 from mmfgm.engine.strategies import PRECISIONS, default_strategy
-from mmfgm.errors import UsageError
+from mmfgm.errors import EXIT_DOES_NOT_FIT, UsageError
 from mmfgm.models import FlowModel
 from mmfgm.registry import MODELS
 
@@ -375,7 +375,7 @@ def estimate_memory(argv: Sequence[str] | None = None) -> None:
         f' {memory.total / GIB:.1f} GiB {"fit" if fits else "do NOT fit"}.'
     )
     if not fits:
-        raise SystemExit(1)
+        raise SystemExit(EXIT_DOES_NOT_FIT)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

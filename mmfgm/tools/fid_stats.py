@@ -12,9 +12,9 @@ from mmengine.dist import is_main_process
 from mmengine.logging import MMLogger
 from mmengine.registry import init_default_scope
 
-from mmfgm.engine import init_processes
 from mmfgm.errors import UsageError
 from mmfgm.evaluation import build_feature, load_reference, save_reference
+from mmfgm.processes import init_processes
 
 from .cli import add_common_arguments, building, load_config, run_tool
 

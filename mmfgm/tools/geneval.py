@@ -26,15 +26,15 @@ from mmengine.dist import is_main_process
 from mmengine.logging import MMLogger
 from mmengine.registry import init_default_scope
 
-from mmfgm.datasets.files import write_file
 from mmfgm.errors import UsageError
 from mmfgm.evaluation.geneval import Scorer, generate, summarize
 from mmfgm.evaluation.geneval.dataset import metadata_rows
 from mmfgm.evaluation.geneval.layout import read_results, scan_folder
 from mmfgm.evaluation.geneval.prompts import to_jsonl
+from mmfgm.files import write_file
+from mmfgm.processes import connect, on_main
 from mmfgm.registry import TASK_UTILS
 
-from .caching import connect, on_main
 from .cli import CONFIG_HELP, add_common_arguments, building, load_config, run_tool
 from .geneval_jobs import generate_images, score_folder
 
@@ -216,7 +216,7 @@ def _start(args: argparse.Namespace) -> None:
             )
     init_default_scope('mmfgm')
     MMLogger.get_instance('mmfgm')
-    connect(args)
+    connect(args.launcher, args.local_rank)
 
 
 def _build_scorer(cfg: Config) -> Scorer:

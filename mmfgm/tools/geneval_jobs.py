@@ -12,8 +12,6 @@ import numpy as np
 from mmengine.dist import barrier, gather_object, get_dist_info
 from torch.utils.data import DataLoader, Dataset
 
-from mmfgm.datasets.cached import differences
-from mmfgm.datasets.files import sha256, write_file
 from mmfgm.engine.runner import check_work_dir
 from mmfgm.errors import UsageError
 from mmfgm.evaluation.geneval.dataset import item_seed
@@ -30,8 +28,8 @@ from mmfgm.evaluation.geneval.layout import (
 from mmfgm.evaluation.geneval.metric import publish
 from mmfgm.evaluation.geneval.pipelines import DiffusersPipeline
 from mmfgm.evaluation.geneval.scorer import Scorer
-
-from .caching import Progress, on_main
+from mmfgm.files import differences, sha256, write_file
+from mmfgm.processes import Progress, on_main
 
 ORIGIN = 'origin.json'
 

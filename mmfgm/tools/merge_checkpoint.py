@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import torch
 from safetensors.torch import save
 
-from mmfgm.datasets.files import write_file
 from mmfgm.errors import UsageError
+from mmfgm.files import write_file
 from mmfgm.models import read_state_dict
 
 from .cli import run_tool

@@ -16,8 +16,8 @@ from PIL import Image
 
 import mmfgm
 from mmfgm.datasets import Digits
-from mmfgm.engine.checkpoint import write_text_atomically
 from mmfgm.evaluation import draw_over_nfe, draw_panels
+from mmfgm.files import write_file
 from mmfgm.models import Sampling, latest_checkpoint
 from mmfgm.models.weights import read_pickle
 
@@ -59,7 +59,7 @@ def fresh_unless_same(folder: str, request: dict) -> bool:
                 return True
     shutil.rmtree(folder, ignore_errors=True)
     os.makedirs(folder)
-    write_text_atomically(note, json.dumps(request))
+    write_file(note, json.dumps(request))
     return False
 
 
@@ -128,7 +128,7 @@ def quickstart(argv: Sequence[str] | None = None) -> dict[str, dict]:
     else:
         seconds = dict(pretrain=pretrain['seconds'], distill=distill['seconds'])
         metrics = measure(fgm, teacher_dir, args, distill['checkpoint'], seconds)
-        write_text_atomically(paths[0], json.dumps(metrics, indent=2) + '\n')
+        write_file(paths[0], json.dumps(metrics, indent=2) + '\n')
     report(metrics, args.work_dir)
     return metrics
 

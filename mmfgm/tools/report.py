@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from mmfgm.apis.report_curves import curves_png, group_scalars
 from mmfgm.apis.report_data import Run, is_work_dir, read_json, read_run
 from mmfgm.apis.report_page import page, quickstart_section, run_section
-from mmfgm.datasets.files import write_file
 from mmfgm.errors import UsageError
+from mmfgm.files import write_file
 
 from .cli import CONFIG_HELP, read_config, run_tool
 

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from mmfgm.models.text_encoders import SD3TextEncoder, check_sd3, load_or_explain
+from mmfgm.processes import on_main
 
-from .caching import DTYPES, on_main
+from .caching import DTYPES
 
 
 def identify(component: Any) -> dict[str, str]:

@@ -13,9 +13,9 @@ from mmengine.dist import is_main_process
 from PIL import Image
 
 from mmfgm.engine import FlowRunner
-from mmfgm.engine.checkpoint import write_text_atomically
 from mmfgm.errors import UsageError
 from mmfgm.evaluation import build_evaluations, draw_over_nfe, draw_panels
+from mmfgm.files import write_file
 from mmfgm.models import Sampling
 
 from .cli import add_common_arguments, building, load_config, run_tool
@@ -199,7 +199,7 @@ def test(argv: Sequence[str] | None = None) -> Table:
 
 
 def _write(out: str, table: Table, panels: dict[str, torch.Tensor]) -> None:
-    write_text_atomically(osp.join(out, 'metrics.json'), json.dumps(table, indent=2) + '\n')
+    write_file(osp.join(out, 'metrics.json'), json.dumps(table, indent=2) + '\n')
     for metric, results in table.items():
         Image.fromarray(draw_over_nfe(results, metric)).save(
             osp.join(out, f'{metric.replace("/", "_")}_vs_nfe.png')

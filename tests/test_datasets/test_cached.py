@@ -112,5 +112,5 @@ def test_bad_folders(tmp_path):
     ):
         CachedLatents(str(tmp_path / 'cache'))
     (tmp_path / 'cache/manifest.json').write_text('{"kind": "latents"}')
-    with pytest.raises(UsageError, match='manifest.json is damaged'):
+    with pytest.raises(UsageError, match="manifest.json' is damaged"):
         CachedLatents(str(tmp_path / 'cache'))

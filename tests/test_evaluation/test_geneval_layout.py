@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mmfgm.datasets.files import sha256, write_file
 from mmfgm.errors import UsageError
 from mmfgm.evaluation.geneval import Verdict, summarize
 from mmfgm.evaluation.geneval.layout import (
@@ -27,6 +26,7 @@ from mmfgm.evaluation.geneval.layout import (
 )
 from mmfgm.evaluation.geneval.scorer import Judged
 from mmfgm.evaluation.geneval.sheets import draw_sheets
+from mmfgm.files import sha256, write_file
 from tests.geneval_standin import ROWS
 
 IMAGE = np.arange(6 * 8 * 3, dtype=np.uint8).reshape(6, 8, 3)

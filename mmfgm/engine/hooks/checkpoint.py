@@ -9,7 +9,7 @@ from glob import glob
 from mmengine.dist import barrier, is_main_process, master_only
 from mmengine.hooks import CheckpointHook as _CheckpointHook
 
-from mmfgm.engine.checkpoint import write_text_atomically
+from mmfgm.files import write_file
 from mmfgm.registry import HOOKS
 
 
@@ -83,7 +83,7 @@ class CheckpointHook(_CheckpointHook):
         )
         self.last_ckpt = path
         if is_main_process():
-            write_text_atomically(osp.join(runner.work_dir, 'last_checkpoint'), path)
+            write_file(osp.join(runner.work_dir, 'last_checkpoint'), path)
         # no process goes on, perhaps to its end, before the checkpoint is findable
         barrier()
         for old in outdated:

@@ -2,7 +2,7 @@
 import torch
 from mmengine.hooks import Hook
 
-from mmfgm.engine.optim import local
+from mmfgm.processes import local
 from mmfgm.registry import HOOKS
 
 

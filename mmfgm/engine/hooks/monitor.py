@@ -8,13 +8,10 @@ from mmengine.hooks import Hook
 from torch import nn
 
 from mmfgm.engine.loops import CycleRecord
-from mmfgm.engine.optim import local
+from mmfgm.errors import NonFiniteError
 from mmfgm.models import latest_checkpoint
+from mmfgm.processes import local
 from mmfgm.registry import HOOKS
-
-
-class NonFiniteError(ArithmeticError):
-    """A loss or gradient became inf or nan."""
 
 
 def non_finite_networks(networks: dict[str, nn.Module]) -> list[str]:

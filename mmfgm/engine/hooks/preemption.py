@@ -5,12 +5,10 @@ import torch
 import torch.distributed as dist
 from mmengine.hooks import Hook
 
+from mmfgm.errors import EXIT_PREEMPTED
 from mmfgm.registry import HOOKS
 
 from .checkpoint import CheckpointHook
-
-# EX_TEMPFAIL of sysexits.h: nothing is wrong, start it again (with --resume)
-EXIT_PREEMPTED = 75
 
 
 @HOOKS.register_module()

@@ -19,8 +19,8 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageOps
 
-from mmfgm.datasets.files import sha256, write_file
 from mmfgm.errors import UsageError
+from mmfgm.files import sha256, write_file
 
 from .prompts import check_row
 from .scorer import Judged

@@ -15,10 +15,10 @@ from mmengine.dist import broadcast_object_list, gather_object, get_rank, is_mai
 from mmengine.logging import MMLogger
 from torch import Tensor
 
-from mmfgm.datasets.files import write_file
 from mmfgm.errors import UsageError
 from mmfgm.evaluation.features import to_uint8
 from mmfgm.evaluation.metrics import SampleMetric
+from mmfgm.files import write_file
 from mmfgm.registry import METRICS
 
 from .layout import (

@@ -14,8 +14,8 @@ from mmengine.logging import MMLogger
 from mmengine.registry import DefaultScope
 from torch import Tensor, nn
 
-from mmfgm.datasets.files import sha256
 from mmfgm.errors import UsageError
+from mmfgm.files import sha256
 from mmfgm.models.weights import load_tensors, read_state_dict
 from mmfgm.registry import TASK_UTILS
 

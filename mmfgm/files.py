@@ -1,0 +1,191 @@
+# Copyright (c) mmfgm authors.
+"""Files and folders that appear only when they are whole, checksums, and JSON.
+
+Everything that must survive a crash is written here: beside its final name first, then flushed to
+the disk, then renamed. A reader sees the old content or the new, never half of it.
+"""
+
+import errno
+import hashlib
+import json
+import os
+import os.path as osp
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from mmfgm.errors import UsageError
+
+
+def sha256(path: str) -> str:
+    """Hex digest of a file."""
+    digest = hashlib.sha256()
+    with open(path, 'rb') as f:
+        for chunk in iter(lambda: f.read(1 << 20), b''):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def read_json(path: str, fix: str) -> Any:
+    """The content of a JSON file.
+
+    Args:
+        path (str): The file.
+        fix (str): What the message tells the user to do where it cannot be read.
+
+    Raises:
+        UsageError: If it cannot be read, or is not JSON.
+    """
+    try:
+        with open(path, encoding='utf-8') as f:
+            return json.load(f)
+    except (OSError, ValueError, RecursionError) as e:
+        raise UsageError(f'{path!r} is damaged ({e!r}); {fix}') from e
+
+
+def differences(expected: Any, found: Any, name: str = '') -> Iterator[str]:
+    """What differs between two nested dicts, each as ``'a.b is 1, expected is 2'``."""
+    if isinstance(expected, dict) and isinstance(found, dict):
+        for key in sorted({*expected, *found}):
+            yield from differences(
+                expected.get(key), found.get(key), f'{name}.{key}' if name else key
+            )
+    elif expected != found:
+        yield f'{name} is {str(found)[:80]}, expected is {str(expected)[:80]}'
+
+
+@contextmanager
+def whole_file(path: str) -> Iterator[str]:
+    """A file to write, that gets its name only when the block ends without an error.
+
+    Args:
+        path (str): Its name; a file of this name is replaced.
+
+    Yields:
+        str: The name to write to meanwhile.
+
+    Raises:
+        OSError: If it cannot be written. Nothing of it stays.
+    """
+    # Processes of several machines may have the same number.
+    unfinished = f'{path}.{uuid.uuid4().hex}.tmp'
+    try:
+        with open(unfinished, 'xb'):
+            pass
+        mode = os.stat(unfinished).st_mode
+        yield unfinished
+        # Some writers, such as safetensors, replace it by a file that only its owner may read.
+        os.chmod(unfinished, mode)
+        _flush(unfinished)
+        os.replace(unfinished, path)
+        _flush(osp.dirname(path) or '.')
+    finally:
+        if osp.exists(unfinished):
+            os.remove(unfinished)
+
+
+def write_file(path: str, content: bytes | str) -> None:
+    """Write a file that appears only when it is complete.
+
+    Raises:
+        UsageError: If it cannot be written.
+    """
+    try:
+        with whole_file(path) as unfinished, open(unfinished, 'wb') as f:
+            f.write(content.encode() if isinstance(content, str) else content)
+    except OSError as e:
+        raise UsageError(f'{path!r} cannot be written: {e}') from e
+
+
+def replace_folder(unfinished: str, out: str) -> None:
+    """Give a finished folder its name.
+
+    A folder of that name is moved aside rather than deleted first, so that there is never a moment
+    without a whole one on disk; it comes back where the new one does not get its name.
+    """
+    for folder, _, names in os.walk(unfinished):
+        for name in (*names, ''):
+            _flush(osp.join(folder, name))
+    old = f'{unfinished.removesuffix(".tmp")}.old.tmp'
+    try:
+        if osp.lexists(out):
+            shutil.rmtree(old, ignore_errors=True)
+            os.rename(out, old)
+        os.rename(unfinished, out)
+    except BaseException:
+        if osp.lexists(old) and not osp.lexists(out):
+            os.rename(old, out)
+        raise
+    _flush(osp.dirname(out) or '.')
+    shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
+def whole_folder(out: str, force: bool, marker: str) -> Iterator[str]:
+    """A folder to write into, that gets its name only when the block ends without an error.
+
+    Args:
+        out (str): Its name.
+        force (bool): Replace what has the name already, if that was written by the same tool.
+        marker (str): File by which the tool knows its folders.
+
+    Yields:
+        str: The folder to write into meanwhile.
+
+    Raises:
+        UsageError: If ``out`` exists and may not be replaced, or cannot be written.
+    """
+    out = osp.normpath(out)
+    if osp.lexists(out) and not force:
+        raise UsageError(f'{out!r} exists; replace it with --force, or name another')
+    empty = osp.isdir(out) and not os.listdir(out)
+    if osp.lexists(out) and not osp.isfile(osp.join(out, marker)) and not empty:
+        raise UsageError(
+            f'{out!r} holds no {marker}, so it was not written by this tool, and --force does not'
+            ' delete it; name another folder'
+        )
+    unfinished = f'{out}.{uuid.uuid4().hex}.tmp'
+    try:
+        os.makedirs(unfinished)
+    except OSError as e:
+        raise UsageError(
+            f'{out!r} cannot be written: {e.strerror or e}; name a folder where you may write'
+        ) from e
+    try:
+        yield unfinished
+        replace_folder(unfinished, out)
+    except UsageError:
+        raise
+    except Exception as e:  # each library that writes has errors of its own
+        if not _is_about_writing(e, out):
+            raise
+        raise UsageError(
+            f'{out!r} cannot be written: {e}; make room, or name a folder where you may write'
+        ) from e
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _is_about_writing(error: Exception, out: str) -> bool:
+    """Whether the disk is full or read-only, or the file is ``out`` or one of those written in its
+    place."""
+    # safetensors and shutil hand on the system's words, but not its number
+    disk = any(
+        os.strerror(code) in str(error)
+        for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+    )
+    return disk or str(getattr(error, 'filename', None) or '').startswith(out)
+
+
+def _flush(path: str) -> None:
+    """Make a file's content, or a folder's names, survive a power cut."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as e:
+        if e.errno not in (errno.EINVAL, errno.ENOTSUP):  # some file systems cannot flush folders
+            raise
+    finally:
+        os.close(handle)

@@ -1,0 +1,118 @@
+# Copyright (c) mmfgm authors.
+"""Several processes as one: starting them, doing something once, sharded tensors, and progress."""
+
+import os
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from mmfgm.errors import EXIT_USAGE, UsageError
+
+T = TypeVar('T')
+
+
+def init_processes(launcher: str, backend: str | None = None, **kwargs: Any) -> None:
+    """Connect the processes of a launcher, one per GPU, or with gloo where there is none; nothing
+    without a launcher.
+
+    Args:
+        launcher (str): ``'none'``, ``'pytorch'``, ``'slurm'`` or ``'mpi'``.
+        backend (str, optional): Of torch.distributed, on GPUs. Defaults to ``'nccl'``.
+        **kwargs: For MMEngine's ``init_dist``.
+
+    Raises:
+        UsageError: If there are more processes than GPUs.
+    """
+    if launcher == 'none' or dist.is_initialized():
+        return
+    if not torch.cuda.is_available():
+        # init_dist would call torch.cuda.set_device
+        dist.init_process_group(backend='gloo')
+        return
+    here = int(os.environ.get('LOCAL_WORLD_SIZE', os.environ.get('SLURM_NTASKS_PER_NODE', 1)))
+    if here > torch.cuda.device_count():
+        raise UsageError(
+            f'{here} processes were started on this machine, but it has'
+            f' {torch.cuda.device_count()} GPU(s); start one process per GPU'
+        )
+    from mmengine.dist import init_dist
+
+    init_dist(launcher, backend or 'nccl', **kwargs)
+
+
+def connect(launcher: str, local_rank: int = 0) -> None:
+    """Connect processes that meet only at the start and at the end of long parts, hours apart.
+
+    Args:
+        launcher (str): As for :func:`init_processes`.
+        local_rank (int): Of this process, where the launcher does not set ``LOCAL_RANK``.
+    """
+    os.environ.setdefault('LOCAL_RANK', str(local_rank))
+    patience = dict(timeout=timedelta(days=7)) if torch.cuda.is_available() else {}
+    init_processes(launcher, 'gloo', **patience)
+
+
+def rank_and_size() -> tuple[int, int]:
+    """This process's number and how many there are; ``(0, 1)`` where there is no launcher."""
+    if not dist.is_initialized():
+        return 0, 1
+    return dist.get_rank(), dist.get_world_size()
+
+
+def on_main(function: Callable[[], T]) -> T:
+    """The first process's result on all of them; its UsageError ends them all, with one message."""
+    rank, world_size = rank_and_size()
+    results: list[Any] = [None]
+    if rank == 0:
+        try:
+            results = [(function(), None)]
+        except UsageError as e:
+            results = [(None, e)]
+    if world_size > 1:
+        dist.broadcast_object_list(results)
+    result, error = results[0]
+    if error is not None:
+        raise error if rank == 0 else SystemExit(EXIT_USAGE)
+    return result
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This process's part of a sharded tensor; any other tensor itself."""
+    from torch.distributed.tensor import DTensor
+
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+class Progress:
+    """Says every ten seconds, and at the end, how far the first process is with its part.
+
+    Args:
+        total (int): Items of this process.
+        unit (str): What an item is called.
+    """
+
+    def __init__(self, total: int, unit: str):
+        self.total = total
+        self.unit = unit
+        self.done = 0
+        self.began = self.said = time.perf_counter()
+
+    def step(self, count: int) -> None:
+        """Count items that are done."""
+        self.done += count
+        rank, world_size = rank_and_size()
+        now = time.perf_counter()
+        if rank == 0 and (now - self.said > 10 or self.done == self.total):
+            self.said = now
+            rate = self.done / (now - self.began)
+            eta = timedelta(seconds=round((self.total - self.done) / rate))
+            print(
+                f'process 1 of {world_size}: {self.done:,} of {self.total:,} {self.unit}s,'
+                f' {rate:.1f} {self.unit}s/s, ETA {eta}',
+                flush=True,
+            )
