@@ -24,6 +24,7 @@ LAYERS = [
     'models',
     'evaluation',
     'engine',
+    'caches',
     'apis',
     'tools',
 ]

@@ -6,6 +6,7 @@ import os.path as osp
 
 from mmfgm.errors import UsageError
 from mmfgm.files import read_json
+from mmfgm.models.families import family_of
 
 # lies in every export of ours and says what it is; a diffusers pipeline ignores it
 EXPORT_FILE = 'mmfgm_export.json'
@@ -51,7 +52,7 @@ def read_export(path: str) -> dict:
         export['kind'] == 'pipeline'
     ):  # its parts lie beside the description, wherever the folder was moved
         export['model']['network']['pretrained'] = path
-        export['model']['decoder'] = dict(type='LatentDecoder', pretrained=path)
+        export['model']['decoder'] = family_of(export['model']['network']['type']).decoder(path)
     return export
 
 

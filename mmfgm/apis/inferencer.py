@@ -1,8 +1,9 @@
 # Copyright (c) mmfgm authors.
 import copy
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from torch import Tensor
 from mmfgm.datasets import collate
 from mmfgm.errors import UsageError
 from mmfgm.models import Sampling
+from mmfgm.models.families import family_named, family_of
 from mmfgm.registry import TASK_UTILS
 
 from .artifacts import is_export, read_export
@@ -96,22 +98,40 @@ class FGMInferencer(BaseInferencer):
         self.precision, self._lock = precision, threading.Lock()
         self._encoded: tuple[tuple[str, ...], dict[str, Tensor]] = ((), {})
         self._empty: dict[str, Tensor] = {}
-        self._encoder_cfg, self._encoder = (
-            text_encoder or _text_encoder(cfg, self.export, precision),
-            None,
-        )
+        self._family, self._encoder = None, None
+        self._make_encoder = self._find_encoder(cfg, text_encoder)
         super().__init__(cfg, weights, device, scope='mmfgm', show_progress=show_progress)
-        if self.model.num_classes is None and not self._encoder_cfg:
+        if self.model.num_classes is None and self._make_encoder is None:
             raise UsageError(
                 'this network takes prompts, and nothing says how they are encoded: set'
-                " text_encoder in the config, for example dict(type='SD3TextEncoder',"
-                ' pretrained=...)'
+                " text_encoder in the config, for example dict(type='WordEncoder')"
             )
+
+    def _find_encoder(self, cfg: Config, named: dict | None) -> Callable[[], Any] | None:
+        """Makes what encodes prompts, or None for a model without prompts.
+
+        The config of the call, the export or the config names it; or else the family of the
+        network has one.
+        """
+        named = named or (self.export or {}).get('text_encoder') or cfg.get('text_encoder')
+        if named and 'family' not in named:
+            return partial(TASK_UTILS.build, named)
+        options = dict(dtype='bfloat16' if self.precision == 'bf16' else 'float32')
+        if named:
+            options.update(named)
+            self._family = family_named(options.pop('family'))
+        else:
+            network = (self.export['model'] if self.export else cfg.model)['network']
+            self._family = family_of(network.get('type'))
+            options['pretrained'] = network.get('pretrained')
+        if self._family is None or not options['pretrained']:
+            return None
+        return partial(self._family.encoder, **options)
 
     # what BaseInferencer builds
     def _init_model(self, cfg: Config, weights: str | None, device: str = 'cpu') -> SamplingModel:
         with DefaultScope.overwrite_default_scope(self.scope):
-            null = self._empty_prompt if self._encoder_cfg else None
+            null = self._empty_prompt if self._make_encoder else None
             model = (
                 SamplingModel(cfg.model, weights, self.export, self.precision, null)
                 .to(device)
@@ -139,7 +159,7 @@ class FGMInferencer(BaseInferencer):
     def condition(self) -> str:
         """What inputs are: ``'labels'``, ``'prompts'``, or ``'nothing'`` for a number of
         samples."""
-        if self._encoder_cfg:
+        if self._make_encoder:
             return 'prompts'
         return 'labels' if self.model.num_classes else 'nothing'
 
@@ -153,7 +173,7 @@ class FGMInferencer(BaseInferencer):
         """What encodes prompts, loaded at first use."""
         if self._encoder is None:
             with DefaultScope.overwrite_default_scope(self.scope):
-                encoder = TASK_UTILS.build(self._encoder_cfg)
+                encoder = self._make_encoder()
             self._encoder = encoder.to(self.device) if hasattr(encoder, 'to') else encoder
         return self._encoder
 
@@ -355,7 +375,8 @@ class FGMInferencer(BaseInferencer):
     def _empty_prompt(self, cond: dict[str, Tensor]) -> dict[str, Tensor]:
         """The condition that means "no prompt", for guidance."""
         if not self._empty:  # a solver asks at every step
-            self._empty = self.text_encoder.encode([''])
+            encoder = self.text_encoder
+            self._empty = self._family.null(encoder) if self._family else encoder.encode([''])
         return {
             **cond,
             **{
@@ -363,13 +384,3 @@ class FGMInferencer(BaseInferencer):
                 for name, value in self._empty.items()
             },
         }
-
-
-def _text_encoder(cfg: Config, export: dict | None, precision: str) -> dict | None:
-    """Config of what encodes prompts, or None for a model without."""
-    named = (export or {}).get('text_encoder') or cfg.get('text_encoder')
-    if named:
-        return named
-    pretrained = (export['model'] if export else cfg.model)['network'].get('pretrained')
-    dtype = 'bfloat16' if precision == 'bf16' else 'float32'
-    return dict(type='SD3TextEncoder', pretrained=pretrained, dtype=dtype) if pretrained else None

@@ -9,8 +9,14 @@ from torch import nn
 
 from mmfgm.engine.strategies import autocast_forward
 from mmfgm.errors import UsageError
-from mmfgm.models import FGM, FlowMatching, FlowModel, OneStepGenerator, load_network
-from mmfgm.models.latents import CachedNullPrompt
+from mmfgm.models import (
+    FGM,
+    CachedNullPrompt,
+    FlowMatching,
+    FlowModel,
+    OneStepGenerator,
+    load_network,
+)
 from mmfgm.models.lora import LoRA
 from mmfgm.registry import MODELS, TASK_UTILS
 

@@ -3,11 +3,12 @@
 write it.
 
 A cache is a folder with ``manifest.json``, ``shard_000000.safetensors`` and so on, and, with
-prompts, ``null.safetensors`` of the empty prompt. A shard of ``n`` items holds ``clip (n, 77,
-D_clip)``, ``t5 (n, L, D)``, ``pooled (n, P)`` and ``x_0 (n, C, h, w)``, as far as the cache has
-them. Where padding was dropped, ``clip`` or ``t5`` is ``(tokens, D)``, the items' tokens one after
-the other, and ``clip_tokens`` or ``t5_tokens (n,)`` says how many each has. CLIP's channels are
-stored without the zeros that diffusers appends to reach T5's ``D``.
+prompts, ``null.safetensors`` of the empty prompt. A shard of ``n`` items holds latents ``x_0 (n, C,
+h, w)`` and the parts of conditions, as far as the cache has them. The manifest's ``conditions`` say
+which parts each condition is made of: ``prompt_embeds = [clip, t5]`` are ``clip (n, 77, D_clip)``
+and ``t5 (n, L, D)``, joined token after token, where channels that a part lacks are zero. Where
+padding was dropped, ``t5`` is ``(tokens, D)``, the items' tokens one after the other, and
+``t5_tokens (n,)`` says how many each has.
 """
 
 import bisect
@@ -19,6 +20,7 @@ from collections.abc import Sequence
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from torch.nn.functional import pad
 from torch.utils.data import Dataset
 
 from mmfgm.errors import UsageError
@@ -28,6 +30,8 @@ from mmfgm.registry import DATASETS
 from .base import Batch
 
 NULL = 'null.safetensors'
+# of caches that were made before their manifests said it
+CONDITIONS = dict(prompt_embeds=['clip', 't5'], pooled_embeds=['pooled'])
 OPEN_SHARDS = 64
 
 
@@ -51,6 +55,7 @@ def read_manifest(path: str, kind: str | None = None) -> dict:
     try:
         manifest = read_json(file, 'make the cache again')
         found = manifest['kind']
+        manifest.setdefault('conditions', CONDITIONS if 'clip' in manifest['layout'] else {})
         manifest['identity'], manifest['layout'], [shard['sha256'] for shard in manifest['shards']]
     except (KeyError, TypeError) as e:
         raise UsageError(f'{file!r} is damaged ({e!r}); make the cache again') from e
@@ -204,17 +209,18 @@ class ShardedCache(Dataset):
         return out
 
     def _prompts(self, rows: list[tuple[_Shard, int]]) -> Batch:
-        """``prompt_embeds (n, 77 + L, D)`` and ``pooled_embeds (n, P)``."""
-        clip, t5 = self._read(rows, 'clip'), self._read(rows, 't5')
-        clip = torch.nn.functional.pad(clip, (0, t5.shape[-1] - clip.shape[-1]))
-        return dict(
-            prompt_embeds=torch.cat([clip, t5], dim=1), pooled_embeds=self._read(rows, 'pooled')
-        )
+        """The conditions ``(n, ...)`` of items, by the names that the network takes."""
+        cond = {}
+        for name, parts in self.manifest['conditions'].items():
+            values = [self._read(rows, part) for part in parts]
+            widest = max(value.shape[-1] for value in values)
+            values = [pad(value, (0, widest - value.shape[-1])) for value in values]
+            cond[name] = torch.cat(values, dim=1)
+        return cond
 
     @property
     def null(self) -> Batch:
-        """The empty prompt, ``prompt_embeds (77 + L, D)`` and ``pooled_embeds (P,)``, for
-        guidance."""
+        """The conditions of the empty prompt, for guidance."""
         if not self.manifest.get('null'):
             raise UsageError(
                 f'{self.path!r} was made without prompts, so it has no empty prompt either'
@@ -308,7 +314,7 @@ class CachedLatents(ShardedCache):
                 f' {self.event_shape} (images of {self.manifest["settings"]["resolution"]} pixels);'
                 ' make them agree'
             )
-        if prompts and 'clip' not in self.layout:
+        if prompts and not self.manifest['conditions']:
             raise UsageError(
                 f'{self.path!r} has no captions; set prompts=False, or make it again with'
                 ' --captions'

@@ -4,14 +4,13 @@ from mmfgm.registry import FUNCTIONS, TASK_UTILS
 
 from .base import FlowModel, Phase, Sampling
 from .discriminator import GAN, ConvDiscriminator
+from .families import SD3, CachedNullPrompt, LatentDecoder, SD3TextEncoder
 from .fgm import FGM
 from .flow_matching import FlowMatching
 from .generator import OneStepGenerator
-from .latents import CachedNullPrompt, LatentDecoder
 from .losses import FGMLoss, discriminator_loss, fgm_terms, flow_matching_loss, generator_gan_loss
-from .networks import SD3, AdaLNMLP, EDMUNet, EDMVelocity, UNetVelocity
+from .networks import AdaLNMLP, EDMUNet, EDMVelocity, UNetVelocity
 from .preprocessor import ImagePreprocessor, from_uint8
-from .text_encoders import SD3TextEncoder
 from .weights import latest_checkpoint, load_network, read_state_dict
 
 # mmfgm.flow is pure torch; its parts get their config names here

@@ -29,14 +29,23 @@ from mmengine.dist import is_main_process
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from mmfgm.caches import identity_of
 from mmfgm.datasets.images import SUFFIXES
 from mmfgm.errors import UsageError
+from mmfgm.models.families import LatentEncoder, PromptEncoder, find
 from mmfgm.processes import on_main
 
 from .cache_prompts import read_prompts
-from .caching import DTYPES, ShardWriter, add_caching_arguments, keep_good, run_job, start
+from .caching import (
+    DTYPES,
+    ShardWriter,
+    add_caching_arguments,
+    encoder_options,
+    keep_good,
+    run_job,
+    start,
+)
 from .cli import run_tool
-from .sd3_encoders import PromptEncoder, identify, load_vae
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -170,7 +179,7 @@ def read_captions(files: Files, source: str) -> list[str | None]:
 
 def make_encode(
     args: argparse.Namespace,
-    vae: torch.nn.Module,
+    latents: LatentEncoder,
     files: Files,
     names: Sequence[str],
     captions: Sequence[str],
@@ -203,12 +212,9 @@ def make_encode(
         )
         if not images:
             return {}, skipped
-        mean = vae.encode(torch.stack(images).to(vae.device)).latent_dist.mean
-        tensors = dict(
-            x_0=((mean - vae.config.shift_factor) * vae.config.scaling_factor).to('cpu', dtype)
-        )
+        tensors = dict(x_0=latents.encode(torch.stack(images)).to('cpu', dtype))
         if encoder is not None:
-            tensors.update(encoder.encode([captions[item] for item in items]))
+            tensors.update(encoder.store([captions[item] for item in items]))
         return tensors, skipped
 
     return encode
@@ -218,11 +224,11 @@ def cache_latents(argv: Sequence[str] | None = None) -> None:
     """Encode as the command line says."""
     args = parse_args(argv)
     device = start(args)
-    vae = load_vae(args.model, device)
-    factor = 2 ** (len(vae.config.block_out_channels) - 1)
-    if args.resolution < 1 or args.resolution % factor:
+    family = find(args.model)
+    latents = family.latent_encoder(args.model).to(device)
+    if args.resolution < 1 or args.resolution % latents.factor:
         raise UsageError(
-            f'--resolution must be a multiple of the {factor} pixels of a latent, but is'
+            f'--resolution must be a multiple of the {latents.factor} pixels of a latent, but is'
             f' {args.resolution}'
         )
     files = (
@@ -231,10 +237,10 @@ def cache_latents(argv: Sequence[str] | None = None) -> None:
         else Files(args.images)
     )
     names, captions, skipped, encoder = files.images, [''] * len(files.images), [], None
-    side = args.resolution // factor
+    side = args.resolution // latents.factor
     identity, layout = (
-        dict(vae=on_main(lambda: identify(vae))),
-        dict(x_0=[vae.config.latent_channels, side, side]),
+        on_main(lambda: identity_of(latents)),
+        dict(x_0=[latents.channels, side, side]),
     )
     settings = dict(
         dtype=DTYPES[args.dtype],
@@ -242,11 +248,15 @@ def cache_latents(argv: Sequence[str] | None = None) -> None:
         shard_size=args.shard_size,
         resolution=args.resolution,
         aspect='shorter side to resolution, centre crop',
-        shift_factor=vae.config.shift_factor,
-        scaling_factor=vae.config.scaling_factor,
+        **latents.settings,
     )
     if args.captions:
-        encoder = PromptEncoder(args, device)
+        encoder = family.encoder(args.model, **encoder_options(args)).to(device)
+        about = dict(
+            identity=on_main(lambda: identity_of(encoder)),
+            layout=encoder.layout,
+            settings=encoder.settings,
+        )
         captions = on_main(lambda: read_captions(files, args.captions))
         bad = on_main(lambda: encoder.bad(captions))
         skipped = on_main(
@@ -259,9 +269,9 @@ def cache_latents(argv: Sequence[str] | None = None) -> None:
         identity, layout, settings = (
             {**a, **b}
             for a, b in (
-                (identity, encoder.identity),
-                (layout, encoder.layout),
-                (settings, encoder.settings),
+                (identity, about['identity']),
+                (layout, about['layout']),
+                (settings, about['settings']),
             )
         )
     listing = json.dumps(
@@ -272,6 +282,7 @@ def cache_latents(argv: Sequence[str] | None = None) -> None:
         identity=identity,
         settings=settings,
         layout=layout,
+        conditions=encoder.conditions if encoder else {},
         source=dict(
             count=len(names), sha256=hashlib.sha256(listing.encode()).hexdigest(), skipped=skipped
         ),
@@ -283,8 +294,8 @@ def cache_latents(argv: Sequence[str] | None = None) -> None:
         len(names),
         args.shard_size,
         args.batch_size,
-        make_encode(args, vae, files, names, captions, encoder),
-        encoder and (lambda: encoder.encode([''])),
+        make_encode(args, latents, files, names, captions, encoder),
+        encoder and (lambda: encoder.store([''])),
         'image',
     )
 

@@ -27,12 +27,21 @@ from typing import Any
 
 from mmengine.dist import is_main_process
 
+from mmfgm.caches import identity_of
 from mmfgm.errors import UsageError
+from mmfgm.models.families import find
 from mmfgm.processes import on_main
 
-from .caching import DTYPES, ShardWriter, add_caching_arguments, keep_good, run_job, start
+from .caching import (
+    DTYPES,
+    ShardWriter,
+    add_caching_arguments,
+    encoder_options,
+    keep_good,
+    run_job,
+    start,
+)
 from .cli import run_tool
-from .sd3_encoders import PromptEncoder
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -136,7 +145,8 @@ def cache_prompts(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     device = start(args)
     places, prompts = on_main(lambda: read_prompts(args.prompts, args.column))
-    encoder = PromptEncoder(args, device)
+    encoder = find(args.model).encoder(args.model, **encoder_options(args)).to(device)
+    identity = on_main(lambda: identity_of(encoder))
     # all are looked at before the first is encoded, which may be hours earlier
     bad = on_main(lambda: encoder.bad(prompts))
     skipped = on_main(lambda: keep_good(places, bad, args.on_bad))
@@ -150,9 +160,10 @@ def cache_prompts(argv: Sequence[str] | None = None) -> None:
     )
     job = dict(
         kind='prompts',
-        identity=encoder.identity,
+        identity=identity,
         settings=settings,
         layout=encoder.layout,
+        conditions=encoder.conditions,
         source=dict(count=len(prompts), sha256=digest, skipped=skipped),
     )
     if skipped and is_main_process():
@@ -162,8 +173,8 @@ def cache_prompts(argv: Sequence[str] | None = None) -> None:
         len(prompts),
         args.shard_size,
         args.batch_size,
-        lambda items: (encoder.encode([prompts[i] for i in items]), []),
-        lambda: encoder.encode(['']),
+        lambda items: (encoder.store([prompts[i] for i in items]), []),
+        lambda: encoder.store(['']),
         'prompt',
     )
 

@@ -33,7 +33,7 @@ def add_caching_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         '--model',
         required=True,
-        help='a Stable Diffusion 3 folder of diffusers, or an id on the hub',
+        help="a pipeline's folder in diffusers' format, or its id on the hub",
     )
     parser.add_argument('--batch-size', type=int, default=16, help='per process (default: 16)')
     parser.add_argument(
@@ -70,17 +70,22 @@ def add_caching_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--local_rank', '--local-rank', type=int, default=0, help=argparse.SUPPRESS)
 
 
+def encoder_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Options for the encoder of a family, from what :func:`add_caching_arguments` adds."""
+    return dict(
+        dtype=DTYPES[args.dtype],
+        max_length=args.max_length,
+        without_t5=args.without_t5,
+        drop_padding=args.drop_padding,
+    )
+
+
 def start(args: argparse.Namespace) -> str:
     """Check the numbers, connect the processes, and return the device to work on."""
-    for name, largest in dict(
-        batch_size=None, shard_size=None, max_length=512
-    ).items():  # diffusers allows 512
+    for name in ('batch_size', 'shard_size'):
         value = getattr(args, name)
-        if value < 1 or (largest and value > largest):
-            raise UsageError(
-                f'--{name.replace("_", "-")} must be at least'
-                f' 1{f" and at most {largest}" if largest else ""}, but is {value}'
-            )
+        if value < 1:
+            raise UsageError(f'--{name.replace("_", "-")} must be at least 1, but is {value}')
     connect(args.launcher, args.local_rank)
     return 'cuda' if torch.cuda.is_available() else 'cpu'
 
@@ -119,6 +124,7 @@ class ShardWriter:
             began = read_manifest(self.path)
         elif osp.exists(unfinished):
             began = read_json(unfinished, 'delete it and run again')
+            began.setdefault('conditions', self.job.get('conditions'))
         else:
             if os.listdir(self.path):
                 raise UsageError(f'{self.path!r} is neither empty nor a cache; name another folder')

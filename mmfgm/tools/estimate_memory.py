@@ -22,6 +22,7 @@ from mmfgm.engine import PerNetworkConstructor
 from mmfgm.engine.strategies import PRECISIONS, default_strategy
 from mmfgm.errors import EXIT_DOES_NOT_FIT, UsageError
 from mmfgm.models import FlowModel
+from mmfgm.models.families import family_of
 from mmfgm.registry import MODELS
 
 from .activations import kept_bytes
@@ -192,28 +193,13 @@ def without_weights(network: dict) -> dict:
     Raises:
         UsageError: If the network is of another kind, or the pipeline has no config.
     """
-    if network['type'].removeprefix('mmfgm.') != 'SD3':
+    family = family_of(network['type'])
+    if family is None:
         raise UsageError(
             f'the architecture of a pretrained {network["type"]} is not known without its weights;'
             ' give a config without pretrained='
         )
-    from diffusers import SD3Transformer2DModel
-
-    rest = {
-        key: value
-        for key, value in network.items()
-        if key not in ('pretrained', 'subfolder', 'revision', 'variant')
-    }
-    config = building(
-        lambda: SD3Transformer2DModel.load_config(
-            network['pretrained'],
-            subfolder=network.get('subfolder', 'transformer'),
-            revision=network.get('revision'),
-        )
-    )
-    return dict(
-        rest, config={key: value for key, value in config.items() if not key.startswith('_')}
-    )
+    return building(lambda: family.without_weights(network))
 
 
 def optimizer_bytes(wrapper, plan: Plan) -> int:

@@ -1,12 +1,11 @@
 # Copyright (c) mmfgm authors.
 """Export a trained one-step generator for people who do not train.
 
-Of a Stable Diffusion 3 network, OUT is a pipeline for plain diffusers, with no mmfgm: the
-    transformer is the only part that
-differs from the base, and StableDiffusion3Pipeline.from_pretrained(OUT)(prompt,
-num_inference_steps=1, guidance_scale=1.0) makes the generator's one-step image. Of any other
-network, OUT is a safetensors file and its description, for mmfgm.apis.OneStepPipeline and
-FGMInferencer. OUT appears only when it is whole.
+Of a network that comes from a pipeline, such as SD3's, OUT is a pipeline for plain diffusers, with
+no mmfgm: the network is the only part that differs from the base, and
+DiffusionPipeline.from_pretrained(OUT)(prompt, num_inference_steps=1, guidance_scale=1.0) makes the
+generator's one-step image. Of any other network, OUT is a safetensors file and its description, for
+mmfgm.apis.OneStepPipeline and FGMInferencer. OUT appears only when it is whole.
 """
 
 import argparse
@@ -37,7 +36,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         default=None,
         metavar='MODEL',
         help=(
-            'Stable Diffusion 3 folder of diffusers, or an id on the '
+            "pipeline's folder in diffusers' format, or its id on the "
             "hub, whose other parts are taken (default: the config's model.network.pretrained)"
         ),
     )
@@ -102,7 +101,7 @@ def export_diffusers(argv: Sequence[str] | None = None) -> None:
         )
     )
     opened = dict(
-        pipeline=f'diffusers.StableDiffusion3Pipeline.from_pretrained({args.out!r})',
+        pipeline=f'diffusers.DiffusionPipeline.from_pretrained({args.out!r})',
         lora=f"pipe.load_lora_weights({args.out!r}), pipe being diffusers' pipeline of the base",
         generator=f'mmfgm.apis.OneStepPipeline.from_pretrained({args.out!r})',
     )[made]

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import huggingface_hub
 import pytest
 import torch
-from diffusers import StableDiffusion3Pipeline
+from diffusers import DiffusionPipeline, StableDiffusion3Pipeline
 from mmengine.registry import DefaultScope
 from safetensors.torch import load_file
 
@@ -414,7 +414,7 @@ def test_lora_file(sd3_folder, tmp_path):
 @pytest.mark.parametrize('lora', [False, True])
 def test_licence_of_a_base_on_the_hub(tmp_path, monkeypatch, lora):
     """Which the pipeline's own download leaves there."""
-    base, load_config = make_tiny_sd3(tmp_path / 'snapshot'), StableDiffusion3Pipeline.load_config
+    base, load_config = make_tiny_sd3(tmp_path / 'snapshot'), DiffusionPipeline.load_config
     problem = lora_problem(tmp_path / 'run', base, t_star=1.0, c_in=1.0, c_out=1.0)
 
     def snapshot_download(name, allow_patterns):
@@ -424,7 +424,7 @@ def test_licence_of_a_base_on_the_hub(tmp_path, monkeypatch, lora):
         )
         (tmp_path / 'snapshot' / 'LICENSE.md').write_text('for cats')
 
-    monkeypatch.setattr(StableDiffusion3Pipeline, 'load_config', lambda name: load_config(base))
+    monkeypatch.setattr(DiffusionPipeline, 'load_config', lambda name: load_config(base))
     monkeypatch.setattr(StableDiffusion3Pipeline, 'download', lambda name: base)
     monkeypatch.setattr(huggingface_hub, 'snapshot_download', snapshot_download)
     out = tmp_path / 'out'

@@ -75,7 +75,7 @@ def null_of(cond):
 
 def cached_null(monkeypatch, **embeds):
     monkeypatch.setattr(
-        'mmfgm.models.latents.CachedPrompts', lambda path: SimpleNamespace(null=embeds)
+        'mmfgm.models.families.latents.CachedPrompts', lambda path: SimpleNamespace(null=embeds)
     )
 
 

@@ -10,9 +10,9 @@ import torch
 from diffusers import AutoencoderKL
 from PIL import Image
 
+from mmfgm.caches import identify
 from mmfgm.datasets import CachedLatents, CachedPrompts
 from mmfgm.errors import UsageError
-from mmfgm.tools import sd3_encoders
 from mmfgm.tools.cache_latents import cache_latents, read_image
 from tests.test_tools.test_caches import PROMPTS, SMALL, encode, sd3  # noqa: F401
 
@@ -63,9 +63,7 @@ def test_latents_are_the_vaes_mean_shifted_and_scaled(sd3, images, tmp_path):
     )
     with torch.no_grad():
         mean = torch.cat([vae.encode(part).latent_dist.mean for part in pixels.split(2)])
-    cache = CachedLatents(
-        str(out), (16, 8, 8), identity=dict(vae=sd3_encoders.identify(vae)), verify=True
-    )
+    cache = CachedLatents(str(out), (16, 8, 8), identity=dict(vae=identify(vae)), verify=True)
     batch = cache.__getitems__(range(5))
     assert torch.equal(batch['x_0'], (mean - 0.0609) * 1.5305) and len(cache) == 5
     embeds, pooled, _ = encode(sd3, PROMPTS)
@@ -82,9 +80,7 @@ def test_latents_are_the_vaes_mean_shifted_and_scaled(sd3, images, tmp_path):
     ):
         CachedLatents(str(out), (16, 16, 16))
     with pytest.raises(UsageError, match='cache of other models: vae.weights is'):
-        CachedLatents(
-            str(out), identity=dict(vae=dict(sd3_encoders.identify(vae), weights='00000000'))
-        )
+        CachedLatents(str(out), identity=dict(vae=dict(identify(vae), weights='00000000')))
     with pytest.raises(UsageError, match='is a cache of latents, expected is one of prompts'):
         CachedPrompts(str(out))
 

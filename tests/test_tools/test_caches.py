@@ -5,16 +5,17 @@ import signal
 import subprocess
 import sys
 import time
-from argparse import Namespace
 
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusion3Pipeline
+from diffusers import DiffusionPipeline, StableDiffusion3Pipeline
 
+from mmfgm.caches import identify, identity_of
 from mmfgm.datasets import CachedPrompts, verify_cache
 from mmfgm.errors import UsageError
-from mmfgm.tools import caching, sd3_encoders
+from mmfgm.models.families import find
+from mmfgm.tools import caching
 from mmfgm.tools.cache_prompts import cache_prompts, read_prompts
 from tests.conftest import ROOT, run_module, tool_env
 from tests.tiny_sd3 import WORDS, make_tiny_sd3
@@ -81,7 +82,7 @@ def test_prompts_are_what_the_pipeline_encodes(sd3, prompts, tmp_path, dtype):
     # the same encoders, whatever dtype they are in
     for encoders in (pipeline, encode(sd3, [''])[2]):
         for part, identity in cache.manifest['identity'].items():
-            assert sd3_encoders.identify(getattr(encoders, part)) == identity
+            assert identify(getattr(encoders, part)) == identity
 
 
 def test_dropped_padding_is_zero_and_saves_space(sd3, prompts, tmp_path):
@@ -218,13 +219,11 @@ def test_other_encoders_prompts_or_settings_are_refused(sd3, prompts, tmp_path):
     other = make_tiny_sd3(tmp_path / 'other', seed=1)
     identity = CachedPrompts(out).manifest['identity']
     assert CachedPrompts(out, identity=identity)[4]['idx'] == 4
-    args = Namespace(
-        model=other, dtype='bf16', max_length=32, drop_padding='none', without_t5=False
-    )
+    encoder = find(other).encoder(other, dtype='bfloat16', max_length=32)
     with pytest.raises(
         UsageError, match=r'a cache of other encoders: text_encoder\.weights is \w{8}, expected is'
     ):
-        CachedPrompts(out, identity=sd3_encoders.PromptEncoder(args, 'cpu').identity)
+        CachedPrompts(out, identity=identity_of(encoder))
     with pytest.raises(UsageError, match='other encoders: text_encoder_3'):
         CachedPrompts(
             out,
@@ -340,8 +339,9 @@ def test_models_that_are_not_sd3(sd3, prompts, tmp_path, monkeypatch):
         def fail(*args, error=error, **kwargs):
             raise OSError('We could not load it') from error.__new__(error)
 
-        monkeypatch.setattr(StableDiffusion3Pipeline, 'load_config', fail)
+        monkeypatch.setattr(DiffusionPipeline, 'load_config', fail)
         refused('some/model', match)
+    monkeypatch.undo()
     refused(
         sd3, '--max-length must be at least 1 and at most 512, but is 513', '--max-length', '513'
     )

@@ -12,8 +12,7 @@ import torch
 from torch import nn
 
 from mmfgm.errors import UsageError
-from mmfgm.models.networks.sd3 import diffusers_module
-from mmfgm.models.text_encoders import load_or_explain, quiet
+from mmfgm.models.families import diffusers_module, load_or_explain, quiet
 from mmfgm.models.weights import fingerprint
 from mmfgm.registry import TASK_UTILS
 

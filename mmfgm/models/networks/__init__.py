@@ -2,6 +2,5 @@
 from .edm_unet import EDMUNet
 from .edm_velocity import EDMVelocity, UNetVelocity
 from .mlp import AdaLNMLP
-from .sd3 import SD3
 
-__all__ = ['SD3', 'AdaLNMLP', 'EDMUNet', 'EDMVelocity', 'UNetVelocity']
+__all__ = ['AdaLNMLP', 'EDMUNet', 'EDMVelocity', 'UNetVelocity']

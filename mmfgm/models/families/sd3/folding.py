@@ -13,73 +13,20 @@ generator's weights, but for
 this is ``c_skip z - c_out v(c_in z, t*)`` (Eq. B.1) if ``c_skip = skip``.
 """
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
-from mmfgm.errors import UsageError
-from mmfgm.models import OneStepGenerator
+from ..pipelines import PipelineStep
 
-
-class PipelineStep(NamedTuple):
-    """What a pipeline computes with ``num_inference_steps=1``: ``skip z - scale v(z,
-    timestep)``."""
-
-    timestep: float
-    skip: float
-    scale: float
-
-    @classmethod
-    def of(cls, scheduler: Any) -> 'PipelineStep':
-        """Ask a scheduler of diffusers.
-
-        Raises:
-            UsageError: If it is not the one of SD3.
-        """
-        if type(scheduler).__name__ != 'FlowMatchEulerDiscreteScheduler':
-            raise UsageError(
-                f'the base pipeline has a {type(scheduler).__name__}, expected is its '
-                'FlowMatchEulerDiscreteScheduler; name a base as it was published'
-            )
-
-        def step(z, v):
-            # mu moves the inner times of a schedule only, and one step has none
-            scheduler.set_timesteps(
-                1, **(dict(mu=1.0) if scheduler.config.use_dynamic_shifting else {})
-            )
-            return float(
-                scheduler.step(
-                    torch.tensor([v]), scheduler.timesteps[0], torch.tensor([z])
-                ).prev_sample
-            )
-
-        skip, scale = step(1.0, 0.0), -step(0.0, 1.0)
-        return cls(float(scheduler.timesteps[0]), skip, scale)
-
-    def check(self, generator: OneStepGenerator) -> None:
-        """Raise a UsageError if no change of weights turns the step into the generator."""
-        if generator.c_skip != self.skip:
-            raise UsageError(
-                f'the generator has c_skip={generator.c_skip}, but the one step of the stock'
-                f' pipeline keeps {self.skip} of the noise, which no change of weights turns into'
-                f' the other; train with model.generator.c_skip={self.skip}, or sample this one'
-                ' with FGMInferencer'
-            )
-
-    def is_generator(self, generator: OneStepGenerator) -> bool:
-        """Whether the step is the generator's own, with nothing to fold."""
-        return (self.timestep, self.skip, self.scale, 1.0) == (
-            1000 * generator.t_star,
-            generator.c_skip,
-            generator.c_out,
-            generator.c_in,
-        )
+if TYPE_CHECKING:
+    from ...generator import OneStepGenerator
 
 
 @torch.no_grad()
 def fold_generator(
-    generator: OneStepGenerator,
+    generator: 'OneStepGenerator',
     step: PipelineStep,
     dtype: torch.dtype,
     trained_in: torch.dtype = torch.float32,

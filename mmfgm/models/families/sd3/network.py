@@ -9,50 +9,7 @@ from torch import Tensor, nn
 from mmfgm.errors import UsageError
 from mmfgm.registry import MODELS
 
-# what diffusers and the hub raise when weights cannot be had: no such folder, no network, a licence
-# not accepted
-LOADING_ERRORS = (OSError, ValueError, KeyError, RuntimeError)
-
-
-def diffusers_module():
-    """diffusers, or a UsageError that says how to install it."""
-    try:
-        import diffusers
-    except ImportError as e:
-        raise UsageError(
-            f'Stable Diffusion 3 needs diffusers ({e}); install it: pip install "mmfgm[sd3]"'
-        ) from e
-    return diffusers
-
-
-def load_pretrained(cls: type, pretrained: str, subfolder: str, **kwargs) -> nn.Module:
-    """``cls.from_pretrained`` of one part of a diffusers pipeline, with errors that say what to do.
-
-    Raises:
-        UsageError: If the weights are missing, gated, or not of this class.
-    """
-    try:
-        found = cls.load_config(
-            pretrained, subfolder=subfolder, revision=kwargs.get('revision')
-        ).get('_class_name')
-        network = (
-            cls.from_pretrained(pretrained, subfolder=subfolder, **kwargs)
-            if found == cls.__name__
-            else None
-        )
-    except LOADING_ERRORS as e:
-        raise UsageError(
-            f'{cls.__name__} cannot be loaded from {pretrained!r}, folder {subfolder!r}:'
-            f" {str(e)[:400]}\nName a local pipeline folder in diffusers' format, or a hub id"
-            ' whose licence you have accepted on its page and that you can download from here (hf'
-            ' auth login)'
-        ) from e
-    if network is None:
-        raise UsageError(
-            f'{pretrained!r} holds a {found} in {subfolder!r}, not a {cls.__name__}; name a Stable'
-            " Diffusion 3 pipeline in diffusers' format"
-        )
-    return network
+from ..hub import diffusers_module, load_pretrained
 
 
 @MODELS.register_module()

@@ -1,6 +1,8 @@
 # Copyright (c) mmfgm authors.
-"""What latent models need around them: a decoder to images, and the embedding of the empty
-prompt."""
+"""What latent models need around them: encoder and decoder of images, and the embedding of the
+empty prompt."""
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -9,7 +11,38 @@ from torch.nn.functional import pad
 from mmfgm.datasets import CachedPrompts
 from mmfgm.registry import TASK_UTILS
 
-from .networks.sd3 import diffusers_module, load_pretrained
+from .base import LatentEncoder
+from .hub import diffusers_module, load_or_explain, load_pretrained
+
+
+class KLEncoder(LatentEncoder):
+    """The encoder of a pipeline's ``AutoencoderKL``: ``(mean - shift_factor) * scaling_factor`` of
+    its distribution, in float32, as half precision costs it accuracy.
+
+    Args:
+        pretrained (str): Hub id or local folder of a pipeline in diffusers' format.
+        kind (str): What that should be, for messages.
+
+    Raises:
+        UsageError: If it is missing, gated, or not whole.
+    """
+
+    def __init__(self, pretrained: str, kind: str):
+        cls = diffusers_module().AutoencoderKL
+        vae = load_or_explain(
+            lambda: cls.from_pretrained(pretrained, subfolder='vae'), pretrained, kind
+        )
+        self.vae = vae.float().eval()
+        config = self.vae.config
+        self.factor = 2 ** (len(config.block_out_channels) - 1)
+        self.channels = config.latent_channels
+        self.components: dict[str, Any] = dict(vae=self.vae)
+        self.settings = dict(shift_factor=config.shift_factor, scaling_factor=config.scaling_factor)
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        mean = self.vae.encode(images.to(self.vae.device)).latent_dist.mean
+        return (mean - (self.vae.config.shift_factor or 0)) * self.vae.config.scaling_factor
 
 
 @TASK_UTILS.register_module()
@@ -20,7 +53,7 @@ class LatentDecoder:
     Args:
         pretrained (str): Hub id or local folder of a pipeline in diffusers' format.
         subfolder (str): Defaults to ``'vae'``.
-        dtype (str): Defaults to ``'float32'``: SD3's VAE overflows in float16.
+        dtype (str): Defaults to ``'float32'``: VAEs may overflow in float16.
         batch_size (int): Images decoded at a time. Defaults to 8.
     """
 

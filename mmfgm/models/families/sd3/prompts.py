@@ -2,10 +2,7 @@
 """Stable Diffusion 3's text encoders, by diffusers' own ``encode_prompt``, with errors that say
 what to do."""
 
-import os.path as osp
-import re
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,101 +12,38 @@ from torch import Tensor
 from mmfgm.errors import UsageError
 from mmfgm.registry import TASK_UTILS
 
+from ..base import PromptEncoder
+from ..hub import load_or_explain
+from ..pipelines import read_index
 
-def load_or_explain(load: Callable[[], Any], model: str, kind: str = 'Stable Diffusion 3') -> Any:
-    """Call a ``from_pretrained`` of ``model`` and say what to do where it fails.
-
-    Raises:
-        UsageError: If ``model`` is neither a folder nor a hub id, is gated, cannot be reached, or
-            is not whole.
-    """
-    if not osp.isdir(model) and not re.fullmatch(r'[\w.-]+/[\w.-]+', model):
-        raise UsageError(
-            f'there is no folder {model!r}, and it is no id on the hub either; expected is'
-            ' OWNER/NAME, such as stabilityai/stable-diffusion-3-medium-diffusers'
-        )
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter(
-                'ignore', FutureWarning
-            )  # only new versions of diffusers call torch_dtype dtype
-            return load()
-    except Exception as e:  # whatever it is, it is about what is in the folder or on the hub
-        chain, error = '', e
-        while error is not None:
-            chain, error = (
-                f'{chain} {type(error).__name__} {error}',
-                error.__cause__ or error.__context__,
-            )
-        reason = f'{type(e).__name__}: {str(e).strip()[:300]}'
-        if osp.isdir(model):
-            raise UsageError(
-                f'{model!r} is not a whole {kind} folder of diffusers ({reason}); download all of '
-                'it, with hf download OWNER/NAME --local-dir FOLDER'
-            ) from e
-        if re.search(r'gated|\b40[13]\b', chain, re.IGNORECASE):
-            raise UsageError(
-                f'{model!r} is gated ({reason}): accept its license at'
-                f' https://huggingface.co/{model}, log in with hf auth login, and run again'
-            ) from e
-        raise UsageError(
-            f'{model!r} cannot be had from the hub ({reason}); check its name and the connection,'
-            f' or download it where there is one, with hf download {model} --local-dir FOLDER, and'
-            ' name the folder'
-        ) from e
-
-
-def quiet() -> None:
-    """Keep diffusers and transformers from drawing progress bars, and from warning at each
-    batch."""
-    from diffusers.utils import logging
-    from transformers.utils import logging as transformers_logging
-
-    # CLIP cuts at 77 tokens, which is how SD3 works
-    for library in (logging, transformers_logging):
-        library.set_verbosity_error()
-        library.disable_progress_bar()
-
-
-def check_sd3(model: str) -> dict[str, Any]:
-    """The ``model_index.json`` of a folder or hub id.
-
-    Raises:
-        UsageError: If it is missing, gated, or not of Stable Diffusion 3.
-    """
-    try:
-        from diffusers import StableDiffusion3Pipeline
-
-        quiet()
-    except ImportError as e:
-        raise UsageError(
-            f'this needs diffusers and transformers, which do not import ({e}): pip install '
-            '"mmfgm[sd3]"'
-        ) from e
-    index = dict(load_or_explain(lambda: StableDiffusion3Pipeline.load_config(model), model))
-    if not str(index.get('_class_name')).startswith('StableDiffusion3'):
-        raise UsageError(
-            f'{model!r} is a {index.get("_class_name")}, expected is a StableDiffusion3Pipeline'
-        )
-    return index
+TITLE = 'Stable Diffusion 3'
+# what diffusers' encode_prompt takes
+LONGEST = 512
+PADDING = ('none', 't5', 'all')
 
 
 @TASK_UTILS.register_module()
-class SD3TextEncoder:
+class SD3TextEncoder(PromptEncoder):
     """The three text encoders of a Stable Diffusion 3 pipeline, or CLIP's two.
+
+    A cache gets the parts ``clip``, ``t5`` and ``pooled``: CLIP's channels are stored without the
+    zeros that diffusers appends to reach T5's, and padding may be dropped.
 
     Args:
         pretrained (str): Hub id or local folder of a pipeline in diffusers' format.
         max_length (int): T5 tokens of a prompt; CLIP sees the first 77 of its own. Defaults to 256.
         dtype (str): Of weights and embeddings. Defaults to ``'float32'``.
         without_t5 (bool): Leave T5 out; its tokens are zero, as in diffusers. Defaults to False.
+        drop_padding (str): Whose padding tokens a cache does not store: ``'none'``, ``'t5'`` or
+            ``'all'``. Defaults to ``'none'``.
 
     Attributes:
         pipeline (StableDiffusion3Pipeline): Without transformer and VAE.
         parts (list[str]): Names of the encoders and tokenizers in it.
 
     Raises:
-        UsageError: See :func:`check_sd3`; if an encoder is missing.
+        UsageError: If the pipeline is missing, gated or of another kind, an encoder is missing, or
+            an argument is out of range.
     """
 
     def __init__(
@@ -118,8 +52,15 @@ class SD3TextEncoder:
         max_length: int = 256,
         dtype: str = 'float32',
         without_t5: bool = False,
+        drop_padding: str = 'none',
     ):
-        index = check_sd3(pretrained)
+        if not 1 <= max_length <= LONGEST:
+            raise UsageError(
+                f'--max-length must be at least 1 and at most {LONGEST}, but is {max_length}'
+            )
+        if drop_padding not in PADDING:
+            raise UsageError(f'drop_padding must be one of {PADDING}, but is {drop_padding!r}')
+        index, _ = read_index(pretrained)
         self.parts = ['text_encoder', 'tokenizer', 'text_encoder_2', 'tokenizer_2']
         self.parts += [] if without_t5 else ['text_encoder_3', 'tokenizer_3']
         missing = [part for part in self.parts if not (index.get(part) or [None])[0]]
@@ -140,15 +81,26 @@ class SD3TextEncoder:
                 pretrained, torch_dtype=getattr(torch, dtype), **unused
             ),
             pretrained,
+            TITLE,
         )
         if without_t5:  # encode_prompt asks the transformer how many channels T5's zeros have
             config = load_or_explain(
                 lambda: SD3Transformer2DModel.load_config(pretrained, subfolder='transformer'),
                 pretrained,
+                TITLE,
             )
             self.pipeline.transformer = SimpleNamespace(config=SimpleNamespace(**config))
         self.max_length, self.without_t5, self.device = max_length, without_t5, torch.device('cpu')
         self.clip_length = self.pipeline.tokenizer_max_length
+        self.settings = dict(
+            max_length=max_length, drop_padding=drop_padding, without_t5=without_t5
+        )
+        self.drop_clip = drop_padding == 'all'
+        self.drop_t5 = without_t5 or drop_padding != 'none'
+
+    @property
+    def components(self) -> dict[str, Any]:
+        return {part: getattr(self.pipeline, part) for part in self.parts}
 
     def to(self, device) -> 'SD3TextEncoder':
         """Move the encoders, in place."""
@@ -181,15 +133,7 @@ class SD3TextEncoder:
 
     def bad(self, prompts: Sequence[Any]) -> dict[int, str]:
         """Number to reason of the prompts that are no text, empty, or too long."""
-        bad = {
-            i: (
-                'is empty'
-                if isinstance(prompt, str) or prompt is None
-                else f'is no text but {prompt!r:.40}'
-            )
-            for i, prompt in enumerate(prompts)
-            if not isinstance(prompt, str) or not prompt.strip()
-        }
+        bad = super().bad(prompts)
         name, limit = ('CLIP', self.clip_length) if self.without_t5 else ('T5', self.max_length)
         for first in range(0, len(prompts), 10000):
             part = [
@@ -205,16 +149,42 @@ class SD3TextEncoder:
                     bad[i] = f'has {tokens} {name} tokens, more than {limit}'
         return dict(sorted(bad.items()))
 
-    def check(self, prompts: Sequence[str]) -> None:
-        """Hold prompts against the limit, before any is encoded; the empty prompt is one, meaning
-        "no prompt".
+    # what a cache stores
+    @property
+    def conditions(self) -> dict[str, list[str]]:
+        return dict(prompt_embeds=['clip', 't5'], pooled_embeds=['pooled'])
 
-        Raises:
-            UsageError: Names the first prompt that is no text or too long.
-        """
-        for i, reason in self.bad(prompts).items():
-            if reason != 'is empty':
-                raise UsageError(
-                    f'prompt {i + 1} of {len(prompts)} {reason}: {str(prompts[i])[:60]!r};'
-                    ' shorten it'
-                )
+    @property
+    def clip_shape(self) -> list[int]:
+        """Tokens and channels of CLIP's part, without the zeros that reach T5's channels."""
+        encoders = (self.pipeline.text_encoder, self.pipeline.text_encoder_2)
+        return [self.clip_length, sum(encoder.config.hidden_size for encoder in encoders)]
+
+    @property
+    def layout(self) -> dict[str, list[int]]:
+        empty = self.encode([''])
+        length, channels = empty['prompt_embeds'].shape[1:]
+        return dict(
+            clip=self.clip_shape,
+            t5=[length - self.clip_length, channels],
+            pooled=[empty['pooled_embeds'].shape[1]],
+        )
+
+    def store(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+        encoded = {name: value.cpu() for name, value in self.encode(prompts).items()}
+        embeds, tensors = encoded['prompt_embeds'], dict(pooled=encoded['pooled_embeds'])
+        length, channels = self.clip_shape
+        for name, values, drop in (
+            ('clip', embeds[:, :length, :channels], self.drop_clip),
+            ('t5', embeds[:, length:], self.drop_t5),
+        ):
+            if drop:
+                absent = name == 't5' and self.without_t5
+                counts = [0] * len(prompts)
+                if not absent:
+                    counts = self.count_tokens(prompts, name == 'clip')
+                tokens = torch.tensor(counts).clamp(max=values.shape[1])
+                values = values[torch.arange(values.shape[1]) < tokens[:, None]]
+                tensors[f'{name}_tokens'] = tokens
+            tensors[name] = values
+        return tensors

@@ -1,0 +1,113 @@
+# Copyright (c) mmfgm authors.
+"""What the kinds of export have in common."""
+
+import os.path as osp
+import shutil
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+from mmengine.config import Config
+
+from mmfgm.models import OneStepGenerator
+from mmfgm.models.families import DiffusersFamily
+from mmfgm.models.lora import has_adapters, merge_adapters
+
+from ..card import find_licence, licence_files, write_card
+
+DTYPES = dict(fp32=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)
+
+
+class Exporter(ABC):
+    """Writes one kind of export.
+
+    Whatever is wrong with the request is found in the constructor, before weights are read.
+
+    Args:
+        cfg (Config): Of the training.
+        dtype (str): Of the written weights, a key of :data:`DTYPES`.
+
+    Attributes:
+        kind (str): What the export's description calls it.
+    """
+
+    kind: str
+
+    def __init__(self, cfg: Config, dtype: str):
+        self.cfg, self.dtype = cfg, dtype
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return DTYPES[self.dtype]
+
+    @abstractmethod
+    def write(
+        self, generator: OneStepGenerator, folder: str, source: dict[str, Any]
+    ) -> dict[str, Any]:
+        """Write all but the description.
+
+        Args:
+            generator (OneStepGenerator): With its weights, which may be changed.
+            folder (str): To write into.
+            source (dict): Where the generator comes from, see
+                :func:`~mmfgm.apis.card.describe_source`.
+
+        Returns:
+            dict: ``model``, ``weights_sha256`` and what else the description says of this kind.
+        """
+
+
+class BaseExporter(Exporter):
+    """Exports that go with a base: a pipeline in diffusers' folder format.
+
+    Args:
+        family (DiffusersFamily): Of the generator's network.
+        base (str): Hub id or folder of the pipeline that the generator was distilled from.
+
+    Attributes:
+        local (str): Folder of the base.
+        step (PipelineStep): What the base computes in one step.
+
+    Raises:
+        UsageError: If the base is not there, is not whole, or its step cannot be the generator.
+    """
+
+    def __init__(self, cfg: Config, dtype: str, family: DiffusersFamily, base: str):
+        super().__init__(cfg, dtype)
+        self.family, self.base = family, base
+        self.local = family.open(base)
+        self.step = family.step(self.local)
+        self.bare = bare_generator(cfg)
+        self.step.check(self.bare)
+
+    @property
+    def public_base(self) -> str:
+        """A hub id as it is, but of a folder only its name: others do not have it where we do."""
+        base = self.base
+        return osp.basename(osp.abspath(base)) if osp.isdir(base) else base
+
+    def write_about(
+        self, folder: str, usage: str, source: dict[str, Any], weights: dict[str, str]
+    ) -> None:
+        """Write the model card, and copy the base's licence."""
+        for file in licence_files(self.local):
+            shutil.copy(file, folder)
+        card = write_card(
+            usage, source, weights, self.dtype, self.public_base, find_licence(self.local)
+        )
+        write_text(osp.join(folder, 'README.md'), card)
+
+
+def bare_generator(cfg: Config) -> OneStepGenerator:
+    """The generator's coefficients, without its network."""
+    return OneStepGenerator(torch.nn.Identity(), **(cfg.model.get('generator') or {}))
+
+
+def merged(generator: OneStepGenerator) -> OneStepGenerator:
+    """Without adapters, which are added in float32 at least."""
+    return merge_adapters(generator.float()) if has_adapters(generator) else generator
+
+
+def write_text(path: str, text: str) -> None:
+    with open(path, 'w', encoding='utf-8') as f:
+        f.write(text)

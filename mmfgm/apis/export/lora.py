@@ -1,0 +1,60 @@
+# Copyright (c) mmfgm authors.
+from typing import Any
+
+from mmengine.config import Config
+
+from mmfgm.errors import UsageError
+from mmfgm.models import OneStepGenerator
+from mmfgm.models.families import DiffusersFamily
+
+from ..card import hash_weights
+from .exporter import BaseExporter
+
+LORA_FILE = 'pytorch_lora_weights.safetensors'
+
+
+class LoRAExporter(BaseExporter):
+    """The adapters alone, for the ``load_lora_weights`` of the base's pipeline.
+
+    Raises:
+        UsageError: If adapters cannot hold the generator: it differs from its network by more than
+            them, or they belong to other weights than the base's.
+    """
+
+    kind = 'lora'
+
+    def __init__(self, cfg: Config, dtype: str, family: DiffusersFamily, base: str):
+        super().__init__(cfg, dtype, family, base)
+        generator, teacher = self.bare, cfg.model['teacher'].get('checkpoint')
+        if not self.step.is_generator(generator):
+            raise UsageError(
+                'adapters alone cannot hold what is folded into other weights:'
+                f' t_star={generator.t_star}, c_in={generator.c_in}, '
+                f"c_out={generator.c_out}, c_skip={generator.c_skip}, and the pipeline's step has"
+                ' 1.0 for each; leave --lora out to export the merged transformer'
+            )
+        if teacher is not None:
+            raise UsageError(
+                f'the adapters belong to the teacher of {teacher!r}, not to {base!r}; leave --lora'
+                ' out to export the merged transformer'
+            )
+
+    def write(
+        self, generator: OneStepGenerator, folder: str, source: dict[str, Any]
+    ) -> dict[str, Any]:
+        family, network = self.family, generator.network
+        layers, tensors = dict(network.named_modules()), {}
+        for name, p in network.named_parameters():
+            if p.requires_grad:
+                layer, matrix, adapter, _ = name.rsplit('.', 3)
+                # readers take alpha for the rank, so its ratio goes into one of the matrices
+                scale = layers[layer].scaling[adapter] if matrix == 'lora_B' else 1.0
+                key = f'{layer.removeprefix(f"{family.attribute}.")}.{matrix}.weight'
+                tensors[key] = (p.detach() * scale).to(self.torch_dtype)
+        family.save_adapters(tensors, folder, LORA_FILE)
+        weights = hash_weights(folder)
+        usage = family.usage(self.public_base, "pipe.load_lora_weights('THIS FOLDER')")
+        self.write_about(folder, usage, source, weights)
+        return dict(
+            model=dict(type='FGM', network=family.exported(network)), weights_sha256=weights
+        )
