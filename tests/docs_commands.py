@@ -190,6 +190,7 @@ COMMANDS = {
         for command in (
             'bash tools/quickstart.sh',
             'bash tools/run_tests.sh',
+            'bash tools/run_tests.sh -m "not slow"',
             'bash tools/install_mmcv_ops.sh',
             'bash tools/run_tests.sh -k uninterrupted --kills 20',
             'pip install -e . -c requirements/constraints.txt',

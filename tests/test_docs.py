@@ -33,6 +33,8 @@ from tests.docs_commands import COMMANDS, TRAIN, Parse, Run, Serve, sd3_inputs
 
 PAGES = [
     ROOT / 'README.md',
+    ROOT / 'CONTRIBUTING.md',
+    ROOT / 'SECURITY.md',
     *sorted((ROOT / 'docs').glob('*.md')),
     *sorted((ROOT / 'configs').rglob('README.md')),
 ]

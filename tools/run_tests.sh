@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# Install everything the tests need into .venv and run them all. Arguments go to pytest,
-# e.g. -k resume, or -m "not slow".
+# Install everything the tests need into .venv, check the code (tools/lint.sh), and run all tests.
+# Arguments go to pytest, e.g. -k resume, or -m "not slow".
 set -euo pipefail
 cd "$(dirname "$0")/.."
-. tools/setup_venv.sh '.[test]'
+. tools/setup_venv.sh '.[dev]'
+PYTHON="$VENV_PYTHON" bash tools/lint.sh
 bash tools/install_mmcv_ops.sh "$VENV_PYTHON" ||
   echo "warning: without mmcv's ops the tests of GenEval's mmdet detector are skipped" >&2
 bash tools/install_browser.sh || echo 'warning: the tests of the demo page and of the report fail without it' >&2

@@ -229,8 +229,11 @@ class FGMInferencer(BaseInferencer):
                 evaluations give that seed. Defaults to 0.
             batch_size (int): Inputs per network call. Defaults to 8.
             network (str, optional): One of :attr:`networks`. Defaults to the first.
-            nfe, solver, shift, guidance: See :class:`~mmfgm.models.Sampling`. Those that are not
-                given are those of :meth:`default_sampling`; a guidance of 1 is none.
+            nfe (int, optional): Network calls; see :class:`~mmfgm.models.Sampling`. Defaults, as
+                the next three do, to that of :meth:`default_sampling`.
+            solver (str, optional): ``'euler'`` or ``'heun'``.
+            shift (float, optional): Of the time grid.
+            guidance (float, optional): Scale of classifier-free guidance; 1 is none.
             out (str): ``'pil'``; ``'numpy'``, uint8 ``(H, W, C)``, or points as float32; or
                 ``'tensor'``, float32 as the model makes them, images ``(C, H, W)`` in [-1, 1] up to
                 overshoot, on the CPU. Defaults to ``'pil'``.

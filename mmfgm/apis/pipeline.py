@@ -64,7 +64,9 @@ class OneStepPipeline:
         """Generate images.
 
         Args:
-            labels, prompt, num_images: One of the three, whichever the generator takes.
+            labels: Classes, for a generator that takes classes.
+            prompt: Texts, for one that takes texts.
+            num_images: How many, for one that takes neither.
             seeds: One for each image, or the first of them.
             generator (torch.Generator, optional): Draws the seeds, if none are given.
             batch_size (int): Images per network call. Defaults to 8.

@@ -151,7 +151,8 @@ def coverage(shape: str, x: np.ndarray, y: np.ndarray, r: np.ndarray) -> np.ndar
 
     Args:
         shape (str): One of ``SHAPES``.
-        x, y (np.ndarray): Pixels, y downwards; broadcast.
+        x (np.ndarray): Pixels to the right; broadcast.
+        y (np.ndarray): Pixels downwards; broadcast.
         r (np.ndarray): Half side of the shape's box, in pixels.
     """
     dx, dy, arm = np.abs(x), np.abs(y), r / 3

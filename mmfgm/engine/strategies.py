@@ -196,11 +196,10 @@ class FSDP2Strategy(ProcessGroupStrategy):
     Args:
         block_types (Sequence[str]): Class names of the layers that are gathered one at a time, for
             example ``('AdaLNBlock',)`` or ``('JointTransformerBlock',)``.
-        precision (str): As for :class:`SingleDeviceStrategy`, but ``'bf16'`` communicates
-            parameters in bf16 too; gradients are reduced in float32 and the sharded master weights
-            stay float32.
-        compile (bool): Run each of those layers through ``torch.compile``. Defaults to False.
-        **kwargs: For MMEngine's ``BaseStrategy``.
+        **kwargs: Those of :class:`SingleDeviceStrategy`, of which two mean more here. With
+            ``precision='bf16'`` parameters are communicated in bf16 too; gradients are reduced in
+            float32 and the sharded master weights stay float32. ``compile=True`` runs each of those
+            layers through ``torch.compile``.
 
     Raises:
         UsageError: If no layer of the velocity network is of ``block_types``; small networks beside

@@ -85,8 +85,10 @@ def frechet_distance(mu_1, cov_1, mu_2, cov_2) -> float:
     which is symmetric: no complex numbers, no matrix square root of a product.
 
     Args:
-        mu_1, mu_2 (Tensor | np.ndarray): Means ``(d,)``.
-        cov_1, cov_2 (Tensor | np.ndarray): Covariances ``(d, d)``.
+        mu_1 (Tensor | np.ndarray): Mean ``(d,)`` of the one.
+        cov_1 (Tensor | np.ndarray): Its covariance ``(d, d)``.
+        mu_2 (Tensor | np.ndarray): Mean ``(d,)`` of the other.
+        cov_2 (Tensor | np.ndarray): Its covariance ``(d, d)``.
 
     Raises:
         ValueError: If the features differ in dimension or are not finite.

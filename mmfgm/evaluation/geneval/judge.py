@@ -57,7 +57,8 @@ def relation(
     order.
 
     Args:
-        box_a, box_b (Sequence[float]): ``x1, y1, x2, y2, ...`` in pixels, y downwards.
+        box_a (Sequence[float]): ``x1, y1, x2, y2, ...`` of A in pixels, y downwards.
+        box_b (Sequence[float]): The same of B.
         position_threshold (float): Fraction of the summed sizes by which an offset of the centres
             is shortened.
     """

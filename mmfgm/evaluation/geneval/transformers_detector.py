@@ -32,8 +32,10 @@ class TransformersMask2Former(Mask2FormerDetector):
     Args:
         pretrained (str): Local folder or hub id, such as
             ``facebook/mask2former-swin-small-coco-instance``.
-        score_threshold (float), prefilter (bool), batch_size (int), device (str, optional): See
-        :class:`MMDetMask2Former`.
+        score_threshold (float): See :class:`MMDetMask2Former`, also for the next three.
+        prefilter (bool): Drop detections below the threshold before their masks are resized.
+        batch_size (int): Images per call of the network.
+        device (str, optional): Where it runs.
         size (tuple[int, int]): The shorter side gets the second, unless the longer would exceed the
             first. Defaults to ``(1333, 800)``.
 
