@@ -22,6 +22,7 @@ from PIL import Image
 from mmfgm.apis import FGMInferencer, read_config
 from mmfgm.apis.artifacts import is_export
 from mmfgm.apis.values import as_seeds, check_images, convert, draw_grid
+from mmfgm.caches import read_prompts
 from mmfgm.errors import UsageError
 from mmfgm.evaluation import draw_panels
 from mmfgm.files import whole_folder
@@ -29,7 +30,6 @@ from mmfgm.models import Sampling
 from mmfgm.processes import Progress
 from mmfgm.version import __version__
 
-from .cache_prompts import read_prompts
 from .cli import CONFIG_HELP, building, run_tool
 
 METADATA = 'metadata.jsonl'

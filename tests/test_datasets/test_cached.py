@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
+from mmfgm.caches import ShardWriter
 from mmfgm.datasets import CachedLatents, CachedPrompts, cached, collate
 from mmfgm.errors import UsageError
 from mmfgm.registry import DATASETS
-from mmfgm.tools.caching import ShardWriter
 
 COUNTS = (3, 0, 4, 1)  # of the shards: one lost all its items
 RNG = torch.Generator().manual_seed(0)

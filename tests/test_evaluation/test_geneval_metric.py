@@ -17,13 +17,13 @@ from mmengine.registry import DefaultScope
 from torch.utils.data import Dataset
 
 import mmfgm.engine  # noqa: F401
+from mmfgm.caches import ShardWriter
 from mmfgm.errors import UsageError
 from mmfgm.evaluation import Evaluation, to_uint8
 from mmfgm.evaluation.geneval import GenEvalPrompts, Scorer, generate, judge, summarize
 from mmfgm.evaluation.geneval.layout import read_image, read_results, scan_folder
 from mmfgm.models import Sampling
 from mmfgm.registry import DATASETS
-from mmfgm.tools.caching import ShardWriter
 from tests.conftest import run_module
 from tests.geneval_standin import METRIC, ROWS, Echo, StandInColors, StandInDetector, write_prompts
 

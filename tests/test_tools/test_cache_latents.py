@@ -10,10 +10,10 @@ import torch
 from diffusers import AutoencoderKL
 from PIL import Image
 
-from mmfgm.caches import identify
+from mmfgm.caches import identify, read_image
 from mmfgm.datasets import CachedLatents, CachedPrompts
 from mmfgm.errors import UsageError
-from mmfgm.tools.cache_latents import cache_latents, read_image
+from mmfgm.tools.cache_latents import cache_latents
 from tests.test_tools.test_caches import PROMPTS, SMALL, encode, sd3  # noqa: F401
 
 

@@ -11,12 +11,11 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline, StableDiffusion3Pipeline
 
-from mmfgm.caches import identify, identity_of
+from mmfgm.caches import ShardWriter, identify, identity_of, read_prompts
 from mmfgm.datasets import CachedPrompts, verify_cache
 from mmfgm.errors import UsageError
 from mmfgm.models.families import find
-from mmfgm.tools import caching
-from mmfgm.tools.cache_prompts import cache_prompts, read_prompts
+from mmfgm.tools.cache_prompts import cache_prompts
 from tests.conftest import ROOT, run_module, tool_env
 from tests.tiny_sd3 import WORDS, make_tiny_sd3
 
@@ -166,7 +165,7 @@ def test_killed_and_restarted_is_the_same(sd3, tmp_path):
     assert 4 <= len(before) < 75
     with pytest.raises(UsageError, match='not a finished cache.*goes on where it stopped'):
         CachedPrompts(str(out))
-    (out / f'{caching.ShardWriter.name(70)}.123.tmp').write_bytes(b'half a shard')
+    (out / f'{ShardWriter.name(70)}.123.tmp').write_bytes(b'half a shard')
     run_module('mmfgm.tools.cache_prompts', tmp_path / 'p.txt', out, *args)
     assert before == {
         path: path.stat().st_mtime_ns for path in before
@@ -185,7 +184,7 @@ def test_killed_and_restarted_is_the_same(sd3, tmp_path):
     assert set(content(out)) == {
         'manifest.json',
         'null.safetensors',
-        *map(caching.ShardWriter.name, range(75)),
+        *map(ShardWriter.name, range(75)),
     }
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from mmengine.registry import DefaultScope
 
+from mmfgm.caches import read_prompts
 from mmfgm.errors import UsageError
 from mmfgm.evaluation import Evaluation, to_uint8
 from mmfgm.evaluation.geneval import DiffusersPipeline, Scorer, generate, summarize
@@ -21,7 +22,7 @@ from mmfgm.evaluation.geneval.layout import (
     read_results,
     write_image,
 )
-from mmfgm.tools.cache_prompts import cache_prompts, read_prompts
+from mmfgm.tools.cache_prompts import cache_prompts
 from mmfgm.tools.export_diffusers import export_diffusers
 from mmfgm.tools.geneval import geneval
 from tests.conftest import ROOT, run_module, tool_env

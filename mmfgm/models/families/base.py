@@ -16,6 +16,7 @@ family. Adding FLUX or SANA means one file or folder beside ``sd3``, with
    latents of the stock pipeline on a tiny random model (float32, 1e-5).
 """
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
@@ -128,6 +129,8 @@ class Family(ABC):
         name (str): By which configs and caches know it.
         title (str): By which people know it; messages say it.
         network (type): The network's class, registered in ``MODELS``.
+        prompt_encoder (type): Class of its :class:`PromptEncoder`; the first argument is
+            ``pretrained``, and ``dtype`` is among the others.
         pipelines (tuple[str, ...]): How the class names in ``model_index.json`` begin.
         shift (float, optional): Of the pipeline's own time grid.
         block_types (tuple[str, ...]): Class names of the repeated blocks, by which FSDP2 shards.
@@ -139,6 +142,7 @@ class Family(ABC):
     name: str
     title: str
     network: type[nn.Module]
+    prompt_encoder: type[PromptEncoder]
     pipelines: tuple[str, ...] = ()
     shift: float | None = None
     block_types: tuple[str, ...] = ()
@@ -158,9 +162,20 @@ class Family(ABC):
         """The config of a network that names ``pretrained``, as one that states its architecture
         instead: it builds the same module with random weights, or on the meta device."""
 
-    @abstractmethod
     def encoder(self, pretrained: str, **options: Any) -> PromptEncoder:
-        """What encodes prompts; ``dtype`` is an option of all families."""
+        """What encodes prompts; ``options`` are those of its class, ``dtype`` among them.
+
+        Raises:
+            UsageError: If the family has no such option.
+        """
+        known = list(inspect.signature(self.prompt_encoder).parameters)[1:]
+        unknown = [name for name in options if name not in known]
+        if unknown:
+            raise UsageError(
+                f'expected options of the prompt encoder of {self.title}, which are'
+                f' {", ".join(known)}, found {", ".join(unknown)}; leave them out'
+            )
+        return self.prompt_encoder(pretrained, **options)
 
     def encode(self, pretrained: str, prompts: Sequence[str], **options: Any) -> Condition:
         """Prompts to conditions, for once; keep an :meth:`encoder` for more."""

@@ -21,6 +21,7 @@ class SD3Family(DiffusersFamily):
     name = 'sd3'
     title = TITLE
     network = SD3
+    prompt_encoder = SD3TextEncoder
     pipelines = ('StableDiffusion3',)
     pipeline_class = 'StableDiffusion3Pipeline'
     network_class = 'SD3Transformer2DModel'
@@ -50,9 +51,6 @@ class SD3Family(DiffusersFamily):
             place = {key: options[key] for key in ('subfolder', 'revision') if key in options}
             latent_size = self.without_weights({**config, **place})['config']['sample_size']
         return SD3(latent_size, pretrained=pretrained, **options)
-
-    def encoder(self, pretrained: str, **options: Any) -> SD3TextEncoder:
-        return SD3TextEncoder(pretrained, **options)
 
     def fold(
         self,

@@ -1,5 +1,5 @@
 # Copyright (c) mmfgm authors.
-"""What identifies the models that a cache was made with."""
+"""What computes the content of a cache, and what identifies it."""
 
 import hashlib
 import json
