@@ -7,8 +7,8 @@ upright as its EXIF says, made RGB, resized (bicubic, antialiased) so that its s
 --resolution pixels, which enlarges smaller ones, and cut to the square in its centre: what is
 outside is lost. The latents are (mean - shift_factor) * scaling_factor of the VAE's distribution,
 computed in float32. A 1024-pixel image of SD3 takes 0.52 MB in bf16, a 512-pixel one 0.13 MB; for
-captions see cache_prompts.py. A run that is killed goes on where it stopped. Several processes share
-the work, as there.
+captions see cache_prompts.py. A run that is killed goes on where it stopped. Several processes
+share the work, as there.
 """
 
 import argparse
