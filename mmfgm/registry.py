@@ -23,41 +23,74 @@ from mmengine.registry import VISBACKENDS as MMENGINE_VISBACKENDS
 from mmengine.registry import VISUALIZERS as MMENGINE_VISUALIZERS
 from mmengine.registry import Registry
 
+# Packages import their modules when a name of theirs is first used, so what registers itself is
+# listed here: a registry imports its locations when a config's first part is built.
+_DATASETS = [
+    f'mmfgm.datasets.{name}' for name in ('base', 'cached', 'digits', 'images', 'shapes', 'toys')
+]
+_MODELS = [
+    f'mmfgm.models.{name}'
+    for name in (
+        'registration',
+        'discriminator',
+        'fgm',
+        'flow_matching',
+        'families',
+        'networks.edm_unet',
+        'networks.edm_velocity',
+        'networks.mlp',
+        'preprocessor',
+    )
+]
+_METRICS = [
+    f'mmfgm.evaluation.{name}'
+    for name in (
+        'features',
+        'fid',
+        'metrics',
+        'shapes',
+        'geneval.colors',
+        'geneval.metric',
+        'geneval.mmdet_detector',
+        'geneval.pipelines',
+        'geneval.transformers_detector',
+    )
+]
+_ENGINE = [
+    f'mmfgm.engine.{name}' for name in ('adam', 'hooks', 'loops', 'optim', 'runner', 'strategies')
+]
+
 DATASETS = Registry(
-    'dataset', parent=MMENGINE_DATASETS, locations=['mmfgm.datasets', 'mmfgm.evaluation']
+    'dataset', parent=MMENGINE_DATASETS, locations=[*_DATASETS, 'mmfgm.evaluation.geneval.dataset']
 )
-DATA_SAMPLERS = Registry(
-    'data sampler', parent=MMENGINE_DATA_SAMPLERS, locations=['mmfgm.datasets']
-)
-MODELS = Registry('model', parent=MMENGINE_MODELS, locations=['mmfgm.models'])
-METRICS = Registry('metric', parent=MMENGINE_METRICS, locations=['mmfgm.evaluation'])
-HOOKS = Registry('hook', parent=MMENGINE_HOOKS, locations=['mmfgm.engine'])
-LOOPS = Registry('loop', parent=MMENGINE_LOOPS, locations=['mmfgm.engine'])
-RUNNERS = Registry('runner', parent=MMENGINE_RUNNERS, locations=['mmfgm.engine'])
-STRATEGIES = Registry('strategy', parent=MMENGINE_STRATEGIES, locations=['mmfgm.engine'])
-OPTIM_WRAPPERS = Registry(
-    'optim wrapper', parent=MMENGINE_OPTIM_WRAPPERS, locations=['mmfgm.engine']
-)
+DATA_SAMPLERS = Registry('data sampler', parent=MMENGINE_DATA_SAMPLERS, locations=_DATASETS)
+MODELS = Registry('model', parent=MMENGINE_MODELS, locations=_MODELS)
+METRICS = Registry('metric', parent=MMENGINE_METRICS, locations=_METRICS)
+HOOKS = Registry('hook', parent=MMENGINE_HOOKS, locations=_ENGINE)
+LOOPS = Registry('loop', parent=MMENGINE_LOOPS, locations=_ENGINE)
+RUNNERS = Registry('runner', parent=MMENGINE_RUNNERS, locations=_ENGINE)
+STRATEGIES = Registry('strategy', parent=MMENGINE_STRATEGIES, locations=_ENGINE)
+OPTIM_WRAPPERS = Registry('optim wrapper', parent=MMENGINE_OPTIM_WRAPPERS, locations=_ENGINE)
 OPTIM_WRAPPER_CONSTRUCTORS = Registry(
     'optim wrapper constructor',
     parent=MMENGINE_OPTIM_WRAPPER_CONSTRUCTORS,
-    locations=['mmfgm.engine'],
+    locations=_ENGINE,
 )
-OPTIMIZERS = Registry('optimizer', parent=MMENGINE_OPTIMIZERS, locations=['mmfgm.engine'])
+OPTIMIZERS = Registry('optimizer', parent=MMENGINE_OPTIMIZERS, locations=_ENGINE)
 PARAM_SCHEDULERS = Registry(
-    'parameter scheduler', parent=MMENGINE_PARAM_SCHEDULERS, locations=['mmfgm.engine']
+    'parameter scheduler', parent=MMENGINE_PARAM_SCHEDULERS, locations=_ENGINE
 )
-LOG_PROCESSORS = Registry(
-    'log processor', parent=MMENGINE_LOG_PROCESSORS, locations=['mmfgm.engine']
-)
-VISUALIZERS = Registry('visualizer', parent=MMENGINE_VISUALIZERS, locations=['mmfgm.engine'])
-VISBACKENDS = Registry('vis_backend', parent=MMENGINE_VISBACKENDS, locations=['mmfgm.engine'])
+LOG_PROCESSORS = Registry('log processor', parent=MMENGINE_LOG_PROCESSORS, locations=_ENGINE)
+VISUALIZERS = Registry('visualizer', parent=MMENGINE_VISUALIZERS, locations=_ENGINE)
+VISBACKENDS = Registry('vis_backend', parent=MMENGINE_VISBACKENDS, locations=_ENGINE)
 FUNCTIONS = Registry(
-    'function', parent=MMENGINE_FUNCTIONS, locations=['mmfgm.models', 'mmfgm.datasets']
+    'function',
+    parent=MMENGINE_FUNCTIONS,
+    locations=['mmfgm.models.registration', 'mmfgm.datasets.base'],
 )
 # time samplers, guidance, feature functions, canvases: small objects that configs name
 TASK_UTILS = Registry(
     'task util',
     parent=MMENGINE_TASK_UTILS,
-    locations=['mmfgm.models', 'mmfgm.datasets', 'mmfgm.evaluation', 'mmfgm.engine'],
+    locations=[*_MODELS, *_DATASETS, *_METRICS],
 )

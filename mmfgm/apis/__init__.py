@@ -1,8 +1,13 @@
 # Copyright (c) mmfgm authors.
-from .config import read_config
-from .export import export_generator
-from .inferencer import FGMInferencer
-from .pipeline import OneStepPipeline
-from .sampling_model import SamplingModel
+from mmfgm.lazy import attach
 
-__all__ = ['FGMInferencer', 'OneStepPipeline', 'SamplingModel', 'export_generator', 'read_config']
+__getattr__, __dir__, __all__ = attach(
+    __name__,
+    {
+        'config': ['read_config'],
+        'export': ['export_generator'],
+        'inferencer': ['FGMInferencer'],
+        'pipeline': ['OneStepPipeline'],
+        'sampling_model': ['SamplingModel'],
+    },
+)

@@ -331,9 +331,10 @@ class FGMInferencer(BaseInferencer):
         as metadata."""
         with DefaultScope.overwrite_default_scope(self.scope):
             self.model.load(sampling.network)
-        batch = dict(inputs)
-        if 'prompt' in batch:
-            batch.update(self._encode(tuple(batch.pop('prompt'))))
+        cond = {'labels': inputs['labels']} if 'labels' in inputs else {}
+        if 'prompt' in inputs:
+            cond = self._encode(tuple(inputs['prompt']))
+        batch = dict(idx=inputs['idx'], seed=inputs['seed'], cond=cond)
         samples = self.model.sample(batch, sampling).cpu()
         meta = [dict(seed=int(seed)) for seed in inputs['seed']]
         for name, key in dict(labels='label', prompt='prompt').items():

@@ -7,7 +7,6 @@ from typing import Any
 from safetensors import safe_open
 from torch import nn
 
-from mmfgm.engine.strategies import autocast_forward
 from mmfgm.errors import UsageError
 from mmfgm.models import (
     FGM,
@@ -18,6 +17,7 @@ from mmfgm.models import (
     load_network,
 )
 from mmfgm.models.lora import LoRA
+from mmfgm.models.sampling import bf16_autocast
 from mmfgm.registry import MODELS, TASK_UTILS
 
 from .artifacts import WEIGHTS_FILE, check_checkpoint
@@ -125,9 +125,8 @@ class SamplingModel(FlowModel):
         if self.null is None:
             self.null = self._build_null()
         device = self.data_preprocessor.device
-        if self.precision == 'bf16' and 'forward' not in vars(network):
-            # on what is never copied: the copy would call the original
-            autocast_forward(network, device.type)
+        if self.precision == 'bf16':
+            self.autocast = bf16_autocast(device.type)
         self.add_module(name, network.eval().to(device))
 
     def _teacher(self) -> nn.Module:
@@ -161,15 +160,12 @@ class SamplingModel(FlowModel):
         model = self.export['model'] if self.export else self.model
         if self._lora:
             network = self._lora.adapted(self._teacher())
-            vars(network).pop(
-                'forward', None
-            )  # the autocast of a loaded teacher, which calls the teacher
         else:
             network = MODELS.build(model['network'])
-        return (
-            OneStepGenerator(network, **(model.get('generator') or {}))
-            if self.distilled
-            else network
+        if not self.distilled:
+            return network
+        return MODELS.build(
+            {'type': 'OneStepGenerator', **(model.get('generator') or {}), 'network': network}
         )
 
     def _build_null(self) -> Any | None:

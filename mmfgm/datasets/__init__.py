@@ -1,35 +1,21 @@
 # Copyright (c) mmfgm authors.
-from .base import (
-    ConditionDataset,
-    GenerationDataset,
-    PaddedSampler,
-    TensorDataset,
-    WithReal,
-    collate,
-)
-from .cached import CachedLatents, CachedPrompts, CachedPromptSamples, verify_cache
-from .digits import Digits
-from .images import CIFAR10, ImageFolder
-from .shapes import ShapePrompts, Shapes, WordEncoder, ZeroPrompt
-from .toys import Toy2D
+from mmfgm.lazy import attach
 
-__all__ = [
-    'CIFAR10',
-    'CachedLatents',
-    'CachedPromptSamples',
-    'CachedPrompts',
-    'ConditionDataset',
-    'Digits',
-    'GenerationDataset',
-    'ImageFolder',
-    'PaddedSampler',
-    'ShapePrompts',
-    'Shapes',
-    'TensorDataset',
-    'Toy2D',
-    'WithReal',
-    'WordEncoder',
-    'ZeroPrompt',
-    'collate',
-    'verify_cache',
-]
+__getattr__, __dir__, __all__ = attach(
+    __name__,
+    {
+        'base': [
+            'ConditionDataset',
+            'GenerationDataset',
+            'PaddedSampler',
+            'TensorDataset',
+            'WithReal',
+            'collate',
+        ],
+        'cached': ['CachedLatents', 'CachedPrompts', 'CachedPromptSamples', 'verify_cache'],
+        'digits': ['Digits'],
+        'images': ['CIFAR10', 'ImageFolder'],
+        'shapes': ['ShapePrompts', 'Shapes', 'WordEncoder', 'ZeroPrompt'],
+        'toys': ['Toy2D'],
+    },
+)

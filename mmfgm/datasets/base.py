@@ -24,31 +24,65 @@ def collate(items: Batch | Sequence[dict]) -> Batch:
     return items if isinstance(items, dict) else default_collate(items)
 
 
-class TensorDataset(Dataset):
-    """Rows of tensors held in memory, indexed a batch at a time.
+def item_seed(idx: Any, seed: int = 0) -> Any:
+    """Seed of the noise of item ``idx``, a number or a tensor of them; another ``seed`` selects other noise.
 
-    Args:
-        **columns (Tensor): Of one length each; items also carry their ``idx``.
+    torch's CPU generator sees the lower 32 bits only; the odd factor spreads the ranges of
+    different seeds.
+    """
+    return (idx + seed * 2654435761) % 2**32
+
+
+def _first(batch: Batch) -> Batch:
+    return {
+        name: _first(value) if isinstance(value, dict) else value[0]
+        for name, value in batch.items()
+    }
+
+
+class BatchDataset(Dataset):
+    """A dataset that indexes whole batches: a subclass implements ``__getitems__`` and ``__len__``.
+
+    Batches are ``dict(idx, [seed], [x_0], cond=dict(...), [real=dict(x_0, cond)])``. Networks get
+    what is in ``cond``, as keyword arguments, and nothing else.
     """
 
-    def __init__(self, **columns: Tensor):
-        self.columns = columns
+    def __init__(self):
+        # MMEngine's hooks look for it
         self.metainfo = dict(dataset=type(self).__name__)
 
+    def __getitems__(self, indices: Sequence[int]) -> Batch:
+        raise NotImplementedError(f'{type(self).__name__} does not say what its batches are')
+
+    def __getitem__(self, index: int) -> Batch:
+        return _first(self.__getitems__([index]))
+
+
+class TensorDataset(BatchDataset):
+    """Rows of tensors held in memory: items ``dict(idx, x_0, cond=dict(...))``.
+
+    Args:
+        x_0 (Tensor): Samples ``(N, *event)``.
+        **cond (Tensor): Conditions, one row for each sample.
+    """
+
+    def __init__(self, x_0: Tensor, **cond: Tensor):
+        super().__init__()
+        self.x_0, self.cond = x_0, cond
+
     def __len__(self) -> int:
-        return len(next(iter(self.columns.values())))
+        return len(self.x_0)
 
     def __getitems__(self, indices: Sequence[int]) -> Batch:
         idx = torch.as_tensor(indices)
-        return dict(idx=idx, **{name: column[idx] for name, column in self.columns.items()})
-
-    def __getitem__(self, index: int) -> Batch:
-        return {name: value[0] for name, value in self.__getitems__([index]).items()}
+        cond = {name: column[idx] for name, column in self.cond.items()}
+        return dict(idx=idx, x_0=self.x_0[idx], cond=cond)
 
 
 @DATASETS.register_module()
-class GenerationDataset(Dataset):
-    """What to generate in an evaluation: items ``dict(idx, seed, [labels])``, with balanced labels.
+class GenerationDataset(BatchDataset):
+    """What to generate in an evaluation: items ``dict(idx, seed, cond=dict([labels]))``, with
+    balanced labels.
 
     Args:
         num_samples (int): Number of items.
@@ -58,30 +92,24 @@ class GenerationDataset(Dataset):
     """
 
     def __init__(self, num_samples: int, num_classes: int | None = None, seed: int = 0):
+        super().__init__()
         if num_samples < 1:
             raise UsageError(f'num_samples must be at least 1, but is {num_samples}')
         self.num_samples, self.num_classes, self.seed = num_samples, num_classes, seed
-        self.metainfo = dict(dataset=type(self).__name__)
 
     def __len__(self) -> int:
         return self.num_samples
 
     def __getitems__(self, indices: Sequence[int]) -> Batch:
         idx = torch.as_tensor(indices)
-        # torch's CPU generator sees the lower 32 bits only; the odd factor spreads the ranges of
-        # different seeds
-        batch = dict(idx=idx, seed=(idx + self.seed * 2654435761) % 2**32)
-        if self.num_classes:
-            batch['labels'] = idx % self.num_classes
-        return batch
-
-    def __getitem__(self, index: int) -> Batch:
-        return {name: value[0] for name, value in self.__getitems__([index]).items()}
+        cond = dict(labels=idx % self.num_classes) if self.num_classes else {}
+        return dict(idx=idx, seed=item_seed(idx, self.seed), cond=cond)
 
 
 @DATASETS.register_module()
 class ConditionDataset(GenerationDataset):
-    """Training items of FGM, which needs no data: ``dict(idx, [labels])`` with balanced labels.
+    """Training items of FGM, which needs no data: ``dict(idx, cond=dict([labels]))`` with balanced
+    labels.
 
     Args:
         num_classes (int, optional): None for an unconditional model.
@@ -98,9 +126,9 @@ class ConditionDataset(GenerationDataset):
 
 
 @DATASETS.register_module()
-class WithReal(Dataset):
-    """Conditions to generate for, each beside a real sample for the discriminator: ``dict(idx, ...,
-    real_x_0, real_...)``.
+class WithReal(BatchDataset):
+    """Conditions to generate for, each beside a real sample for the discriminator: ``dict(idx,
+    cond=dict(...), real=dict(x_0, cond=dict(...)))``.
 
     An epoch covers the longer of the two; the shorter one is gone through again, in another order
     each time.
@@ -112,8 +140,8 @@ class WithReal(Dataset):
     """
 
     def __init__(self, conditions: dict, real: dict):
+        super().__init__()
         self.conditions, self.real = DATASETS.build(conditions), DATASETS.build(real)
-        self.metainfo = dict(dataset=type(self).__name__)
 
     def __len__(self) -> int:
         return max(len(self.conditions), len(self.real))
@@ -126,14 +154,8 @@ class WithReal(Dataset):
     def __getitems__(self, indices: Sequence[int]) -> Batch:
         batch = self.conditions.__getitems__(self._wrap(indices, len(self.conditions)))
         real = self.real.__getitems__(self._wrap(indices, len(self.real)))
-        return {
-            **batch,
-            'idx': torch.as_tensor(indices),
-            **{f'real_{k}': v for k, v in real.items() if k != 'idx'},
-        }
-
-    def __getitem__(self, index: int) -> Batch:
-        return {name: value[0] for name, value in self.__getitems__([index]).items()}
+        real = dict(x_0=real['x_0'], cond=real['cond'])
+        return {**batch, 'idx': torch.as_tensor(indices), 'real': real}
 
 
 @DATA_SAMPLERS.register_module()

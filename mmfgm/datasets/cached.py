@@ -21,13 +21,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.nn.functional import pad
-from torch.utils.data import Dataset
 
 from mmfgm.errors import UsageError
 from mmfgm.files import differences, read_json, sha256
 from mmfgm.registry import DATASETS
 
-from .base import Batch
+from .base import Batch, BatchDataset, item_seed
 
 NULL = 'null.safetensors'
 # of caches that were made before their manifests said it
@@ -118,7 +117,7 @@ class _Shard:
             out[: len(tokens)] = tokens
 
 
-class ShardedCache(Dataset):
+class ShardedCache(BatchDataset):
     """Items by index out of a cache's shards, which are memory-mapped and opened when first needed
     in each process.
 
@@ -139,6 +138,7 @@ class ShardedCache(Dataset):
     kind = ''
 
     def __init__(self, path: str, identity: dict | None = None, verify: bool = False):
+        super().__init__()
         self.path = osp.expanduser(path)
         self.manifest = read_manifest(self.path, self.kind)
         self.layout = {name: tuple(shape) for name, shape in self.manifest['layout'].items()}
@@ -161,13 +161,9 @@ class ShardedCache(Dataset):
         if verify:
             verify_cache(self.path)
         self._opened = {}
-        self.metainfo = dict(dataset=type(self).__name__)
 
     def __len__(self) -> int:
         return self.manifest['count']
-
-    def __getitem__(self, index: int) -> Batch:
-        return {name: value[0] for name, value in self.__getitems__([index]).items()}
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, '_opened': {}}
@@ -230,8 +226,8 @@ class ShardedCache(Dataset):
 
 @DATASETS.register_module()
 class CachedPrompts(ShardedCache):
-    """Prompts encoded by ``tools/cache_prompts.py``: items ``dict(idx, prompt_embeds,
-    pooled_embeds)`` in the cache's dtype.
+    """Prompts encoded by ``tools/cache_prompts.py``: items ``dict(idx,
+    cond=dict(prompt_embeds, pooled_embeds))`` in the cache's dtype.
 
     ``prompt_embeds (77 + L, D)`` and ``pooled_embeds (P,)`` are what
     ``StableDiffusion3Pipeline.encode_prompt`` returns; dropped padding is zero. For the arguments
@@ -242,13 +238,13 @@ class CachedPrompts(ShardedCache):
 
     def __getitems__(self, indices: Sequence[int]) -> Batch:
         idx = torch.as_tensor(indices)
-        return dict(idx=idx, **self._prompts([self._locate(index) for index in idx.tolist()]))
+        return dict(idx=idx, cond=self._prompts([self._locate(index) for index in idx.tolist()]))
 
 
 @DATASETS.register_module()
 class CachedPromptSamples(CachedPrompts):
-    """What to generate in an evaluation or a picture: items ``dict(idx, seed, prompt_embeds,
-    pooled_embeds)``.
+    """What to generate in an evaluation or a picture: items ``dict(idx, seed,
+    cond=dict(prompt_embeds, pooled_embeds))``.
 
     Args:
         path (str): The cache's folder.
@@ -267,17 +263,14 @@ class CachedPromptSamples(CachedPrompts):
 
     def __getitems__(self, indices: Sequence[int]) -> Batch:
         idx = torch.as_tensor(indices)
-        prompts = self._prompts(
-            [self._locate(index % self.manifest['count']) for index in idx.tolist()]
-        )
-        # as GenerationDataset: torch's CPU generator sees the lower 32 bits only
-        return dict(idx=idx, seed=(idx + self.seed * 2654435761) % 2**32, **prompts)
+        rows = [self._locate(index % self.manifest['count']) for index in idx.tolist()]
+        return dict(idx=idx, seed=item_seed(idx, self.seed), cond=self._prompts(rows))
 
 
 @DATASETS.register_module()
 class CachedLatents(ShardedCache):
-    """Images encoded by ``tools/cache_latents.py``: items ``dict(idx, x_0, [prompt_embeds,
-    pooled_embeds])``.
+    """Images encoded by ``tools/cache_latents.py``: items ``dict(idx, x_0,
+    cond=dict([prompt_embeds, pooled_embeds]))``.
 
     ``x_0 (C, h, w)`` is shifted and scaled as the transformer expects it; the embeddings are as in
     :class:`CachedPrompts`.
@@ -324,9 +317,8 @@ class CachedLatents(ShardedCache):
     def __getitems__(self, indices: Sequence[int]) -> Batch:
         idx = torch.as_tensor(indices)
         rows = [self._locate(index) for index in idx.tolist()]
-        return dict(
-            idx=idx, x_0=self._read(rows, 'x_0'), **(self._prompts(rows) if self.prompts else {})
-        )
+        cond = self._prompts(rows) if self.prompts else {}
+        return dict(idx=idx, x_0=self._read(rows, 'x_0'), cond=cond)
 
     def _compared(self, identity: dict) -> dict:
         return {

@@ -1,5 +1,5 @@
 # Copyright (c) mmfgm authors.
-"""Images in memory or in files: items ``dict(idx, x_0, [labels])`` with ``x_0 (3, H, W)`` uint8 and
+"""Images in memory or in files: items ``dict(idx, x_0, cond=dict([labels]))`` with ``x_0 (3, H, W)`` uint8 and
 ``labels`` int64."""
 
 import io
@@ -13,28 +13,34 @@ from typing import Any
 
 import numpy as np
 import torch
-import torchvision
 from mmengine.dist import barrier, is_main_process
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset
-from torchvision.datasets.utils import download_and_extract_archive
 
 from mmfgm.errors import UsageError
 from mmfgm.registry import DATASETS
 
-from .base import Batch, TensorDataset
+from .base import Batch, BatchDataset, TensorDataset
 
 SUFFIXES = ('.png', '.jpg', '.jpeg', '.webp', '.bmp')
 
 
-class _AnyCIFAR10(torchvision.datasets.CIFAR10):
-    """torchvision's reader for any files of CIFAR-10's format: without md5 it only looks whether
-    they exist."""
+def _cifar10_reader(verify: bool) -> type:
+    """torchvision's reader; without ``verify`` one for any files of CIFAR-10's format."""
+    # imported late, as it takes two seconds
+    from torchvision.datasets import CIFAR10 as Reader
 
-    train_list = [[name, None] for name, _ in torchvision.datasets.CIFAR10.train_list]
-    test_list = [[name, None] for name, _ in torchvision.datasets.CIFAR10.test_list]
-    meta = {**torchvision.datasets.CIFAR10.meta, 'md5': None}
+    if verify:
+        return Reader
+
+    class AnyCIFAR10(Reader):
+        """Without md5 it only looks whether the files exist."""
+
+        train_list = [[name, None] for name, _ in Reader.train_list]
+        test_list = [[name, None] for name, _ in Reader.test_list]
+        meta = {**Reader.meta, 'md5': None}
+
+    return AnyCIFAR10
 
 
 @DATASETS.register_module()
@@ -42,7 +48,7 @@ class CIFAR10(TensorDataset):
     """CIFAR-10 (Krizhevsky, 2009): 50,000 training or 10,000 test images of 32x32 pixels, all in
     memory.
 
-    Items are ``dict(idx, x_0, [labels])``: ``x_0 (3, 32, 32)`` uint8, ``labels`` 0 to 9.
+    Items are ``dict(idx, x_0, cond=dict([labels]))``: ``x_0 (3, 32, 32)`` uint8, ``labels`` 0 to 9.
 
     Args:
         data_root (str): The folder that holds ``cifar-10-batches-py``, the "python version".
@@ -66,7 +72,7 @@ class CIFAR10(TensorDataset):
         download: bool = True,
         verify: bool = True,
     ):
-        reader = torchvision.datasets.CIFAR10 if verify else _AnyCIFAR10
+        reader = _cifar10_reader(verify)
         root = Path(data_root).expanduser()
         folder = root / reader.base_folder
         failure = _download(reader, root, folder) if download else 'download=False'
@@ -114,6 +120,8 @@ class CIFAR10(TensorDataset):
 
 def _download(reader: Any, root: Path, folder: Path) -> str | None:
     """Fetch CIFAR-10 where it is missing; returns why it failed, if it did."""
+    from torchvision.datasets.utils import download_and_extract_archive
+
     failure = None
     # nodes may share the disk, so one process tries alone before the first of every node does
     for turn in (is_main_process(), int(os.environ.get('LOCAL_RANK', 0)) == 0):
@@ -129,11 +137,11 @@ def _download(reader: Any, root: Path, folder: Path) -> str | None:
 
 
 @DATASETS.register_module()
-class ImageFolder(Dataset):
+class ImageFolder(BatchDataset):
     """Images anywhere below a folder or in a ``.zip``, with EDM's ``dataset.json`` of labels
     (Karras et al., 2022).
 
-    Items are ``dict(idx, x_0, [labels])``: ``x_0 (3, H, W)`` uint8 RGB, in the order of the sorted
+    Items are ``dict(idx, x_0, cond=dict([labels]))``: ``x_0 (3, H, W)`` uint8 RGB, in the order of the sorted
     relative paths. Hidden files are left out. ``dataset.json`` at the top holds ``{"labels":
     [["00000/img00000000.png", 6], ...]}``.
 
@@ -169,6 +177,7 @@ class ImageFolder(Dataset):
         cache: bool = False,
         convert: bool = False,
     ):
+        super().__init__()
         self.path, self.cache, self.convert = Path(path).expanduser(), cache, convert
         self._zips, self._decoded = {}, {}
         files = self._files()
@@ -191,7 +200,6 @@ class ImageFolder(Dataset):
         self.pipeline = _build_pipeline(pipeline)
         height, width, channels = self._image(0).shape
         self.event_shape = (channels, height, width)
-        self.metainfo = dict(dataset=type(self).__name__)
 
     def __len__(self) -> int:
         return len(self.names)
@@ -207,13 +215,10 @@ class ImageFolder(Dataset):
                     f' expected is the {width}x{height} of {self.names[0]}; add Resize or'
                     ' CenterCrop to pipeline'
                 )
-        batch = dict(
-            idx=idx, x_0=torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
+        x_0 = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
+        return dict(
+            idx=idx, x_0=x_0, cond={} if self.labels is None else dict(labels=self.labels[idx])
         )
-        return batch if self.labels is None else {**batch, 'labels': self.labels[idx]}
-
-    def __getitem__(self, index: int) -> Batch:
-        return {name: value[0] for name, value in self.__getitems__([index]).items()}
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, '_zips': {}, '_decoded': {}}

@@ -15,12 +15,11 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from mmfgm.errors import UsageError
 from mmfgm.registry import DATASETS, TASK_UTILS
 
-from .base import Batch
+from .base import Batch, BatchDataset, item_seed
 
 TAGS = ('single_object', 'two_object', 'counting', 'colors', 'position', 'color_attr')
 PLURALS = dict(circle='circles', square='squares', triangle='triangles', cross='crosses')
@@ -264,9 +263,9 @@ class ZeroPrompt:
 
 
 @DATASETS.register_module()
-class Shapes(Dataset):
-    """Captioned shapes: items ``dict(idx, [x_0], prompt_embeds, pooled_embeds)``, functions of
-    (seed, idx) alone.
+class Shapes(BatchDataset):
+    """Captioned shapes: items ``dict(idx, [x_0], cond=dict(prompt_embeds, pooled_embeds))``,
+    functions of (seed, idx) alone.
 
     ``x_0 (3, size, size)`` is uint8; the embeddings are those of :class:`WordEncoder`. Item ``idx``
     has task ``tags[idx % len(tags)]``.
@@ -293,6 +292,7 @@ class Shapes(Dataset):
         encoder: dict | None = None,
         images: bool = True,
     ):
+        super().__init__()
         if length < 1 or not tags or set(tags) - set(TAGS):
             raise UsageError(
                 f'expected are at least 1 item and tasks from {list(TAGS)}, but got {length} items'
@@ -300,7 +300,6 @@ class Shapes(Dataset):
             )
         self.length, self.seed, self.tags, self.images = length, seed, tuple(tags), images
         self.event_shape, self.encoder = (3, size, size), WordEncoder(**(encoder or {}))
-        self.metainfo = dict(dataset=type(self).__name__)
 
     def __len__(self) -> int:
         return self.length
@@ -312,23 +311,20 @@ class Shapes(Dataset):
         )
 
     def row(self, index: int) -> dict:
-        """Metadata row of an item, which batches leave out because networks take all they hold."""
+        """Metadata row of an item, which batches leave out because networks cannot use it."""
         return self.scene(index)[0]
 
     def __getitems__(self, indices: Sequence[int]) -> Batch:
         idx = torch.as_tensor(indices)
         rows, items = zip(*map(self.scene, idx.tolist()))
         images = dict(x_0=render(items, self.event_shape[-1])) if self.images else {}
-        return dict(idx=idx, **images, **self.encoder.encode([row['prompt'] for row in rows]))
-
-    def __getitem__(self, index: int) -> Batch:
-        return {name: value[0] for name, value in self.__getitems__([index]).items()}
+        return dict(idx=idx, **images, cond=self.encoder.encode([row['prompt'] for row in rows]))
 
 
 @DATASETS.register_module()
 class ShapePrompts(Shapes):
-    """What to generate in an evaluation: items ``dict(idx, seed, prompt_embeds, pooled_embeds)``,
-    tasks in equal parts.
+    """What to generate in an evaluation: items ``dict(idx, seed, cond=dict(prompt_embeds,
+    pooled_embeds))``, tasks in equal parts.
 
     The captions are those of :class:`Shapes` with the same seed, tags and encoder.
 
@@ -351,5 +347,4 @@ class ShapePrompts(Shapes):
 
     def __getitems__(self, indices: Sequence[int]) -> Batch:
         batch = super().__getitems__(indices)
-        # as GenerationDataset: torch's CPU generator sees the lower 32 bits only
-        return dict(batch, seed=(batch['idx'] + self.seed * 2654435761) % 2**32)
+        return dict(batch, seed=item_seed(batch['idx'], self.seed))

@@ -33,7 +33,7 @@ SHAPES: dict[str, Callable[[int, torch.Generator], Tensor]] = {
 
 @DATASETS.register_module()
 class Toy2D(TensorDataset):
-    """Points of a 2-D distribution: items ``dict(idx, x_0)`` with ``x_0 (2,)`` float32.
+    """Points of a 2-D distribution: items ``dict(idx, x_0, cond={})`` with ``x_0 (2,)`` float32.
 
     Args:
         shape (str): ``'checkerboard'`` or ``'8gaussians'``.

@@ -1,35 +1,23 @@
 # Copyright (c) mmfgm authors.
-from .adam import MomentumFreeAdam
-from .checkpoint import CheckpointMixin
-from .hooks import (
-    CheckpointHook,
-    EvaluationHook,
-    MonitorHook,
-    NetworkEMAHook,
-    PreemptionHook,
-    RNGStateHook,
-    SampleHook,
-)
-from .loops import AlternatingTrainLoop
-from .optim import NetworkOptimWrapper, PerNetworkConstructor
-from .runner import FlowRunner
-from .strategies import DDPStrategy, FSDP2Strategy, SingleDeviceStrategy
+from mmfgm.lazy import attach
 
-__all__ = [
-    'AlternatingTrainLoop',
-    'CheckpointHook',
-    'CheckpointMixin',
-    'DDPStrategy',
-    'EvaluationHook',
-    'FSDP2Strategy',
-    'FlowRunner',
-    'MomentumFreeAdam',
-    'MonitorHook',
-    'NetworkEMAHook',
-    'NetworkOptimWrapper',
-    'PerNetworkConstructor',
-    'PreemptionHook',
-    'RNGStateHook',
-    'SampleHook',
-    'SingleDeviceStrategy',
-]
+__getattr__, __dir__, __all__ = attach(
+    __name__,
+    {
+        'adam': ['MomentumFreeAdam'],
+        'checkpoint': ['CheckpointMixin'],
+        'hooks': [
+            'CheckpointHook',
+            'EvaluationHook',
+            'MonitorHook',
+            'NetworkEMAHook',
+            'PreemptionHook',
+            'RNGStateHook',
+            'SampleHook',
+        ],
+        'loops': ['AlternatingTrainLoop'],
+        'optim': ['NetworkOptimWrapper', 'PerNetworkConstructor'],
+        'runner': ['FlowRunner'],
+        'strategies': ['DDPStrategy', 'FSDP2Strategy', 'SingleDeviceStrategy'],
+    },
+)

@@ -16,6 +16,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from mmengine.dist import all_gather_object, barrier, is_main_process
 from mmengine.logging import HistoryBuffer
+from torch import nn
 
 from mmfgm.errors import UsageError
 from mmfgm.files import replace_folder, whole_file
@@ -23,6 +24,7 @@ from mmfgm.models.weights import (
     STATE_DICT,
     SafePlanner,
     SafeReader,
+    fingerprint,
     read_pickle,
     read_state_dict,
     sharded_shapes,
@@ -114,6 +116,14 @@ class CheckpointMixin:
 
     sharded_checkpoints = False
 
+    def _take_fingerprints(self, model: nn.Module) -> None:
+        """Of networks that checkpoints leave out, so that a resumed run notices another teacher."""
+        self.fingerprints = {
+            name: fingerprint(network)
+            for name, network in model.networks.items()
+            if name in model.pretrained
+        }
+
     def save_checkpoint(
         self,
         filename: str,
@@ -134,7 +144,7 @@ class CheckpointMixin:
             **{k: v for k, v in extras.get('meta', {}).items() if _is_plain(v)},
             'seed': self._randomness['seed'],
             'world_size': self.world_size,
-            'pretrained': self.model.fingerprints,
+            'pretrained': self.fingerprints,
             'time': time.strftime('%Y%m%d_%H%M%S', time.localtime()),
             'mmengine': mmengine.__version__,
             'mmfgm': __version__,
@@ -233,10 +243,10 @@ class CheckpointMixin:
                 f'{filename!r} comes from a run with randomness.seed={saved}, but the config says'
                 f' {current}; resume with the seed it was started with'
             )
-        if checkpoint['meta']['pretrained'] != self.model.fingerprints:
+        if checkpoint['meta']['pretrained'] != self.fingerprints:
             raise UsageError(
                 f'{filename!r} comes from a run with another teacher (checksums'
-                f' {checkpoint["meta"]["pretrained"]}, now {self.model.fingerprints}); name the'
+                f' {checkpoint["meta"]["pretrained"]}, now {self.fingerprints}); name the'
                 ' teacher it was started with, or start afresh in another work dir'
             )
         return checkpoint

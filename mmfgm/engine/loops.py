@@ -58,27 +58,29 @@ class CycleRecord:
 
 @LOOPS.register_module()
 class AlternatingTrainLoop(IterBasedTrainLoop):
-    """Algorithm 1: ``online_updates`` updates of the online network, then one of the generator.
+    """Algorithm 1: the phases of the model in their order, each as often as the config says.
 
     That cycle, accumulation included, is ONE iteration: intervals of hooks, checkpoints, schedules
-        and
-    evaluations count cycles. The phases themselves are the model's; a model with a single phase,
-    such as :class:`~mmfgm.models.FlowMatching`, is trained by the same loop.
+    and evaluations count cycles. :class:`~mmfgm.models.FGM` has an ``online`` and a ``generator``
+    phase; a model with a single phase, such as :class:`~mmfgm.models.FlowMatching`, is trained by
+    the same loop.
 
     Args:
         runner: The MMEngine runner.
         dataloader (dict): Config of the training data; its sampler must be infinite and able to
             ``skip``.
         max_iters (int): Iterations (cycles) of the run.
-        online_updates (int): Updates of the ``online`` phase in a cycle. Defaults to 1.
         accumulation (int): Micro-batches summed into each update. Defaults to 1.
         share_samples (bool): Generate once a cycle and reuse the samples in every phase, instead of
             drawing fresh noise for each update as Algorithm 1 is written. The generator does not
             change in between, so only the noise is shared, and a generator forward is saved.
             Defaults to False.
+        **updates (int): ``PHASE_updates`` is how often a phase of the model runs in a cycle, for
+            example ``online_updates=5``. Defaults to 1 each.
 
     Raises:
-        UsageError: For counts below 1, or settings that do not go together.
+        UsageError: For counts below 1, settings that do not go together, or updates of a phase that
+            the model does not have.
     """
 
     def __init__(
@@ -86,13 +88,11 @@ class AlternatingTrainLoop(IterBasedTrainLoop):
         runner,
         dataloader: dict,
         max_iters: int,
-        online_updates: int = 1,
         accumulation: int = 1,
         share_samples: bool = False,
+        **updates: int,
     ):
-        for name, value in dict(
-            max_iters=max_iters, online_updates=online_updates, accumulation=accumulation
-        ).items():
+        for name, value in dict(max_iters=max_iters, accumulation=accumulation, **updates).items():
             if not isinstance(value, int) or value < 1:
                 raise UsageError(
                     f'train_cfg.{name} must be a whole number of at least 1, but is {value!r}'
@@ -115,7 +115,7 @@ class AlternatingTrainLoop(IterBasedTrainLoop):
             )
         # torchrun sends SIGTERM to loader workers too; the training process ends them when it stops
         self.dataloader.worker_init_fn = partial(_init_worker, self.dataloader.worker_init_fn)
-        self.online_updates = online_updates
+        self.updates = updates
         self.accumulation = accumulation
         self.share_samples = share_samples
         self.clock = _Clock()
@@ -127,7 +127,7 @@ class AlternatingTrainLoop(IterBasedTrainLoop):
         return [
             name
             for name in self.runner.model.phases
-            for _ in range(self.online_updates if name == 'online' else 1)
+            for _ in range(self.updates.get(f'{name}_updates', 1))
         ]
 
     @property
@@ -135,18 +135,22 @@ class AlternatingTrainLoop(IterBasedTrainLoop):
         """Batches that one iteration takes from the loader of each process."""
         return 1 if self.share_samples else len(self.schedule) * self.accumulation
 
-    def run(self):
-        """Train to ``max_iters``; returns the model.
+    def check_updates(self) -> None:
+        """Compare the settings with the phases of the model, which is built after the loop.
 
         Raises:
-            UsageError: If ``online_updates`` is set for a model without an online phase.
+            UsageError: If there are updates of a phase that the model does not have.
         """
-        if self.online_updates != 1 and 'online' not in self.runner.model.phases:
-            raise UsageError(
-                f'train_cfg.online_updates={self.online_updates} has no meaning for'
-                f' {type(self.runner.model).__name__}, whose phases are'
-                f' {list(self.runner.model.phases)}'
-            )
+        known = [f'{phase}_updates' for phase in self.runner.model.phases]
+        for name in self.updates:
+            if name not in known:
+                raise UsageError(
+                    f'expected train_cfg to have no other settings than {known} for the phases of'
+                    f' {type(self.runner.model).__name__}, found {name!r}; remove it'
+                )
+
+    def run(self):
+        """Train to ``max_iters``; returns the model."""
         self.runner.call_hook('before_train')
         self.runner.call_hook('before_train_epoch')
         if self._iter > 0:
@@ -182,7 +186,9 @@ class AlternatingTrainLoop(IterBasedTrainLoop):
         self._iter += 1
 
     def _prepare(self, differentiable: bool) -> dict:
-        return self.runner.model.prepare(next(self._batches), differentiable)
+        model = self.runner.model
+        with model.autocast():
+            return model.prepare(next(self._batches), differentiable)
 
     def _update(self, phase: str, shared: dict | None) -> None:
         """One optimizer step of every network that ``phase`` trains, on ``shared`` samples or fresh
@@ -195,7 +201,8 @@ class AlternatingTrainLoop(IterBasedTrainLoop):
             for i in range(self.accumulation):
                 with strategy.accumulating(trained, last=i == self.accumulation - 1):
                     samples = self._prepare(spec.differentiable) if shared is None else shared
-                    losses = model.loss(phase, samples)
+                    with model.autocast():
+                        losses = model.loss(phase, samples)
                     total = sum(value for name, value in losses.items() if 'loss' in name)
                     (total / self.accumulation).backward()
                 for name, value in losses.items():

@@ -5,7 +5,6 @@ The model itself stays a plain module, so the loop can call its phases; the math
 wrapper.
 """
 
-import functools
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack, contextmanager
 
@@ -27,25 +26,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 from mmfgm.errors import UsageError
 from mmfgm.models.lora import has_adapters, move_to
+from mmfgm.models.sampling import bf16_autocast
 from mmfgm.processes import init_processes, local
 from mmfgm.registry import STRATEGIES
 
 from .checkpoint import CheckpointMixin, check_shapes
 
 PRECISIONS = ('fp32', 'tf32', 'bf16')
-
-
-def autocast_forward(network: nn.Module, device_type: str) -> None:
-    """Run a network's forward in bf16 and hand its output on in float32, so that losses stay in
-    float32."""
-    forward = network.forward
-
-    @functools.wraps(forward)
-    def wrapped(*args, **kwargs):
-        with torch.autocast(device_type, torch.bfloat16):
-            return forward(*args, **kwargs).float()
-
-    network.forward = wrapped
 
 
 @STRATEGIES.register_module()
@@ -75,11 +62,12 @@ class SingleDeviceStrategy(CheckpointMixin, _SingleDeviceStrategy):
     # networks
     def _wrap_model(self, model: nn.Module) -> nn.Module:
         self._allow_tf32()
+        self._take_fingerprints(model)
         device = get_device()
         move_to(model, device)
+        if self.precision == 'bf16':
+            model.autocast = bf16_autocast(torch.device(device).type)
         for name, network in model.networks.items():
-            if self.precision == 'bf16':
-                autocast_forward(network, torch.device(device).type)
             # averages only sample, at other batch sizes
             if self.compile and name not in model.ema_decays:
                 network.compile()
@@ -214,6 +202,7 @@ class FSDP2Strategy(ProcessGroupStrategy):
 
     def _wrap_model(self, model: nn.Module) -> nn.Module:
         self._allow_tf32()
+        self._take_fingerprints(model)
         device = get_device()
         mesh = init_device_mesh(torch.device(device).type, (dist.get_world_size(),))
         # networks cast their inputs themselves, so that t stays float32; outputs feed losses in

@@ -149,10 +149,10 @@ class ShapeScore(GatheredMetric):
         return (*self.prompts.tags, *SCORES)
 
     def process(self, data_batch: dict, data_samples: Tensor) -> None:
-        if 'prompt_embeds' in data_batch:
+        if 'prompt_embeds' in data_batch.get('cond', {}):
             given, own = (
-                data_batch['prompt_embeds'],
-                self.prompts.__getitems__(data_batch['idx'])['prompt_embeds'],
+                data_batch['cond']['prompt_embeds'],
+                self.prompts.__getitems__(data_batch['idx'])['cond']['prompt_embeds'],
             )
             if given.shape != own.shape or not torch.allclose(
                 given.float().cpu(), own, atol=0.05

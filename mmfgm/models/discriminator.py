@@ -32,8 +32,8 @@ class ConvDiscriminator(nn.Module):
         self.layers = nn.Sequential(*layers, nn.SiLU(), nn.Conv2d(channels, 1, 3, padding=1))
 
     def forward(self, features: Tensor) -> Tensor:
-        """Logits; positive means real."""
-        return self.layers(features.to(self.layers[0].weight.dtype))
+        """Logits in the features' dtype; positive means real."""
+        return self.layers(features.to(self.layers[0].weight.dtype)).to(features.dtype)
 
 
 @dataclass

@@ -1,9 +1,10 @@
 # Copyright (c) mmfgm authors.
 import copy
+from collections.abc import Collection
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mmfgm.errors import UsageError
 from mmfgm.flow import LinearPath
@@ -11,10 +12,12 @@ from mmfgm.registry import MODELS, TASK_UTILS
 
 from .base import FlowModel, Phase
 from .discriminator import GAN
-from .generator import OneStepGenerator
-from .lora import LoRA
-from .losses import discriminator_loss, flow_matching_loss, generator_gan_loss
-from .weights import fingerprint, load_network
+from .lora import LoRA, copy_network
+from .losses import discriminator_loss, generator_gan_loss
+from .sampling import Conditions
+from .weights import load_network
+
+EMA = dict(generator_ema=0.999)
 
 
 @MODELS.register_module()
@@ -23,12 +26,12 @@ class FGM(FlowModel):
     generator.
 
     Four networks of one architecture: ``teacher`` u (frozen), ``online`` v_psi (learns the flow of
-        what
-    the generator makes now), ``generator`` g_theta, and its averages. All start from the teacher.
+    what the generator makes now), ``generator`` g_theta, and its averages. All start from the
+    teacher.
 
-    Batches are ``dict(idx, [labels, ...])``: FGM needs conditions, but no data. With ``gan`` they
-    carry real samples too, ``real_x_0`` and their conditions (``real_labels``, ...), and the online
-    phase trains a ``discriminator`` beside the online network.
+    Batches are ``dict(idx, cond=dict(...))``: FGM needs conditions, but no data. With ``gan`` they
+    carry real samples too, ``real=dict(x_0, cond=dict(...))``, and the online phase trains a
+    ``discriminator`` beside the online network.
 
     Args:
         network (dict): Config of the velocity network, the same as the teacher's.
@@ -37,8 +40,12 @@ class FGM(FlowModel):
             network's own config loads or initialises.
         fm_time_sampler (dict): Density of ``t`` in the online phase's flow-matching loss.
         fgm_time_sampler (dict): Density of ``t`` in the generator phase's FGM loss.
-        generator (dict): ``t_star, c_skip, c_out, c_in`` of :class:`OneStepGenerator`.
-        loss (dict): Config of the generator's loss. Defaults to ``dict(type='FGMLoss')``.
+        generator (dict): Config of the map from noise to samples around the network. Its ``type``
+            defaults to :class:`OneStepGenerator`, which takes ``t_star, c_skip, c_out, c_in``.
+        loss (dict): Config of the generator's loss, called as ``loss(u, v, path)``. Defaults to
+            ``dict(type='FGMLoss')``.
+        online_loss (dict): Config of the online network's loss, called as ``loss(None, v, path)``.
+            Defaults to ``dict(type='FlowMatchingLoss')``.
         guidance (dict, optional): Classifier-free guidance of the teacher in the FGM loss, for
             example ``dict(type='ClassifierFreeGuidance', scale=4., null=dict(type='NullLabel',
             label=10))``.
@@ -51,6 +58,7 @@ class FGM(FlowModel):
         decoder (dict, optional): Config that turns samples into images, for example
             ``dict(type='LatentDecoder')``.
         ema (dict[str, float]): Average name to decay. Defaults to ``dict(generator_ema=0.999)``.
+        networks (Collection[str], optional): Names of those to make, see :meth:`FlowModel.build`.
     """
 
     phases = dict(
@@ -68,44 +76,80 @@ class FGM(FlowModel):
         fgm_time_sampler: dict,
         generator: dict | None = None,
         loss: dict | None = None,
+        online_loss: dict | None = None,
         guidance: dict | None = None,
         gan: dict | None = None,
         lora: dict | None = None,
         data_preprocessor: dict | None = None,
         decoder: dict | None = None,
         ema: dict[str, float] | None = None,
+        networks: Collection[str] | None = None,
     ):
         super().__init__(data_preprocessor, decoder)
-        self.teacher = MODELS.build(network)
         if 'checkpoint' not in teacher:
             raise UsageError(
                 'model.teacher must name a checkpoint (None keeps the network as its own config'
                 f' makes it), but is {dict(teacher)}'
             )
-        if teacher['checkpoint'] is not None:
-            load_network(self.teacher, **teacher)
-        self.fingerprints = dict(teacher=fingerprint(self.teacher))
-        self._describe(self.teacher)
-        copied = copy.deepcopy if lora is None else LoRA(**lora).adapted
-        self.online = copied(self.teacher)
-        self.generator = OneStepGenerator(copied(self.teacher), **(generator or {}))
-        self.teacher.requires_grad_(False)
-        self.loss_fgm = MODELS.build(loss or dict(type='FGMLoss'))
-        self.fm_time_sampler = TASK_UTILS.build(fm_time_sampler)
-        self.fgm_time_sampler = TASK_UTILS.build(fgm_time_sampler)
-        self.guidance = TASK_UTILS.build(guidance) if guidance else None
-        self.null = self.guidance.null if guidance else None
         self.gan = GAN(**gan) if gan else None
         if gan:
-            self.discriminator = self.gan.build_head(self.online)
             self.phases = dict(
                 online=Phase(trains=('online', 'discriminator')),
                 generator=Phase(
                     trains=('generator',), freezes=('online', 'discriminator'), differentiable=True
                 ),
             )
-        self._init_ema(dict(generator_ema=0.999) if ema is None else ema)
-        self.one_step = ('generator', *self.ema_decays)
+        ema = dict(EMA if ema is None else ema)
+        self._check_ema(ema)
+        wanted = self._choose(self.network_names(dict(gan=gan, ema=ema)), networks)
+        self._make_networks(
+            wanted, network, teacher, generator or {}, LoRA(**lora) if lora else None
+        )
+        self.ema_decays = {name: decay for name, decay in ema.items() if name in wanted}
+        self.one_step = ('generator', *ema)
+        self.loss_fgm = MODELS.build(loss or dict(type='FGMLoss'))
+        self.loss_online = MODELS.build(online_loss or dict(type='FlowMatchingLoss'))
+        self.fm_time_sampler = TASK_UTILS.build(fm_time_sampler)
+        self.fgm_time_sampler = TASK_UTILS.build(fgm_time_sampler)
+        self.guidance = TASK_UTILS.build(guidance) if guidance else None
+        self.null = self.guidance.null if self.guidance else None
+
+    @classmethod
+    def network_names(cls, cfg: dict) -> list[str]:
+        averages = EMA if cfg.get('ema') is None else cfg['ema']
+        trained = ['online', 'generator', *(['discriminator'] if cfg.get('gan') else [])]
+        return ['teacher', *trained, *averages]
+
+    def _make_networks(
+        self, wanted: list[str], network: dict, teacher: dict, generator: dict, lora: LoRA | None
+    ) -> None:
+        """Make the ``wanted`` networks, all as the teacher stands; others cost no memory."""
+        base = MODELS.build(network)
+        self._describe(base)
+        if teacher['checkpoint'] is not None and ('teacher' in wanted or lora is not None):
+            load_network(base, **teacher)
+        # without a teacher to keep, the first network that is made needs no copy
+        spare = [] if 'teacher' in wanted or lora is not None else [base]
+
+        def copied() -> nn.Module:
+            if lora is not None:
+                return lora.adapted(base)
+            return spare.pop() if spare else copy.deepcopy(base)
+
+        for name in wanted:
+            if name == 'teacher':
+                self.teacher = base
+            elif name == 'online':
+                self.online = copied()
+            elif name == 'discriminator':
+                self.discriminator = self.gan.build_head(base)
+            elif name != 'generator' and 'generator' in wanted:
+                self.add_module(name, copy_network(self.generator).requires_grad_(False))
+            else:
+                made = MODELS.build({'type': 'OneStepGenerator', **generator, 'network': copied()})
+                self.add_module(name, made if name == 'generator' else made.requires_grad_(False))
+        if 'teacher' in wanted:
+            self.teacher.requires_grad_(False)
 
     def prepare(self, batch: dict[str, Any], differentiable: bool) -> dict[str, Any]:
         """Add ``x_0 = g(z)``, fresh noise ``z ~ N(0, I)``; with its graph only if
@@ -114,35 +158,31 @@ class FGM(FlowModel):
         device = next(self.generator.parameters()).device
         z = torch.randn(len(samples['idx']), *self.event_shape, device=device)
         with torch.set_grad_enabled(differentiable):
-            return {**samples, 'x_0': self.generator(z, **self.conditions(samples))}
+            return {**samples, 'x_0': self.generator(z, **samples['cond'])}
 
     def loss(self, phase: str, samples: dict[str, Any]) -> dict[str, Tensor]:
-        cond = self.conditions(samples)
+        x_0, cond = samples['x_0'], samples['cond']
         if phase == 'generator':
-            return self.generator_loss(samples['x_0'], cond)
-        losses = self.online_loss(samples['x_0'], cond)
+            return self.generator_loss(x_0, cond)
+        losses = self.online_loss(x_0, cond)
         if self.gan is not None:
-            losses.update(
-                self.discriminator_loss(
-                    samples['x_0'], cond, samples['real_x_0'], self.conditions(samples, 'real_')
-                )
-            )
+            losses.update(self.discriminator_loss(x_0, cond, samples['real']))
         return losses
 
-    def online_loss(self, x_0: Tensor, cond: dict[str, Tensor]) -> dict[str, Tensor]:
+    def online_loss(self, x_0: Tensor, cond: Conditions) -> dict[str, Tensor]:
         """``L_FM(psi)`` of Algorithm 1: flow matching on what the generator makes now."""
         x_0_sg = x_0.detach()
         path = LinearPath.sample(x_0_sg, self.fm_time_sampler(len(x_0), x_0.device))
         v = self.online(path.x_t, path.t, **cond)
-        return dict(loss_fm=flow_matching_loss(v, path.velocity).mean())
+        return self.loss_online(None, v, path)
 
     def discriminator_loss(
-        self, x_0: Tensor, cond: dict[str, Tensor], real_x_0: Tensor, real_cond: dict[str, Tensor]
+        self, x_0: Tensor, cond: Conditions, real: dict[str, Any]
     ) -> dict[str, Tensor]:
         """The head on noisy generated and real samples, both in one call of the online network
         (B.2)."""
-        x_0_sg = x_0.detach()
-        both = {name: torch.cat([real_cond[name], cond[name]]) for name in cond}
+        x_0_sg, real_x_0 = x_0.detach(), real['x_0']
+        both = {name: torch.cat([real['cond'][name], cond[name]]) for name in cond}
         logits = self.gan.logits(
             self.online,
             self.discriminator,
@@ -150,14 +190,12 @@ class FGM(FlowModel):
             both,
             self.gan.train_features,
         )
-        real, fake = logits.split([len(real_x_0), len(x_0)])
-        accuracy = ((real > 0).float().mean() + (fake < 0).float().mean()) / 2
-        return dict(
-            loss_d=self.gan.discriminator_weight * discriminator_loss(real, fake).mean(),
-            d_accuracy=accuracy,
-        )
+        real_logits, fake_logits = logits.split([len(real_x_0), len(x_0)])
+        accuracy = ((real_logits > 0).float().mean() + (fake_logits < 0).float().mean()) / 2
+        loss = discriminator_loss(real_logits, fake_logits).mean()
+        return dict(loss_d=self.gan.discriminator_weight * loss, d_accuracy=accuracy)
 
-    def generator_loss(self, x_0: Tensor, cond: dict[str, Tensor]) -> dict[str, Tensor]:
+    def generator_loss(self, x_0: Tensor, cond: Conditions) -> dict[str, Tensor]:
         """``L_FGM(theta) = L_1 + L_2`` (Eq. 4.10 to 4.12), psi frozen by the loop; with a GAN, its
         term beside it."""
         path = LinearPath.sample(x_0, self.fgm_time_sampler(len(x_0), x_0.device))
@@ -166,7 +204,7 @@ class FGM(FlowModel):
         else:
             u = self.guidance(self.teacher, path.x_t, path.t, cond)
         v = self.online(path.x_t, path.t, **cond)
-        losses = self.loss_fgm(u, v, path.velocity)
+        losses = self.loss_fgm(u, v, path)
         if self.gan is not None:
             fake = self.gan.logits(self.online, self.discriminator, x_0, cond, train_features=True)
             losses['loss_g'] = self.gan.generator_weight * generator_gan_loss(fake).mean()

@@ -1,4 +1,5 @@
 # Copyright (c) mmfgm authors.
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -9,14 +10,17 @@ from mmfgm.flow import LinearPath, expand_t
 from mmfgm.registry import MODELS, TASK_UTILS
 
 from .base import FlowModel, Phase
-from .losses import flow_matching_loss
+from .lora import copy_network
+from .sampling import Conditions
+
+EMA = dict(network_ema=0.999)
 
 
 @MODELS.register_module()
 class FlowMatching(FlowModel):
     """Pre-training of a teacher with the ReFlow objective (Eq. 3.6).
 
-    Batches are ``dict(idx, x_0, [labels, ...])``. The averages named in ``ema`` are the teachers
+    Batches are ``dict(idx, x_0, cond=dict(...))``. The averages named in ``ema`` are the teachers
     that FGM loads.
 
     Args:
@@ -24,6 +28,8 @@ class FlowMatching(FlowModel):
         time_sampler (dict): Density of ``t``, for example ``dict(type='LogitNormal', mean=0.,
             std=1.)``.
         ema (dict[str, float]): Average name to decay. Defaults to ``dict(network_ema=0.999)``.
+        loss (dict): Config of the loss, called as ``loss(None, v, path)``. Defaults to
+            ``dict(type='FlowMatchingLoss')``.
         null_condition (dict, optional): Config that maps conditions to "no condition", for a
             teacher that is to be guided, for example ``dict(type='NullLabel', label=10)``.
         null_prob (float): Probability of training a sample on the null condition. Defaults to 0.
@@ -31,6 +37,7 @@ class FlowMatching(FlowModel):
             images.
         decoder (dict, optional): Config that turns samples into images, for example
             ``dict(type='LatentDecoder')``.
+        networks (Collection[str], optional): Names of those to make, see :meth:`FlowModel.build`.
     """
 
     phases = dict(network=Phase(trains=('network',)))
@@ -41,25 +48,38 @@ class FlowMatching(FlowModel):
         network: dict,
         time_sampler: dict,
         ema: dict[str, float] | None = None,
+        loss: dict | None = None,
         null_condition: dict | None = None,
         null_prob: float = 0.0,
         data_preprocessor: dict | None = None,
         decoder: dict | None = None,
+        networks: Collection[str] | None = None,
     ):
         super().__init__(data_preprocessor, decoder)
-        self.network = MODELS.build(network)
-        self._describe(self.network)
-        self.time_sampler = TASK_UTILS.build(time_sampler)
         if null_prob and null_condition is None:
             raise UsageError(
                 f'null_prob={null_prob} needs null_condition, for example dict(type="NullLabel",'
                 ' label=10)'
             )
+        ema = dict(EMA if ema is None else ema)
+        self._check_ema(ema)
+        wanted = self._choose(self.network_names(dict(ema=ema)), networks)
+        first = MODELS.build(network)
+        self._describe(first)
+        for name in wanted:
+            made = first if name == wanted[0] else copy_network(first)
+            self.add_module(name, made if name == 'network' else made.requires_grad_(False))
+        self.ema_decays = {name: decay for name, decay in ema.items() if name in wanted}
+        self.loss_fm = MODELS.build(loss or dict(type='FlowMatchingLoss'))
+        self.time_sampler = TASK_UTILS.build(time_sampler)
         self.null = TASK_UTILS.build(null_condition) if null_condition else None
         self.null_prob = null_prob
-        self._init_ema(dict(network_ema=0.999) if ema is None else ema)
 
-    def _drop_conditions(self, cond: dict[str, Tensor], n: int, device) -> dict[str, Tensor]:
+    @classmethod
+    def network_names(cls, cfg: dict) -> list[str]:
+        return ['network', *(EMA if cfg.get('ema') is None else cfg['ema'])]
+
+    def _drop_conditions(self, cond: Conditions, n: int, device) -> Conditions:
         if not self.null_prob:
             return cond
         drop = torch.rand(n, device=device) < self.null_prob
@@ -68,7 +88,7 @@ class FlowMatching(FlowModel):
 
     def loss(self, phase: str, samples: dict[str, Any]) -> dict[str, Tensor]:
         x_0 = samples['x_0']
-        cond = self._drop_conditions(self.conditions(samples), len(x_0), x_0.device)
+        cond = self._drop_conditions(samples['cond'], len(x_0), x_0.device)
         path = LinearPath.sample(x_0, self.time_sampler(len(x_0), x_0.device))
         v = self.network(path.x_t, path.t, **cond)
-        return dict(loss_fm=flow_matching_loss(v, path.velocity).mean())  # (3.6)
+        return self.loss_fm(None, v, path)  # (3.6)

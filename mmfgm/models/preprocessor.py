@@ -35,10 +35,16 @@ class ImagePreprocessor(BaseDataPreprocessor):
 
     def forward(self, data: dict, training: bool = False) -> dict:
         data = super().forward(data, training)
-        images = {name: from_uint8(data[name]) for name in ('x_0', 'real_x_0') if name in data}
-        if training and self.flip_prob:
-            images = {name: self._flip(x_0) for name, x_0 in images.items()}
-        return {**data, **images}
+        if 'x_0' in data:
+            data = {**data, 'x_0': self._scale(data['x_0'], training)}
+        if 'real' in data:
+            real = data['real']
+            data = {**data, 'real': {**real, 'x_0': self._scale(real['x_0'], training)}}
+        return data
+
+    def _scale(self, x_0: Tensor, training: bool) -> Tensor:
+        x_0 = from_uint8(x_0)
+        return self._flip(x_0) if training and self.flip_prob else x_0
 
     def _flip(self, x_0: Tensor) -> Tensor:
         flip = torch.rand(len(x_0), device=x_0.device) < self.flip_prob

@@ -3,7 +3,7 @@
 a GPU's."""
 
 from collections.abc import Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import partial
 
 import torch
@@ -35,12 +35,9 @@ def dummy_batch(network: nn.Module, batch_size: int) -> dict[str, Tensor]:
             f'{type(network).__name__} does not say which conditions it takes; give it num_classes'
             ' (0: none) or dummy_conditions(batch_size) -> dict of tensors'
         )
-    batch = dict(cond, x_0=torch.zeros(batch_size, *network.event_shape))
-    return dict(
-        idx=torch.arange(batch_size),
-        **batch,
-        **{f'real_{name}': value for name, value in batch.items()},
-    )
+    x_0 = torch.zeros(batch_size, *network.event_shape)
+    idx = torch.arange(batch_size)
+    return dict(idx=idx, x_0=x_0, cond=cond, real=dict(x_0=x_0, cond=cond))
 
 
 class _FusedAttention(torch.autograd.Function):
@@ -147,12 +144,8 @@ def _to_fake_gpu(model: FlowModel, bf16: bool, sharded: bool) -> None:
     # labels without values cannot be looked at
     model.num_classes = None
 
-    def wrapped(*args, forward, **kwargs):
-        with nullcontext() if sharded else _autocast():
-            return forward(*args, **kwargs).float()
-
-    for network in model.networks.values() if bf16 else ():
-        network.forward = partial(wrapped, forward=network.forward)
+    if bf16 and not sharded:
+        model.autocast = _autocast
 
 
 @contextmanager
@@ -212,7 +205,11 @@ def kept_bytes(
             for p in frozen:
                 p.requires_grad_(False)
             try:
-                with _recomputed(model, weights) as again, _Kept(weights) as kept:
+                with (
+                    _recomputed(model, weights) as again,
+                    _Kept(weights) as kept,
+                    model.autocast(),
+                ):
                     # held, as the training loop does
                     losses = model.loss(
                         phase, model.prepare(batch, spec.differentiable or share_samples)

@@ -12,9 +12,9 @@ import numpy as np
 from mmengine.dist import barrier, gather_object, get_dist_info
 from torch.utils.data import DataLoader, Dataset
 
+from mmfgm.datasets.base import item_seed
 from mmfgm.engine.runner import check_work_dir
 from mmfgm.errors import UsageError
-from mmfgm.evaluation.geneval.dataset import item_seed
 from mmfgm.evaluation.geneval.layout import (
     Entry,
     VerdictLog,

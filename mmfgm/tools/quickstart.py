@@ -163,13 +163,11 @@ def measure(
 
     digits = Digits()
     real = torch.cat(
-        [
-            digits.columns['x_0'][digits.columns['labels'] == c][:PICTURES_PER_CLASS]
-            for c in range(10)
-        ]
+        [digits.x_0[digits.cond['labels'] == c][:PICTURES_PER_CLASS] for c in range(10)]
     )
     labels = torch.arange(10).repeat_interleave(PICTURES_PER_CLASS)
-    batch = dict(idx=torch.arange(len(labels)), seed=torch.arange(len(labels)), labels=labels)
+    numbers = torch.arange(len(labels))
+    batch = dict(idx=numbers, seed=numbers, cond=dict(labels=labels))
     panels = {
         'real digits': real,
         'teacher, 50 NFE': runner.model.sample(batch, Sampling('teacher', 50)),

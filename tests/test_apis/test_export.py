@@ -386,7 +386,7 @@ def test_lora_in_bf16_after_its_teacher(sd3_folder, tmp_path):
     problem = lora_problem(tmp_path / 'run', sd3_folder, t_star=0.97, c_in=0.8)
     cfg, images = read_config(problem.config), []
     encoded = FGMInferencer(problem.config, problem.weights).text_encoder.encode(PROMPTS)
-    batch = dict(idx=torch.arange(2), seed=torch.tensor(SEEDS), **encoded)
+    batch = dict(idx=torch.arange(2), seed=torch.tensor(SEEDS), cond=encoded)
     for order in (['generator_ema'], ['teacher', 'generator_ema']):
         with DefaultScope.overwrite_default_scope('mmfgm'):
             model = SamplingModel(

@@ -27,12 +27,16 @@ def test_samples_are_those_of_an_evaluation(digits, inferencer):
     for network in ('generator_ema', 'generator'):
         expected = digits.model.sample(batch, Sampling(network))
         samples = inferencer(
-            batch['labels'], seeds=batch['seed'], network=network, batch_size=5, out='tensor'
+            batch['cond']['labels'],
+            seeds=batch['seed'],
+            network=network,
+            batch_size=5,
+            out='tensor',
         )['predictions']
         torch.testing.assert_close(torch.stack(samples), expected, rtol=1e-5, atol=1e-5)
     sampling = dict(nfe=4, solver='heun')
     expected = digits.model.sample(batch, Sampling('teacher', **sampling))
-    samples = inferencer(batch['labels'], network='teacher', out='tensor', **sampling)[
+    samples = inferencer(batch['cond']['labels'], network='teacher', out='tensor', **sampling)[
         'predictions'
     ]
     torch.testing.assert_close(torch.stack(samples), expected, rtol=1e-5, atol=1e-5)
@@ -56,12 +60,19 @@ def test_one_generator_and_no_teacher_unless_asked(digits, monkeypatch):
     built, build = [], MODELS.build
     monkeypatch.setattr(MODELS, 'build', lambda cfg: built.append(cfg['type']) or build(cfg))
     inferencer = FGMInferencer(digits.config, digits.weights)
-    assert list(inferencer.model.networks) == ['generator_ema'] and built == ['AdaLNMLP']
+    assert list(inferencer.model.networks) == ['generator_ema'] and built == [
+        'AdaLNMLP',
+        'OneStepGenerator',
+    ]
     inferencer(0, network='generator')
-    assert list(inferencer.model.networks) == ['generator'] and built == ['AdaLNMLP']
+    assert list(inferencer.model.networks) == ['generator'] and built == [
+        'AdaLNMLP',
+        'OneStepGenerator',
+    ]
     inferencer(0, network='teacher')
     assert (
-        sorted(inferencer.model.networks) == ['generator', 'teacher'] and built == ['AdaLNMLP'] * 2
+        sorted(inferencer.model.networks) == ['generator', 'teacher']
+        and built == ['AdaLNMLP', 'OneStepGenerator'] * 2
     )
     assert (
         inferencer.networks == ['generator_ema', 'generator', 'teacher']
@@ -147,7 +158,8 @@ def test_points(toy):
 def test_words_of_shapes(shapes):
     inferencer = FGMInferencer(shapes.config, shapes.weights)
     prompts = ['a red circle', 'two squares', 'a cross above a circle']
-    batch = dict(idx=torch.arange(3), seed=torch.arange(3) + 5, **WordEncoder().encode(prompts))
+    cond = WordEncoder().encode(prompts)
+    batch = dict(idx=torch.arange(3), seed=torch.arange(3) + 5, cond=cond)
     expected = shapes.model.sample(batch, Sampling('generator_ema'))
     samples = inferencer(prompts, seeds=5, out='tensor')['predictions']
     torch.testing.assert_close(torch.stack(samples), expected, rtol=1e-5, atol=1e-5)
@@ -211,7 +223,9 @@ def test_prompts_of_sd3(sd3, sd3_folder, monkeypatch):
             prompts, None, None, do_classifier_free_guidance=False
         )
     batch = dict(
-        idx=torch.arange(2), seed=torch.tensor([4, 9]), prompt_embeds=embeds, pooled_embeds=pooled
+        idx=torch.arange(2),
+        seed=torch.tensor([4, 9]),
+        cond=dict(prompt_embeds=embeds, pooled_embeds=pooled),
     )
     expected = sd3.model.sample(batch, Sampling('generator_ema'))
     inferencer = FGMInferencer(sd3.config, sd3.weights)
@@ -224,7 +238,7 @@ def test_prompts_of_sd3(sd3, sd3_folder, monkeypatch):
         prompts,
         num_inference_steps=4,
         guidance_scale=4.0,
-        latents=inferencer.model.seeded_noise([4, 9]),
+        latents=inferencer.model.sampler.noise([4, 9]),
         output_type='pt',
     ).images
     ours = inferencer(

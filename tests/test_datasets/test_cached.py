@@ -10,6 +10,7 @@ from mmfgm.caches import ShardWriter
 from mmfgm.datasets import CachedLatents, CachedPrompts, cached, collate
 from mmfgm.errors import UsageError
 from mmfgm.registry import DATASETS
+from tests.batches import concatenate, rows, same
 
 COUNTS = (3, 0, 4, 1)  # of the shards: one lost all its items
 RNG = torch.Generator().manual_seed(0)
@@ -61,26 +62,22 @@ def make(folder, kind='latents'):
     t5[torch.arange(5) >= tokens[:, None]] = 0
     embeds = torch.zeros(n, 12, 6).bfloat16()
     embeds[:, :7, :4], embeds[:, 7:] = clip, t5
-    return dict(idx=torch.arange(n), x_0=x_0, prompt_embeds=embeds, pooled_embeds=pooled)
-
-
-def same(batch, other):
-    return batch.keys() == other.keys() and all(
-        torch.equal(batch[name], other[name]) for name in batch
-    )
+    cond = dict(prompt_embeds=embeds, pooled_embeds=pooled)
+    return dict(idx=torch.arange(n), x_0=x_0, cond=cond)
 
 
 def test_items_come_back_across_shards(tmp_path):
     items = make(tmp_path / 'cache')
     cache = DATASETS.build(dict(type='CachedLatents', path=str(tmp_path / 'cache'), verify=True))
     order = [7, 0, 3, 2, 6, 3]
-    assert same(cache.__getitems__(order), {name: value[order] for name, value in items.items()})
-    assert same(cache[5], {name: value[5] for name, value in items.items()})
+    assert same(cache.__getitems__(order), rows(items, order))
+    assert same(cache[5], rows(items, 5))
     assert len(cache) == 8 and cache.event_shape == (2, 4, 4)
-    null = items['prompt_embeds'][0].clone()
+    cond = items['cond']
+    null = cond['prompt_embeds'][0].clone()
     null[7 + 2 :] = 0
-    assert same(cache.null, dict(prompt_embeds=null, pooled_embeds=items['pooled_embeds'][0]))
-    assert CachedLatents(str(tmp_path / 'cache'), prompts=False)[0].keys() == {'idx', 'x_0'}
+    assert same(cache.null, dict(prompt_embeds=null, pooled_embeds=cond['pooled_embeds'][0]))
+    assert CachedLatents(str(tmp_path / 'cache'), prompts=False)[0]['cond'] == {}
     for index in (8, -1):
         with pytest.raises(IndexError, match=f'index {index} of a cache of 8 items'):
             cache[index]
@@ -94,7 +91,7 @@ def test_workers_give_the_same_items(tmp_path, monkeypatch):
     del items['x_0']
     loader = DataLoader(cache, batch_size=3, num_workers=2, collate_fn=collate)
     batches = list(loader)
-    assert same({name: torch.cat([batch[name] for batch in batches]) for name in items}, items)
+    assert same(concatenate(batches), items)
     assert same(cache.__getitems__(range(8)), items) and len(cache._opened[os.getpid()]) == 1
     copy = pickle.loads(pickle.dumps(cache))
     assert not copy._opened and same(copy[4], cache[4])

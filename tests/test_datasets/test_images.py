@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 from mmfgm.datasets import CIFAR10, ImageFolder, collate
 from mmfgm.errors import UsageError
 from mmfgm.registry import DATASETS
+from tests.batches import concatenate, same
 from tests.cifar_format import write_cifar10, write_digits_as_cifar10
 
 RNG = np.random.default_rng(0)
@@ -54,21 +55,19 @@ def cifar(tmp_path):
     return tmp_path, torch.from_numpy(images), torch.from_numpy(labels)
 
 
-def same(batch, other):
-    return batch.keys() == other.keys() and all(torch.equal(batch[k], other[k]) for k in batch)
-
-
 def test_cifar10_round_trip(cifar):
     root, images, labels = cifar
     dataset = DATASETS.build(dict(type='CIFAR10', data_root=str(root), verify=False))
     batch = dataset.__getitems__(range(23))
     assert batch['x_0'].dtype == torch.uint8 and torch.equal(batch['x_0'], images)
-    assert batch['labels'].dtype == torch.int64 and torch.equal(batch['labels'], labels)
+    assert batch['cond']['labels'].dtype == torch.int64 and torch.equal(
+        batch['cond']['labels'], labels
+    )
     assert len(dataset) == 23 and dataset.num_classes == 10 and dataset.event_shape == (3, 32, 32)
     unlabelled = CIFAR10(root, train=False, labels=False, verify=False)
     test = unlabelled.__getitems__(range(7))
     assert (
-        test.keys() == {'idx', 'x_0'}
+        test['cond'] == {}
         and torch.equal(test['x_0'], images[:7] // 2)
         and unlabelled.num_classes is None
     )
@@ -81,11 +80,8 @@ def test_cifar10_digits(tmp_path):
     write_digits_as_cifar10(tmp_path)
     train, test = CIFAR10(tmp_path, verify=False), CIFAR10(tmp_path, train=False, verify=False)
     assert (len(train), len(test)) == (1500, 297)
-    x_0, digits = torch.cat([train.columns['x_0'], test.columns['x_0']]).double(), load_digits()
-    assert (
-        torch.cat([train.columns['labels'], test.columns['labels']]).tolist()
-        == digits.target.tolist()
-    )
+    x_0, digits = torch.cat([train.x_0, test.x_0]).double(), load_digits()
+    assert torch.cat([train.cond['labels'], test.cond['labels']]).tolist() == digits.target.tolist()
     assert torch.equal(x_0[:, 0], x_0[:, 1]) and torch.equal(x_0[:, 0], x_0[:, 2])
     # bilinear interpolation keeps the mean where the border of the image is empty, as it nearly is
     error = x_0.mean((1, 2, 3)) - torch.from_numpy(digits.images).mean((1, 2)) / 16 * 255
@@ -95,7 +91,7 @@ def test_cifar10_digits(tmp_path):
 def test_cifar10_of_ones_own_files_is_refused_and_not_overwritten(cifar):
     root, *_ = cifar
     with (
-        mock.patch('mmfgm.datasets.images.download_and_extract_archive') as download,
+        mock.patch('torchvision.datasets.utils.download_and_extract_archive') as download,
         pytest.raises(
             UsageError, match='cifar-10-batches-py cannot be read.*not the original.*verify=False'
         ),
@@ -132,7 +128,8 @@ def test_cifar10_missing(tmp_path):
         CIFAR10(tmp_path / 'nowhere', download=False)
     with (
         mock.patch(
-            'mmfgm.datasets.images.download_and_extract_archive', side_effect=OSError('no network')
+            'torchvision.datasets.utils.download_and_extract_archive',
+            side_effect=OSError('no network'),
         ),
         mock.patch('mmfgm.datasets.images.barrier') as barrier,
         pytest.raises(UsageError, match='not in .*the download failed: no network.*extract https'),
@@ -163,7 +160,7 @@ def test_cifar10_is_downloaded_once_a_disk(
             write_cifar10(root, *cifar[1:])
 
     with (
-        mock.patch('mmfgm.datasets.images.download_and_extract_archive', fetch),
+        mock.patch('torchvision.datasets.utils.download_and_extract_archive', fetch),
         mock.patch('mmfgm.datasets.images.barrier', barrier),
         mock.patch('mmfgm.datasets.images.is_main_process', lambda: rank == 0),
         mock.patch.dict(os.environ, LOCAL_RANK=str(local_rank)),
@@ -175,16 +172,18 @@ def test_cifar10_is_downloaded_once_a_disk(
 def test_folder_items(folder):
     dataset = DATASETS.build(dict(type='ImageFolder', path=str(folder)))
     batch = dataset.__getitems__(range(5))
-    assert batch['x_0'].dtype == torch.uint8 and batch['labels'].dtype == torch.int64
+    assert batch['x_0'].dtype == torch.uint8 and batch['cond']['labels'].dtype == torch.int64
     assert torch.equal(batch['x_0'], torch.from_numpy(PIXELS).permute(0, 3, 1, 2))
-    assert dataset.names == list(LABELS) and batch['labels'].tolist() == list(LABELS.values())
+    assert dataset.names == list(LABELS) and batch['cond']['labels'].tolist() == list(
+        LABELS.values()
+    )
     assert dataset.event_shape == (3, 6, 8) and dataset.num_classes == 3
     assert ImageFolder(folder, num_classes=7).num_classes == 7
     assert same(dataset.__getitems__([4, 1]), collate([dataset[4], dataset[1]]))
     with pytest.raises(IndexError):
         dataset.__getitems__([0, 5])
     unlabelled = ImageFolder(folder, labels=False)
-    assert unlabelled[0].keys() == {'idx', 'x_0'} and unlabelled.num_classes is None
+    assert unlabelled[0]['cond'] == {} and unlabelled.num_classes is None
     (folder / 'dataset.json').write_text(json.dumps(dict(labels=LABELS)))  # a dict does as well
     assert same(ImageFolder(folder).__getitems__(range(5)), batch)
 
@@ -199,7 +198,7 @@ def test_zip_and_workers_give_the_same(folder, cache):
         for handle in dataset._zips.values():
             handle.close()  # workers that used the handle of their parent would fail now
         batches = list(DataLoader(dataset, 2, num_workers=2, collate_fn=collate))
-        assert same({k: torch.cat([batch[k] for batch in batches]) for k in expected}, expected)
+        assert same(concatenate(batches), expected)
         dataset._zips.clear()
 
 

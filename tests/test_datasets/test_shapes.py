@@ -23,6 +23,7 @@ from mmfgm.evaluation.geneval.prompts import COLORS as GENEVAL_COLORS
 from mmfgm.evaluation.geneval.prompts import check_clauses
 from mmfgm.flow import ClassifierFreeGuidance
 from mmfgm.registry import DATASETS, TASK_UTILS
+from tests.batches import concatenate, rows, same
 
 PINNED_PROMPTS = [
     'a triangle',
@@ -41,16 +42,16 @@ def test_items_depend_on_seed_and_idx_alone():
     shapes = Shapes(seed=1)
     whole = shapes.__getitems__(range(60))
     assert whole['x_0'].dtype == torch.uint8 and whole['x_0'].shape == (60, 3, 32, 32)
-    assert whole['prompt_embeds'].shape == (60, 12, 64) and whole['pooled_embeds'].shape == (60, 64)
+    assert whole['cond']['prompt_embeds'].shape == (60, 12, 64) and whole['cond'][
+        'pooled_embeds'
+    ].shape == (60, 64)
     for indices in ([59, 3, 17], [7]):
         part = Shapes(seed=1, length=100).__getitems__(indices)
-        assert part.keys() == whole.keys() and all(
-            torch.equal(part[k], whole[k][indices]) for k in whole
-        )
+        assert same(part, rows(whole, indices))
     loaded = list(DataLoader(Shapes(seed=1, length=60), 16, num_workers=2, collate_fn=collate))
-    assert all(torch.equal(torch.cat([batch[k] for batch in loaded]), whole[k]) for k in whole)
+    assert same(concatenate(loaded), whole)
     single = collate([shapes[5], shapes[9]])
-    assert all(torch.equal(single[k], whole[k][[5, 9]]) for k in whole)
+    assert same(single, rows(whole, [5, 9]))
     other = Shapes(seed=2).__getitems__(range(60))['x_0']
     assert not any(torch.equal(a, b) for a in other for b in whole['x_0'])
     assert len(whole['x_0'].flatten(1).unique(dim=0)) == 60
@@ -67,8 +68,10 @@ def test_items_are_pinned():
     assert [shapes.row(i)['prompt'] for i in range(6)] == PINNED_PROMPTS
     batch = shapes.__getitems__(range(6))
     assert batch['x_0'].long().sum((1, 2, 3)).tolist() == PINNED_PIXELS
-    assert batch['prompt_embeds'][0, 0, :3].tolist() == pytest.approx(PINNED_EMBEDS, abs=1e-6)
-    assert batch['pooled_embeds'][5, :3].tolist() == pytest.approx(PINNED_POOLED, abs=1e-6)
+    assert batch['cond']['prompt_embeds'][0, 0, :3].tolist() == pytest.approx(
+        PINNED_EMBEDS, abs=1e-6
+    )
+    assert batch['cond']['pooled_embeds'][5, :3].tolist() == pytest.approx(PINNED_POOLED, abs=1e-6)
 
 
 def test_captions_say_what_the_rows_say():
@@ -151,7 +154,9 @@ def test_options():
     fgm = Shapes(images=False, tags=['counting'])
     assert 'x_0' not in fgm[0] and all(fgm.row(i)['tag'] == 'counting' for i in range(9))
     # the captions are those of the items with images
-    assert torch.equal(Shapes(images=False)[8]['prompt_embeds'], Shapes()[8]['prompt_embeds'])
+    assert torch.equal(
+        Shapes(images=False)[8]['cond']['prompt_embeds'], Shapes()[8]['cond']['prompt_embeds']
+    )
     assert Shapes(size=24, encoder=dict(dim=8, pooled_dim=5, max_words=7))[0]['x_0'].shape == (
         3,
         24,
@@ -168,10 +173,12 @@ def test_prompts_of_an_evaluation():
     prompts = DATASETS.build(dict(type='ShapePrompts', num_samples=10, seed=3))
     assert len(prompts) == 10
     batch = prompts.__getitems__([0, 9, 10, 11])  # 10 and 11 are padding
-    assert set(batch) == {'idx', 'seed', 'prompt_embeds', 'pooled_embeds'}
+    assert set(batch) == {'idx', 'seed', 'cond'}
     assert batch['idx'].tolist() == [0, 9, 10, 11] and len(batch['seed'].unique()) == 4
     assert prompts.row(9) == Shapes(seed=3).row(9)
-    assert torch.equal(batch['pooled_embeds'][1], Shapes(seed=3)[9]['pooled_embeds'])
+    assert torch.equal(
+        batch['cond']['pooled_embeds'][1], Shapes(seed=3)[9]['cond']['pooled_embeds']
+    )
     other = ShapePrompts(10, seed=4).__getitems__(range(10))['seed']
     assert other.max() < 2**32 and not set(other.tolist()) & set(
         prompts.__getitems__(range(10))['seed'].tolist()

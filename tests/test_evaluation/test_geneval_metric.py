@@ -373,7 +373,7 @@ def test_items_are_pairs_of_prompt_and_sample(tmp_path):
     assert batch['pooled_embeds'][:, 0].tolist() == [0, 0, 1, 552, 0] and batch[
         'seed'
     ].tolist() == [0, 3, 4, 2211, 2212]
-    assert batch.keys() == {'idx', 'seed', 'prompt_embeds', 'pooled_embeds'}
+    assert batch.keys() == {'idx', 'seed', 'cond'}
     other = GenEvalPrompts(str(tmp_path / 'cache'), seed=1)
     assert not set(other.__getitems__(range(50))['seed'].tolist()) & set(
         dataset.__getitems__(range(2212))['seed'].tolist()

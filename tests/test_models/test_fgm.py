@@ -6,6 +6,7 @@ from mmengine.registry import DefaultScope
 import mmfgm.models  # noqa: F401
 from mmfgm.errors import UsageError
 from mmfgm.models import FGM, FlowMatching, Sampling
+from tests.batches import rows
 from tests.conftest import NETWORK
 
 
@@ -32,7 +33,8 @@ def fgm():
 
 
 def batch(n, **extra):
-    return dict(idx=torch.arange(n), seed=torch.arange(n), labels=torch.arange(n) % 10, **extra)
+    labels = torch.arange(n) % 10
+    return dict(idx=torch.arange(n), seed=torch.arange(n), cond=dict(labels=labels), **extra)
 
 
 def test_everything_starts_from_the_teacher():
@@ -82,10 +84,7 @@ def test_samples_shared_by_phases_keep_the_generators_graph(fgm):
 def test_noise_is_a_function_of_the_seed_alone(fgm):
     whole = fgm.sample(batch(10), Sampling('generator_ema'))
     b = batch(10)
-    parts = [
-        fgm.sample({k: v[rows] for k, v in b.items()}, Sampling('generator_ema'))
-        for rows in ([7], [3, 9, 1])
-    ]
+    parts = [fgm.sample(rows(b, index), Sampling('generator_ema')) for index in ([7], [3, 9, 1])]
     torch.testing.assert_close(torch.cat(parts), whole[[7, 3, 9, 1]], rtol=1e-5, atol=1e-6)
     assert not torch.equal(
         whole[0], fgm.sample({**b, 'seed': b['seed'] + 1}, Sampling('generator_ema'))[0]
@@ -116,8 +115,8 @@ def test_one_euler_step_of_the_teacher_is_a_generator_at_t_1(fgm):
         (lambda m: m.sample(batch(2), Sampling('generator', 2)), 'NFE is 1'),
         (lambda m: Sampling('teacher', 3, 'heun'), 'multiple'),
         (lambda m: Sampling('teacher', 3, 'rk45'), 'euler or heun'),
-        (lambda m: m._init_ema(dict(average=0.9)), 'generator_ema'),
-        (lambda m: m._init_ema(dict(generator_ema=1.0)), r'\[0, 1\)'),
+        (lambda m: m._check_ema(dict(average=0.9)), 'generator_ema'),
+        (lambda m: m._check_ema(dict(generator_ema=1.0)), r'\[0, 1\)'),
     ],
 )
 def test_bad_requests(fgm, bad, match):

@@ -56,7 +56,7 @@ def test_labels_that_do_not_fit(num_classes, labels, message):
     model = build(num_classes)
     batch = dict(idx=torch.arange(2), seed=torch.arange(2), x_0=torch.zeros(2, 1, 2, 2))
     if labels is not None:
-        batch['labels'] = torch.tensor(labels)
+        batch['cond'] = dict(labels=torch.tensor(labels))
     with pytest.raises(UsageError, match=message):
         model.prepare(batch, differentiable=False)
     with pytest.raises(UsageError, match=message):

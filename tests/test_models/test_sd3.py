@@ -61,12 +61,12 @@ def random_sd3(dtype='float64', **config):
     return network
 
 
-def conditions(n, prefix='', dtype=torch.float64, seed=0):
+def conditions(n, dtype=torch.float64, seed=0):
     g = torch.Generator().manual_seed(seed)
-    return {
-        f'{prefix}prompt_embeds': torch.randn(n, 5, 32, generator=g, dtype=dtype),
-        f'{prefix}pooled_embeds': torch.randn(n, 64, generator=g, dtype=dtype),
-    }
+    return dict(
+        prompt_embeds=torch.randn(n, 5, 32, generator=g, dtype=dtype),
+        pooled_embeds=torch.randn(n, 64, generator=g, dtype=dtype),
+    )
 
 
 def null_of(cond):
@@ -94,10 +94,12 @@ def test_sampling_is_the_pipelines(folder, pipeline, monkeypatch):
         null_condition=dict(type='CachedNullPrompt', path='cache'),
     )
     batch = dict(
-        idx=torch.arange(2), seed=torch.tensor([5, 6]), prompt_embeds=embeds, pooled_embeds=pooled
+        idx=torch.arange(2),
+        seed=torch.tensor([5, 6]),
+        cond=dict(prompt_embeds=embeds, pooled_embeds=pooled),
     )
     sampling = Sampling('network', 28, shift=3.0, guidance=4.0)
-    settings = dict(num_inference_steps=28, guidance_scale=4.0, latents=model.seeded_noise([5, 6]))
+    settings = dict(num_inference_steps=28, guidance_scale=4.0, latents=model.sampler.noise([5, 6]))
     theirs = pipeline(prompts, **settings, output_type='latent')
     ours = model.sample(batch, sampling)
     torch.testing.assert_close(ours, theirs.images, rtol=1e-5, atol=1e-5)
@@ -183,16 +185,9 @@ def test_the_cycle_is_what_the_paper_writes():
     model = build_fgm()
     reference = copy.deepcopy(model)
     cond, z = conditions(3), torch.randn(3, 16, 8, 8, dtype=torch.float64)
-    samples = dict(
-        **cond,
-        real_x_0=torch.randn(3, 16, 8, 8, dtype=torch.float64),
-        **conditions(3, 'real_', seed=1),
-    )
-    real_cond = {
-        name[5:]: value
-        for name, value in samples.items()
-        if name.startswith('real_') and name != 'real_x_0'
-    }
+    real_x_0 = torch.randn(3, 16, 8, 8, dtype=torch.float64)
+    real_cond = conditions(3, seed=1)
+    samples = dict(cond=cond, real=dict(x_0=real_x_0, cond=real_cond))
 
     def generate(m):
         return z - 0.97 * m.generator.network(0.8 * z, torch.full((3,), 0.97), **cond)  # (B.2)
@@ -206,7 +201,7 @@ def test_the_cycle_is_what_the_paper_writes():
     x_t, target, t = noised(x_0, reference.fm_time_sampler)
     loss = (reference.online(x_t, t, **cond) - target).square().sum((1, 2, 3)).mean()
     both = {name: torch.cat([real_cond[name], cond[name]]) for name in cond}
-    x_t, _, t = noised(torch.cat([samples['real_x_0'], x_0]), reference.gan.sampler)
+    x_t, _, t = noised(torch.cat([real_x_0, x_0]), reference.gan.sampler)
     logits = reference.discriminator(reference.online(x_t, t, **both, feature_layer=2)).flatten(1)
     loss = loss + 5e-2 * (-F.logsigmoid(logits[:3]).mean() - F.logsigmoid(-logits[3:]).mean())
     loss.backward()
@@ -244,9 +239,8 @@ def test_the_cycle_is_what_the_paper_writes():
 
 
 def test_the_online_network_can_be_left_to_flow_matching():
-    samples = dict(
-        **conditions(2), real_x_0=torch.randn(2, 16, 8, 8).double(), **conditions(2, 'real_')
-    )
+    real = dict(x_0=torch.randn(2, 16, 8, 8).double(), cond=conditions(2))
+    samples = dict(cond=conditions(2), real=real)
     samples['x_0'] = torch.randn(2, 16, 8, 8).double()
     model = build_fgm(train_features=False)
     model.loss('online', samples)['loss_d'].backward()

@@ -67,8 +67,8 @@ def test_latents_are_the_vaes_mean_shifted_and_scaled(sd3, images, tmp_path):
     batch = cache.__getitems__(range(5))
     assert torch.equal(batch['x_0'], (mean - 0.0609) * 1.5305) and len(cache) == 5
     embeds, pooled, _ = encode(sd3, PROMPTS)
-    assert torch.equal(batch['prompt_embeds'], embeds) and torch.equal(
-        batch['pooled_embeds'], pooled
+    assert torch.equal(batch['cond']['prompt_embeds'], embeds) and torch.equal(
+        batch['cond']['pooled_embeds'], pooled
     )
     assert torch.equal(cache.null['prompt_embeds'], encode(sd3, [''])[0][0])
     assert (
@@ -120,10 +120,9 @@ def test_zip_and_webdataset_give_the_folders_latents(sd3, images, tmp_path):
         cache_latents([str(source), out, '--model', sd3, '--captions', 'txt', *LATENTS])
         batches.append(CachedLatents(out).__getitems__(range(5)))
     for batch in batches[1:]:
-        assert all(
-            torch.equal(batch[name], batches[0][name])
-            for name in ('x_0', 'prompt_embeds', 'pooled_embeds')
-        )
+        assert torch.equal(batch['x_0'], batches[0]['x_0'])
+        for name, value in batches[0]['cond'].items():
+            assert torch.equal(batch['cond'][name], value), name
     with pytest.raises(UsageError, match='cannot be read as one'):
         cache_latents(
             [str(tmp_path / 'captions.jsonl'), str(tmp_path / 'x'), '--model', sd3, *LATENTS]

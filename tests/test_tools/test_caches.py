@@ -70,10 +70,10 @@ def test_prompts_are_what_the_pipeline_encodes(sd3, prompts, tmp_path, dtype):
     torch_dtype = dict(fp32=torch.float32, bf16=torch.bfloat16)[dtype]
     embeds, pooled, pipeline = encode(sd3, PROMPTS, torch_dtype)
     batch = cache.__getitems__(range(len(PROMPTS)))
-    assert batch['prompt_embeds'].dtype == torch_dtype and torch.equal(
-        batch['prompt_embeds'], embeds
+    assert batch['cond']['prompt_embeds'].dtype == torch_dtype and torch.equal(
+        batch['cond']['prompt_embeds'], embeds
     )
-    assert torch.equal(batch['pooled_embeds'], pooled)
+    assert torch.equal(batch['cond']['pooled_embeds'], pooled)
     embeds, pooled, _ = encode(sd3, [''], torch_dtype)
     assert torch.equal(cache.null['prompt_embeds'], embeds[0]) and torch.equal(
         cache.null['pooled_embeds'], pooled[0]
@@ -103,8 +103,8 @@ def test_dropped_padding_is_zero_and_saves_space(sd3, prompts, tmp_path):
             if drop == 'all':
                 expected[i, clip[i] : 77] = 0
         batch = CachedPrompts(str(out)).__getitems__(range(len(PROMPTS)))
-        assert torch.equal(batch['prompt_embeds'], expected) and torch.equal(
-            batch['pooled_embeds'], pooled
+        assert torch.equal(batch['cond']['prompt_embeds'], expected) and torch.equal(
+            batch['cond']['pooled_embeds'], pooled
         )
         sizes[drop] = sum(file.stat().st_size for file in out.glob('shard*'))
     assert sizes['none'] - sizes['t5'] > 4 * 32 * (32 * len(t5) - sum(t5)) * 0.9
@@ -117,10 +117,10 @@ def test_without_t5_its_tokens_are_zero(sd3, prompts, tmp_path):
     )
     batch = CachedPrompts(str(tmp_path / 'out')).__getitems__([0, 1, 4])
     embeds, _, _ = encode(sd3, PROMPTS)
-    assert torch.equal(batch['prompt_embeds'][:, :77], embeds[[0, 1, 4], :77])
+    assert torch.equal(batch['cond']['prompt_embeds'][:, :77], embeds[[0, 1, 4], :77])
     assert (
-        batch['prompt_embeds'].shape == (3, 77 + 32, 32)
-        and not batch['prompt_embeds'][:, 77:].any()
+        batch['cond']['prompt_embeds'].shape == (3, 77 + 32, 32)
+        and not batch['cond']['prompt_embeds'][:, 77:].any()
     )
 
 
@@ -255,7 +255,9 @@ def test_bad_prompts_are_named_or_skipped(sd3, tmp_path):
     cache_prompts([*args, '--on-bad', 'skip'])
     cache = CachedPrompts(str(tmp_path / 'out'))
     expected = encode(sd3, [lines[0], lines[3], lines[5]], torch.bfloat16)[0]
-    assert len(cache) == 3 and torch.equal(cache.__getitems__([0, 1, 2])['prompt_embeds'], expected)
+    assert len(cache) == 3 and torch.equal(
+        cache.__getitems__([0, 1, 2])['cond']['prompt_embeds'], expected
+    )
     assert [line for line, _ in cache.manifest['source']['skipped']] == [
         'line 2',
         'line 3',

@@ -12,6 +12,7 @@ from mmengine.config import Config
 from mmfgm.models import OneStepGenerator
 from mmfgm.models.families import DiffusersFamily
 from mmfgm.models.lora import has_adapters, merge_adapters
+from mmfgm.registry import MODELS
 
 from ..card import find_licence, licence_files, write_card
 
@@ -100,7 +101,8 @@ class BaseExporter(Exporter):
 
 def bare_generator(cfg: Config) -> OneStepGenerator:
     """The generator's coefficients, without its network."""
-    return OneStepGenerator(torch.nn.Identity(), **(cfg.model.get('generator') or {}))
+    settings = {'type': 'OneStepGenerator', **(cfg.model.get('generator') or {})}
+    return MODELS.build({**settings, 'network': torch.nn.Identity()})
 
 
 def merged(generator: OneStepGenerator) -> OneStepGenerator:

@@ -8,16 +8,11 @@ from collections.abc import Sequence
 import torch
 
 from mmfgm.datasets import CachedPrompts
-from mmfgm.datasets.base import Batch
+from mmfgm.datasets.base import Batch, item_seed
 from mmfgm.errors import UsageError
 from mmfgm.registry import DATASETS
 
 from .prompts import generate, read_metadata
-
-
-def item_seed(index: int, seed: int = 0) -> int:
-    """Seed of an item's noise, as in :class:`~mmfgm.datasets.GenerationDataset`."""
-    return (index + seed * 2654435761) % 2**32
 
 
 def metadata_rows(metadata: str | None) -> list[dict]:
@@ -27,8 +22,8 @@ def metadata_rows(metadata: str | None) -> list[dict]:
 
 @DATASETS.register_module()
 class GenEvalPrompts(CachedPrompts):
-    """Items ``dict(idx, seed, prompt_embeds, pooled_embeds)``; item ``idx`` is sample ``idx % n``
-    of prompt ``idx // n``.
+    """Items ``dict(idx, seed, cond=dict(prompt_embeds, pooled_embeds))``; item ``idx`` is sample
+    ``idx % n`` of prompt ``idx // n``.
 
     Write the prompts with ``tools/geneval.py prompts``, and encode them with
     ``tools/cache_prompts.py``.
@@ -77,7 +72,7 @@ class GenEvalPrompts(CachedPrompts):
         return len(self.rows) * self.samples_per_prompt
 
     def row(self, index: int) -> dict:
-        """Metadata row of an item, which batches leave out because networks take all they hold."""
+        """Metadata row of an item, which batches leave out because networks cannot use it."""
         return self.rows[index // self.samples_per_prompt]
 
     def __getitems__(self, indices: Sequence[int]) -> Batch:
@@ -89,6 +84,6 @@ class GenEvalPrompts(CachedPrompts):
         ]
         return dict(
             idx=idx,
-            seed=torch.tensor([item_seed(i, self.seed) for i in idx.tolist()]),
-            **self._prompts(places),
+            seed=item_seed(idx, self.seed),
+            cond=self._prompts(places),
         )

@@ -17,7 +17,7 @@ from .hub import diffusers_module, load_or_explain, quiet
 from .latents import KLEncoder
 
 if TYPE_CHECKING:
-    from ..generator import OneStepGenerator
+    from ..generators import OneStepGenerator
 
 INDEX_FILE = 'model_index.json'
 

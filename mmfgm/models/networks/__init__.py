@@ -1,6 +1,11 @@
 # Copyright (c) mmfgm authors.
-from .edm_unet import EDMUNet
-from .edm_velocity import EDMVelocity, UNetVelocity
-from .mlp import AdaLNMLP
+from mmfgm.lazy import attach
 
-__all__ = ['AdaLNMLP', 'EDMUNet', 'EDMVelocity', 'UNetVelocity']
+__getattr__, __dir__, __all__ = attach(
+    __name__,
+    {
+        'edm_unet': ['EDMUNet'],
+        'edm_velocity': ['EDMVelocity', 'UNetVelocity'],
+        'mlp': ['AdaLNMLP'],
+    },
+)

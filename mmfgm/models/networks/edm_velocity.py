@@ -36,7 +36,7 @@ class UNetVelocity(_UNetFlow):
     def forward(self, x_t: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
         """Velocity at ``x_t (N, C, H, W)`` and ``t (N,)`` in [0, 1], for ``labels (N,)`` or
         none."""
-        return self.unet(x_t, self.time_scale * t, labels)
+        return self.unet(x_t, self.time_scale * t, labels).to(x_t.dtype)
 
 
 @MODELS.register_module()

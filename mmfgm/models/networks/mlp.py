@@ -101,4 +101,4 @@ class AdaLNMLP(nn.Module):
         for block in self.blocks:
             h = block(h, emb)
         shift, scale = self.modulation(emb).chunk(2, dim=1)
-        return self.output(self.norm(h) * (1 + scale) + shift).view_as(x_t)
+        return self.output(self.norm(h) * (1 + scale) + shift).view_as(x_t).to(x_t.dtype)

@@ -11,7 +11,7 @@ from .network import SD3
 from .prompts import TITLE, SD3TextEncoder
 
 if TYPE_CHECKING:
-    from ...generator import OneStepGenerator
+    from ...generators import OneStepGenerator
 
 
 @register_family

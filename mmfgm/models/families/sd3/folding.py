@@ -21,7 +21,7 @@ from torch import nn
 from ..pipelines import PipelineStep
 
 if TYPE_CHECKING:
-    from ...generator import OneStepGenerator
+    from ...generators import OneStepGenerator
 
 
 @torch.no_grad()

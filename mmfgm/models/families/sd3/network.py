@@ -124,10 +124,10 @@ class SD3(nn.Module):
             return_dict=False,
         )
         if feature_layer is None:
-            return self.transformer(**inputs)[0]
-        return self._features(inputs, feature_layer, x_t.shape[-2:])
+            return self.transformer(**inputs)[0].to(x_t.dtype)
+        return self._features(inputs, feature_layer, x_t)
 
-    def _features(self, inputs: dict[str, Any], layer: int, size: torch.Size) -> Tensor:
+    def _features(self, inputs: dict[str, Any], layer: int, x_t: Tensor) -> Tensor:
         self.check_feature_layer(layer)
         blocks, kept = self.transformer.transformer_blocks, []
         # a block returns (text tokens, image tokens)
@@ -138,5 +138,6 @@ class SD3(nn.Module):
             self.transformer(**inputs, skip_layers=list(range(layer, len(blocks))))
         finally:
             handle.remove()
-        height, width = (side // self.transformer.config.patch_size for side in size)
-        return kept[0].transpose(1, 2).unflatten(2, (height, width))
+        height, width = (side // self.transformer.config.patch_size for side in x_t.shape[-2:])
+        features = kept[0].transpose(1, 2).unflatten(2, (height, width))
+        return features.to(x_t.dtype)

@@ -1,0 +1,194 @@
+# Copyright (c) mmfgm authors.
+"""What to draw, and the only way to draw it."""
+
+from collections.abc import Callable, Collection, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mmfgm.errors import UsageError
+from mmfgm.flow import ClassifierFreeGuidance, shifted_times, uniform_times
+from mmfgm.registry import FUNCTIONS
+
+Conditions = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to turn noise into samples: which network, and for an ODE which solver and how many
+    evaluations.
+
+    Args:
+        network (str): Name of a network of the model, for example ``generator_ema`` or ``teacher``.
+        nfe (int): Network evaluations; a one-step generator always takes 1.
+        solver (str): A solver of :mod:`mmfgm.flow.ode`.
+        shift (float, optional): The time grid of diffusers' scheduler of this shift, which SD3's
+            pipeline uses (3 there). Defaults to evenly spaced times.
+        guidance (float, optional): Scale of classifier-free guidance; one batched call, so one
+            evaluation.
+
+    Raises:
+        UsageError: If the solver cannot spend exactly ``nfe`` evaluations.
+    """
+
+    network: str
+    nfe: int = 1
+    solver: str = 'euler'
+    shift: float | None = None
+    guidance: float | None = None
+
+    def times(self, device) -> Tensor:
+        """The solver's time grid, from 1 to 0."""
+        steps = self.nfe // FUNCTIONS.get(self.solver).evaluations_per_step
+        if self.shift is None:
+            return uniform_times(steps, device)
+        return shifted_times(steps, self.shift, device)
+
+    def __post_init__(self):
+        solver = FUNCTIONS.get(self.solver)
+        if solver is None:
+            raise UsageError(f'there is no ODE solver {self.solver!r}; use euler or heun')
+        if self.nfe < 1 or self.nfe % solver.evaluations_per_step:
+            raise UsageError(
+                f'{self.solver} spends {solver.evaluations_per_step} evaluations a step, so its NFE'
+                f' must be a positive multiple of that, but got nfe={self.nfe}'
+            )
+
+
+def bf16_autocast(device_type: str) -> Callable[[], AbstractContextManager]:
+    """Makes contexts in which networks compute in bf16, with float32 weights and outputs.
+
+    Casts of weights are not kept: one that was made where no gradient is needed would be used
+    where one is.
+    """
+    return partial(torch.autocast, device_type, torch.bfloat16, cache_enabled=False)
+
+
+def check_labels(cond: Conditions, num_classes: int | None) -> None:
+    """Compare labels with the network's classes; a label outside of them would mean "no class".
+
+    Call it while labels are on the CPU, where looking is free.
+
+    Args:
+        cond (dict[str, Tensor]): Conditions of a batch.
+        num_classes (int, optional): 0 for an unconditional network; None if the network does not
+            say, so that its conditions are its own business.
+
+    Raises:
+        UsageError: If there are labels and no classes or the reverse, or a label is out of range.
+    """
+    labels = cond.get('labels')
+    if num_classes is None or (labels is None and not num_classes):
+        return
+    if labels is None or not num_classes:
+        raise UsageError(
+            f'the network has {num_classes} classes, but the dataset gives'
+            f' {"no labels" if labels is None else "labels"}; make the two agree'
+        )
+    if not 0 <= labels.min() <= labels.max() < num_classes:
+        raise UsageError(
+            f'labels must lie in [0, {num_classes - 1}], but the dataset gives'
+            f' {int(labels.min())} to {int(labels.max())}'
+        )
+
+
+@dataclass
+class Sampler:
+    """Draws samples with the networks of a model.
+
+    Args:
+        networks (Mapping[str, nn.Module]): By name.
+        event_shape (tuple[int, ...]): Of one sample.
+        one_step (Collection[str]): Networks that map noise to samples in one call; all others are
+            integrated.
+        num_classes (int, optional): See :func:`check_labels`.
+        null (callable, optional): Maps conditions to "no condition", for guidance.
+        decoder (callable, optional): Turns samples into images.
+        preprocess (callable): Moves a batch to the device.
+        autocast (callable): Makes the context in which networks run.
+        name (str): Of the model, for messages.
+    """
+
+    networks: Mapping[str, nn.Module]
+    event_shape: tuple[int, ...]
+    one_step: Collection[str] = ()
+    num_classes: int | None = None
+    null: Callable[[Conditions], Conditions] | None = None
+    decoder: Callable[[Tensor], Tensor] | None = None
+    preprocess: Callable[[dict[str, Any]], dict[str, Any]] = dict
+    autocast: Callable[[], AbstractContextManager] = nullcontext
+    name: str = 'the model'
+
+    def check(self, sampling: Sampling) -> None:
+        """Compare a sampling with the networks, before any sample is drawn.
+
+        Raises:
+            UsageError: If there is no such network, or ``nfe`` is not 1 for a one-step generator.
+        """
+        if sampling.network not in self.networks:
+            raise UsageError(
+                f'{self.name} has no network {sampling.network!r}; choose from'
+                f' {list(self.networks)}'
+            )
+        if sampling.network in self.one_step and sampling.nfe != 1:
+            raise UsageError(
+                f'{sampling.network} is a one-step generator: its NFE is 1, not {sampling.nfe}'
+            )
+        if sampling.guidance is not None and (
+            self.null is None or sampling.network in self.one_step
+        ):
+            raise UsageError(
+                f'guidance={sampling.guidance} of {sampling.network} needs a network that is'
+                ' integrated, and a model that knows "no condition": set model.guidance (FGM) or'
+                ' model.null_condition (FlowMatching)'
+            )
+
+    def noise(self, seeds) -> Tensor:
+        """Standard normal noise ``(N, *event)``; each row depends on its own seed alone.
+
+        It is drawn on the CPU, so that the same seeds give the same images on every device.
+        """
+        rows = [
+            torch.randn(self.event_shape, generator=torch.Generator().manual_seed(int(seed)))
+            for seed in seeds
+        ]
+        return torch.stack(rows)
+
+    @torch.no_grad()
+    def sample(self, batch: dict[str, Any], sampling: Sampling) -> Tensor:
+        """Generate one sample for each item of a batch ``dict(idx, seed, [cond])``.
+
+        Returns:
+            Tensor: ``(N, *event)``, float32, on the model's device; images in [-1, 1] up to
+                overshoot. With a decoder, the images.
+
+        Raises:
+            UsageError: See :meth:`check` and :func:`check_labels`.
+        """
+        self.check(sampling)
+        check_labels(batch.get('cond', {}), self.num_classes)
+        inputs = self.preprocess({**batch, 'z': self.noise(batch['seed'])})
+        z, cond = inputs['z'], inputs.get('cond', {})
+        network = self.networks[sampling.network]
+        training = network.training
+        network.eval()
+        try:
+            with self.autocast():
+                samples = self._draw(network, z, cond, sampling)
+        finally:
+            network.train(training)
+        return samples if self.decoder is None else self.decoder(samples)
+
+    def _draw(self, network: nn.Module, z: Tensor, cond: Conditions, sampling: Sampling) -> Tensor:
+        if sampling.network in self.one_step:
+            return network(z, **cond)
+        if sampling.guidance is None:
+            velocity = partial(network, **cond)
+        else:
+            guidance = ClassifierFreeGuidance(sampling.guidance, self.null)
+            velocity = partial(guidance, network, cond=cond)
+        return FUNCTIONS.get(sampling.solver)(velocity, z, sampling.times(z.device))
