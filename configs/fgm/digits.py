@@ -9,7 +9,7 @@ model = dict(
     teacher=dict(checkpoint='work_dirs/reflow/digits', prefix='network_ema'),
     # c_in z stands for x_t at t*: the generator starts as one denoising step of the teacher from
     # there
-    generator=dict(t_star=0.8, c_skip=0.8, c_in=0.8),
+    generator=dict(type='OneStepGenerator', t_star=0.8, c_skip=0.8, c_in=0.8),
     # L_2 alone, as the paper does on images (Section 5.1)
     loss=dict(type='FGMLoss', l1_weight=0.0),
     # more noise than in pre-training, most of all for the generator

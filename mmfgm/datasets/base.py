@@ -25,7 +25,8 @@ def collate(items: Batch | Sequence[dict]) -> Batch:
 
 
 def item_seed(idx: Any, seed: int = 0) -> Any:
-    """Seed of the noise of item ``idx``, a number or a tensor of them; another ``seed`` selects other noise.
+    """Seed of the noise of item ``idx``, a number or a tensor of them; another ``seed`` selects
+    other noise.
 
     torch's CPU generator sees the lower 32 bits only; the odd factor spreads the ranges of
     different seeds.

@@ -1,6 +1,6 @@
 # Copyright (c) mmfgm authors.
-"""Images in memory or in files: items ``dict(idx, x_0, cond=dict([labels]))`` with ``x_0 (3, H, W)`` uint8 and
-``labels`` int64."""
+"""Images in memory or in files: items ``dict(idx, x_0, cond=dict([labels]))`` with ``x_0 (3, H,
+W)`` uint8 and ``labels`` int64."""
 
 import io
 import json
@@ -141,9 +141,9 @@ class ImageFolder(BatchDataset):
     """Images anywhere below a folder or in a ``.zip``, with EDM's ``dataset.json`` of labels
     (Karras et al., 2022).
 
-    Items are ``dict(idx, x_0, cond=dict([labels]))``: ``x_0 (3, H, W)`` uint8 RGB, in the order of the sorted
-    relative paths. Hidden files are left out. ``dataset.json`` at the top holds ``{"labels":
-    [["00000/img00000000.png", 6], ...]}``.
+    Items are ``dict(idx, x_0, cond=dict([labels]))``: ``x_0 (3, H, W)`` uint8 RGB, in the order of
+    the sorted relative paths. Hidden files are left out. ``dataset.json`` at the top holds
+    ``{"labels": [["00000/img00000000.png", 6], ...]}``.
 
     Args:
         path (str): A folder or a ``.zip`` of png, jpg, jpeg, webp or bmp files.

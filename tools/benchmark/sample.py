@@ -118,7 +118,7 @@ def measure(inferencer, args):
         return dict(prompts=fresh, labels=[0] * n, nothing=n)[inferencer.condition]
 
     seeds, name = list(range(n)), inferencer.networks[0]
-    generator, z = getattr(model, name), model.seeded_noise(seeds).to(device)
+    generator, z = getattr(model, name), model.sampler.noise(seeds).to(device)
 
     def encode(given):
         if inferencer.condition == 'prompts':

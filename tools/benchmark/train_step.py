@@ -34,8 +34,7 @@ from mmengine.hooks import Hook
 
 from mmfgm.datasets import collate
 from mmfgm.engine import FlowRunner
-from mmfgm.models import OneStepGenerator
-from mmfgm.registry import TASK_UTILS
+from mmfgm.registry import MODELS, TASK_UTILS
 
 
 class BareLoop:
@@ -45,9 +44,8 @@ class BareLoop:
         self.teacher, self.batches, self.device = teacher, batches, device
         self.event_shape = teacher.event_shape
         self.online = copy.deepcopy(teacher).requires_grad_(True)
-        self.generator = OneStepGenerator(
-            copy.deepcopy(teacher).requires_grad_(True), **cfg.model.generator
-        )
+        trainable = copy.deepcopy(teacher).requires_grad_(True)
+        self.generator = MODELS.build({**cfg.model.generator, 'network': trainable})
         self.averages = [
             (copy.deepcopy(self.generator).requires_grad_(False), decay)
             for decay in cfg.model.get('ema', dict(generator_ema=0.999)).values()
@@ -69,7 +67,7 @@ class BareLoop:
 
     def draw(self):
         batch = next(self.batches)
-        cond = {k: v.to(self.device) for k, v in batch.items() if k == 'labels'}
+        cond = {k: v.to(self.device) for k, v in batch['cond'].items()}
         return torch.randn(len(batch['idx']), *self.event_shape, device=self.device), cond
 
     def diffuse(self, x_0, t):

@@ -18,7 +18,7 @@ model = dict(
             dropout=0.0,
         ),
     ),
-    generator=dict(t_star=1.0),
+    generator=dict(type='OneStepGenerator', t_star=1.0),
     # L_2 alone (Section 5.1), and a wide range of noise levels for both losses (B.1)
     loss=dict(type='FGMLoss', l1_weight=0.0),
     fm_time_sampler=dict(type='LogitNormal', mean=0.0, std=2.0),

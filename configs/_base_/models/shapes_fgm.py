@@ -20,7 +20,7 @@ model = dict(
     ),
     data_preprocessor=dict(type='ImagePreprocessor', flip_prob=0.0),
     # the generator starts as one denoising step of the teacher from t*, where c_in z stands for x_t
-    generator=dict(t_star=0.9, c_skip=0.9, c_in=0.9),
+    generator=dict(type='OneStepGenerator', t_star=0.9, c_skip=0.9, c_in=0.9),
     loss=dict(type='FGMLoss', l1_weight=0.0),
     fm_time_sampler=dict(type='LogitNormal', mean=0.0, std=1.4),
     fgm_time_sampler=dict(type='LogitNormal', mean=0.8, std=1.4),

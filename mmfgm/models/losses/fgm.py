@@ -15,7 +15,8 @@ def fgm_terms(u: Tensor, v: Tensor, path: PathSample) -> tuple[Tensor, Tensor]:
     Args:
         u (Tensor): Teacher velocity ``u(x_t, t)``, shape ``(N, *event)``.
         v (Tensor): Online velocity ``v_psi(x_t, t)``, shape ``(N, *event)``.
-        path (PathSample): Where both were evaluated; its velocity is ``u_t(x_t | x_0) = eps - x_0``.
+        path (PathSample): Where both were evaluated; its velocity is ``u_t(x_t | x_0) = eps -
+            x_0``.
 
     Returns:
         tuple[Tensor, Tensor]: ``l_1`` (Eq. 4.11) and ``l_2`` (Eq. 4.12), each of shape ``(N,)``.
