@@ -132,11 +132,7 @@ class FGMInferencer(BaseInferencer):
     def _init_model(self, cfg: Config, weights: str | None, device: str = 'cpu') -> SamplingModel:
         with DefaultScope.overwrite_default_scope(self.scope):
             null = self._empty_prompt if self._make_encoder else None
-            model = (
-                SamplingModel(cfg.model, weights, self.export, self.precision, null)
-                .to(device)
-                .eval()
-            )
+            model = SamplingModel(cfg.model, weights, self.export, self.precision, null, device)
             model.load(model.available[0])
         return model
 
@@ -180,7 +176,7 @@ class FGMInferencer(BaseInferencer):
     @property
     def device(self) -> torch.device:
         """Where the networks are."""
-        return self.model.data_preprocessor.device
+        return self.model.device
 
     def default_sampling(self, network: str | None = None) -> Sampling:
         """How a network is sampled unless the call says otherwise.

@@ -2,10 +2,13 @@
 """A trained model for those who only sample from it: no network in memory but those asked for."""
 
 import os.path as osp
+from contextlib import nullcontext
 from typing import Any
 
+import torch
+from mmengine.model import BaseDataPreprocessor
 from safetensors import safe_open
-from torch import nn
+from torch import Tensor, nn
 
 from mmfgm.errors import UsageError
 from mmfgm.models import (
@@ -13,19 +16,30 @@ from mmfgm.models import (
     CachedNullPrompt,
     FlowMatching,
     FlowModel,
-    OneStepGenerator,
+    Sampler,
+    Sampling,
     load_network,
 )
-from mmfgm.models.lora import LoRA
 from mmfgm.models.sampling import bf16_autocast
 from mmfgm.registry import MODELS, TASK_UTILS
 
 from .artifacts import WEIGHTS_FILE, check_checkpoint
 
+# Guidance and decoder are made here, once, and not with each part.
+APART: dict[type[FlowModel], dict[str, Any]] = {
+    FGM: dict(guidance=None, decoder=None),
+    FlowMatching: dict(null_condition=None, null_prob=0.0, decoder=None),
+}
+# An export leaves out what only training needs.
+TRAINING = dict(
+    teacher=dict(checkpoint=None),
+    fm_time_sampler=dict(type='Uniform'),
+    fgm_time_sampler=dict(type='Uniform'),
+)
 
-class SamplingModel(FlowModel):
-    """The networks of a training's ``model``, each built and loaded by :meth:`load`; samples as
-    :class:`FlowModel` does.
+
+class SamplingModel:
+    """The networks of a training's ``model``, each built and loaded by :meth:`load`.
 
     At most one of those that the training makes is held, and the teacher beside it.
 
@@ -39,9 +53,12 @@ class SamplingModel(FlowModel):
         precision (str): ``'fp32'``, or ``'bf16'`` for bf16 compute with float32 weights.
         null (callable, optional): "No condition" for guidance, in place of the model's
             ``CachedNullPrompt``.
+        device (str): Where the networks go. Defaults to ``'cpu'``.
 
     Attributes:
         available (list[str]): Networks that :meth:`load` knows, the one to sample from first.
+        networks (dict[str, nn.Module]): Those that are loaded.
+        one_step (tuple[str, ...]): Those that map noise to samples in one call.
 
     Raises:
         UsageError: If the model is of another kind, or ``weights`` are none for it.
@@ -54,8 +71,8 @@ class SamplingModel(FlowModel):
         export: dict | None = None,
         precision: str = 'fp32',
         null: Any | None = None,
+        device: str | torch.device = 'cpu',
     ):
-        super().__init__()
         kind = MODELS.get(model.get('type', 'FGM'))
         if kind is None or not issubclass(kind, (FGM, FlowMatching)):
             raise UsageError(
@@ -64,25 +81,12 @@ class SamplingModel(FlowModel):
             )
         if precision not in ('fp32', 'bf16'):
             raise UsageError(f"precision must be 'fp32' or 'bf16', but is {precision!r}")
-        self.ema_decays = {}  # an average is one network among the available ones here
-        self.model, self.weights, self.export, self.precision, self._null = (
-            model,
-            weights,
-            export,
-            precision,
-            null,
-        )
-        self.distilled = issubclass(kind, FGM)
-        self._lora = LoRA(**model['lora']) if model.get('lora') and export is None else None
-        self._base: list[nn.Module] = []  # a list, as it is no network of its own
-        source = kind.ema_source
-        if export is not None:
-            trained = [export['network']]
-        else:
-            trained = [*model.get('ema', [f'{source}_ema']), source] if weights else []
-            if weights:
-                check_checkpoint(weights)
-                trained = _merged_network(weights) or trained
+        self.model, self.weights, self.export, self._null = model, weights, export, null
+        self.kind, self.distilled = kind, issubclass(kind, FGM)
+        self.device = torch.device(device)
+        self.precision = bf16_autocast(self.device.type) if precision == 'bf16' else nullcontext
+        self._preprocess = BaseDataPreprocessor().to(self.device)
+        trained = self._trained_names()
         teacher = ['teacher'] if self.distilled and 'teacher' in model else []
         self.available: list[str] = [*trained, *teacher]
         self.one_step = tuple(trained) if self.distilled else ()
@@ -90,11 +94,42 @@ class SamplingModel(FlowModel):
             raise UsageError(f'{kind.__name__} has no network without weights: name a checkpoint')
         decoder = (export or {}).get('model', model).get('decoder')
         self.decoder = TASK_UTILS.build(decoder) if decoder else None
+        self.null: Any | None = None
+        self.networks: dict[str, nn.Module] = {}
+        self.event_shape: tuple[int, ...] = ()
+        self.num_classes: int | None = None
+        # with adapters, the model in which a trained network and the teacher share weights
+        self._adapted: FlowModel | None = None
+
+    def _trained_names(self) -> list[str]:
+        if self.export is not None:
+            return [self.export['network']]
+        if not self.weights:
+            return []
+        check_checkpoint(self.weights)
+        source = self.kind.ema_source
+        named = self.kind.network_names(self.model)
+        averages = [name for name in named if name.startswith(f'{source}_ema')]
+        return _merged_network(self.weights) or [*averages, source]
 
     @property
-    def networks(self) -> dict[str, nn.Module]:
-        """Those that are loaded."""
-        return {name: child for name, child in self.named_children() if name in self.available}
+    def sampler(self) -> Sampler:
+        """Draws with the networks that are loaded."""
+        return Sampler(
+            self.networks,
+            self.event_shape,
+            self.one_step,
+            self.num_classes,
+            self.null,
+            self.decoder,
+            self._preprocess,
+            self.precision,
+            self.kind.__name__,
+        )
+
+    def sample(self, batch: dict[str, Any], sampling: Sampling) -> Tensor:
+        """See :meth:`Sampler.sample <mmfgm.models.sampling.Sampler.sample>`."""
+        return self.sampler.sample(batch, sampling)
 
     def load(self, name: str) -> None:
         """Bring a network into memory; of the trained ones, it replaces the one that is there.
@@ -113,60 +148,70 @@ class SamplingModel(FlowModel):
                     else '; an export holds the generator alone: name the config too'
                 )
             )
-        network = self._teacher() if name == 'teacher' else self._trained(name)
-        described = network.network if isinstance(network, OneStepGenerator) else network
-        shape = getattr(self, 'event_shape', described.event_shape)
-        if described.event_shape != shape:
-            raise UsageError(
-                f'the {name} of the config makes samples of shape {described.event_shape}, but'
-                f' {self.weights!r} of shape {shape}: they do not belong together'
-            )
-        self._describe(described)
+        held = [other for other in self.networks if other != 'teacher']
+        if name != 'teacher' and held:
+            network = self._read(self.networks[held[0]], name)
+            del self.networks[held[0]]
+        else:
+            network = self._make(name)
         if self.null is None:
             self.null = self._build_null()
-        device = self.data_preprocessor.device
-        if self.precision == 'bf16':
-            self.autocast = bf16_autocast(device.type)
-        self.add_module(name, network.eval().to(device))
+        self.networks[name] = network.eval().to(self.device)
 
-    def _teacher(self) -> nn.Module:
-        """As the training had it; with LoRA, the weights under the adapters too."""
-        if not self._base:
-            network = MODELS.build(self.model['network'])
-            if self.model['teacher'].get('checkpoint') is not None:
-                load_network(network, **self.model['teacher'])
-            self._base.append(network)
-        return self._base[0]
-
-    def _trained(self, name: str) -> nn.Module:
-        held = [other for other in self.networks if other != 'teacher']
-        network = getattr(self, held[0]) if held else self._build()
-        if self.export is None:
-            adapters = (
-                {key for key, p in network.named_parameters() if p.requires_grad}
-                if self._lora
-                else None
+    def _make(self, name: str) -> nn.Module:
+        """Build a network, with its weights."""
+        part = self._part(name)
+        shape = self.event_shape or part.event_shape
+        if part.event_shape != shape:
+            raise UsageError(
+                f'the {name} of the config makes samples of shape {part.event_shape}, but'
+                f' {self.weights!r} of shape {shape}: they do not belong together'
             )
-            load_network(
-                network, self.weights, '' if _merged_network(self.weights) else name, names=adapters
-            )
-        elif self.export['kind'] == 'generator':
-            load_network(network, osp.join(self.weights, WEIGHTS_FILE))
-        if held:
-            delattr(self, held[0])
-        return network
+        self.event_shape, self.num_classes = part.event_shape, part.num_classes
+        if name == 'teacher':
+            return part.teacher
+        trained = [network for other, network in part.networks.items() if other != 'teacher']
+        return self._read(trained[0], name)
 
-    def _build(self) -> nn.Module:
-        model = self.export['model'] if self.export else self.model
-        if self._lora:
-            network = self._lora.adapted(self._teacher())
-        else:
-            network = MODELS.build(model['network'])
-        if not self.distilled:
+    def _part(self, name: str) -> FlowModel:
+        """The model of the config or the export, with this network alone; with adapters, a trained
+        one and the teacher, whose weights it shares."""
+        if self._adapted is not None:
+            return self._adapted
+        exported = self.export is not None and name != 'teacher'
+        cfg = dict(self.export['model'] if exported else self.model)
+        cfg['type'] = self.model.get('type', 'FGM')
+        cfg.update(APART[FGM if self.distilled else FlowMatching])
+        if self.distilled:
+            cfg = {**TRAINING, **cfg}
+        adapted = self._has_adapters and not exported
+        if self.distilled and not adapted:
+            cfg['lora'] = None
+        wanted = [name]
+        if adapted:
+            wanted = [self.available[0] if name == 'teacher' else name, 'teacher']
+        # the one average that is asked for is all that there are, whatever the config trains
+        averages = [other for other in wanted if other not in ('teacher', self.kind.ema_source)]
+        cfg['ema'] = dict.fromkeys(averages, 0.0)
+        part = self.kind.build(cfg, networks=wanted)
+        self._adapted = part if adapted else None
+        return part
+
+    @property
+    def _has_adapters(self) -> bool:
+        return bool(self.model.get('lora') and self.weights and self.export is None)
+
+    def _read(self, network: nn.Module, name: str) -> nn.Module:
+        """Load the weights of a trained network."""
+        if self.export is not None:
+            if self.export['kind'] == 'generator':
+                load_network(network, osp.join(self.weights, WEIGHTS_FILE))
             return network
-        return MODELS.build(
-            {'type': 'OneStepGenerator', **(model.get('generator') or {}), 'network': network}
-        )
+        adapters = None
+        if self._has_adapters:
+            adapters = {key for key in network.state_dict() if '.lora_' in key}
+        prefix = '' if _merged_network(self.weights) else name
+        return load_network(network, self.weights, prefix, names=adapters)
 
     def _build_null(self) -> Any | None:
         null = self.model.get('null_condition') or (self.model.get('guidance') or {}).get('null')

@@ -391,7 +391,7 @@ def test_lora_in_bf16_after_its_teacher(sd3_folder, tmp_path):
         with DefaultScope.overwrite_default_scope('mmfgm'):
             model = SamplingModel(
                 cfg.model, problem.weights, precision='bf16', null=lambda cond: cond
-            ).eval()
+            )
             for name in order:
                 model.load(name)
         images.append(model.sample(batch, Sampling('generator_ema')))

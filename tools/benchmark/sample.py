@@ -118,7 +118,7 @@ def measure(inferencer, args):
         return dict(prompts=fresh, labels=[0] * n, nothing=n)[inferencer.condition]
 
     seeds, name = list(range(n)), inferencer.networks[0]
-    generator, z = getattr(model, name), model.sampler.noise(seeds).to(device)
+    generator, z = model.networks[name], model.sampler.noise(seeds).to(device)
 
     def encode(given):
         if inferencer.condition == 'prompts':
@@ -130,7 +130,8 @@ def measure(inferencer, args):
         )
 
     def bare(cond):
-        samples = generator(z, **{key: value.to(device) for key, value in cond.items()})
+        with model.precision():
+            samples = generator(z, **{key: value.to(device) for key, value in cond.items()})
         return samples if model.decoder is None else model.decoder(samples)
 
     def ours(given, out='pil', **options):

@@ -131,7 +131,7 @@ def export_generator(
             )
         trained.load(name)
         source = describe_source(cfg, checkpoint, name)
-        about = exporter.write(getattr(trained, name), folder, source)
+        about = exporter.write(trained.networks[name], folder, source)
         description = dict(
             format=1, kind=exporter.kind, network=name, dtype=dtype, **about, source=source
         )

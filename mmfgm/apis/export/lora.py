@@ -45,7 +45,7 @@ class LoRAExporter(BaseExporter):
         family, network = self.family, generator.network
         layers, tensors = dict(network.named_modules()), {}
         for name, p in network.named_parameters():
-            if p.requires_grad:
+            if '.lora_' in name:
                 layer, matrix, adapter, _ = name.rsplit('.', 3)
                 # readers take alpha for the rank, so its ratio goes into one of the matrices
                 scale = layers[layer].scaling[adapter] if matrix == 'lora_B' else 1.0
