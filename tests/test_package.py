@@ -16,6 +16,7 @@ from tests.conftest import ROOT
 LAYERS = [
     'errors',
     'version',
+    'lazy',
     'files',
     'processes',
     'registry',
