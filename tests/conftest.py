@@ -14,6 +14,11 @@ torch.set_num_threads(1)
 # the tests compare runs on the CPU, with more processes than a machine has GPUs
 os.environ['CUDA_VISIBLE_DEVICES'] = ''
 
+# seconds after which a process counts as hung. The slowest (torch.compile) takes two minutes alone,
+# and other work on the machine must not make it fail. A test, which may start several, gets twice
+# that (--timeout in setup.cfg).
+LIMIT = 1800
+
 NETWORK = dict(
     type='AdaLNMLP', event_shape=(1, 8, 8), width=16, depth=2, embed_dim=16, num_classes=10
 )
@@ -29,7 +34,7 @@ def tool_env(**extra):
     return {**env, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(ROOT), **extra}
 
 
-def run_module(module, *args, nproc=0, cwd=ROOT, codes=(0,), env=None, timeout=300):
+def run_module(module, *args, nproc=0, cwd=ROOT, codes=(0,), env=None, timeout=LIMIT):
     """Run ``python -m module args``, under torchrun with ``nproc`` processes if that is
     positive."""
     command = [sys.executable, '-m']

@@ -28,7 +28,7 @@ from mmfgm.engine.runner import check_config
 from mmfgm.registry import MODELS
 from mmfgm.tools.cli import load_config, read_config
 from tests.browser import free_port
-from tests.conftest import ROOT, tool_env
+from tests.conftest import LIMIT, ROOT, tool_env
 from tests.docs_commands import COMMANDS, TRAIN, Parse, Run, Serve, sd3_inputs
 
 PAGES = [
@@ -96,7 +96,7 @@ class Sandbox:
                 ['bash', '-c', f'{command} {entry.small}'],
                 cwd=self.folder,
                 env=self.env,
-                timeout=600,
+                timeout=LIMIT,
                 capture_output=True,
                 text=True,
             )
@@ -122,7 +122,7 @@ class Sandbox:
             for line in server.stdout:
                 lines.append(line)
                 if url := re.search(r'http://[\d.:]+', line):
-                    assert b'gradio' in urllib.request.urlopen(url.group(0), timeout=60).read()
+                    assert b'gradio' in urllib.request.urlopen(url.group(0), timeout=LIMIT).read()
                     return
             pytest.fail(f'{command} named no page:\n{"".join(lines)[-3000:]}')
         finally:

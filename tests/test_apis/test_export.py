@@ -20,7 +20,7 @@ from mmfgm.apis import FGMInferencer, OneStepPipeline, export_generator, read_co
 from mmfgm.apis.sampling_model import SamplingModel
 from mmfgm.errors import UsageError
 from mmfgm.models import Sampling
-from tests.conftest import ROOT, tool_env
+from tests.conftest import LIMIT, ROOT, tool_env
 from tests.test_apis.conftest import make_problem, sd3_config
 from tests.tiny_sd3 import make_tiny_sd3
 
@@ -123,7 +123,7 @@ def exports(sd3_folder, tmp_path_factory):
         env=env,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=LIMIT,
     )
     assert result.returncode == 0 and result.stdout.strip() == 'without mmfgm', result.stderr[
         -3000:

@@ -109,9 +109,10 @@ def test_bf16_shards_train_as_one_process(config, single_run, tmp_path):
 
     How far bf16 takes a run from float32 depends on the processor's kernels and is measured on the
     spot. Two processes share most of that error with one: the same weights, activations and
-    samples are rounded, and only sums over a batch are split elsewhere. So they may differ from one
-    process by no more than that error (0.1 to 0.4 of it on AVX2 and on SSE4.1). A float32 run on two
-    processes equals one on one process (above), so one such run is the truth for both.
+    samples are rounded, and only sums over a batch are split elsewhere. So they may differ from
+    one process by no more than that error (0.1 to 0.4 of it on AVX2 and SSE4.1; gradients summed
+    instead of averaged make 1.9 to 4.6 of it). In float32 two processes equal one (above), so one
+    such run is the truth for both.
     """
     options = (
         *FSDP2,

@@ -145,5 +145,4 @@ def test_loader_workers_end_with_the_run(options, code, tiny, tmp_path):
         'train_dataloader.num_workers=1',
         *options,
         codes=(code,),
-        timeout=120,
     )

@@ -13,7 +13,7 @@ import torch
 
 from mmfgm.models import latest_checkpoint, read_state_dict
 from mmfgm.models.weights import read_pickle
-from tests.conftest import ROOT, run_module, tool_env, train
+from tests.conftest import LIMIT, ROOT, run_module, tool_env, train
 
 ITERS = 8
 
@@ -166,7 +166,7 @@ def test_sigterm_saves_and_exits_with_75(nproc, tiny, tmp_path):
             break
     time.sleep(0.5)
     process.send_signal(signal.SIGTERM)
-    rest, _ = process.communicate(timeout=120)
+    rest, _ = process.communicate(timeout=LIMIT)
     text = ''.join(lines) + rest
     assert process.returncode == 75 if not nproc else process.returncode != 0, text
     saved = latest_checkpoint(str(tmp_path))

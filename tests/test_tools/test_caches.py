@@ -16,7 +16,7 @@ from mmfgm.datasets import CachedPrompts, verify_cache
 from mmfgm.errors import UsageError
 from mmfgm.models.families import find
 from mmfgm.tools.cache_prompts import cache_prompts
-from tests.conftest import ROOT, run_module, tool_env
+from tests.conftest import LIMIT, ROOT, run_module, tool_env
 from tests.tiny_sd3 import WORDS, make_tiny_sd3
 
 PROMPTS = [
@@ -152,7 +152,7 @@ def test_killed_and_restarted_is_the_same(sd3, tmp_path):
     process = subprocess.Popen(
         command, cwd=ROOT, env=tool_env(), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
     )
-    deadline = time.time() + 120
+    deadline = time.time() + LIMIT
     while len(list(out.glob('shard_*.safetensors'))) < 5 and time.time() < deadline:
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)

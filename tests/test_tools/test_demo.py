@@ -17,7 +17,7 @@ from mmfgm.apis import FGMInferencer
 from mmfgm.errors import UsageError
 from mmfgm.tools.demo import Demo, demo
 from tests.browser import free_port, open_browser
-from tests.conftest import ROOT, tool_env, train
+from tests.conftest import LIMIT, ROOT, tool_env, train
 from tests.test_apis.conftest import SHAPES, TOY, make_problem
 
 
@@ -50,10 +50,10 @@ def url(tiny, run, tmp_path_factory):
             stderr=subprocess.STDOUT,
         )
     try:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + LIMIT
         while server.poll() is None and time.monotonic() < deadline:
             try:
-                urllib.request.urlopen(f'http://127.0.0.1:{port}', timeout=5).close()
+                urllib.request.urlopen(f'http://127.0.0.1:{port}', timeout=LIMIT).close()
                 break
             except OSError:
                 time.sleep(0.2)
@@ -77,7 +77,7 @@ class Visitor:
     def __init__(self, browser, url):
         self.requested = []
         self.page = browser.new_context(viewport=dict(width=1200, height=900)).new_page()
-        self.page.set_default_timeout(60_000)
+        self.page.set_default_timeout(1000 * LIMIT)
         self.page.on('request', lambda request: self.requested.append(request.url))
         self.page.goto(url)
         self.page.wait_for_selector('#generate')

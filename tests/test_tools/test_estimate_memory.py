@@ -2,7 +2,7 @@
 """Estimates of memory are what a run on the CPU really takes, where that can be measured."""
 
 import json
-import time
+import resource
 
 import pytest
 import torch
@@ -271,12 +271,18 @@ def test_nothing_is_read_of_a_pretrained_pipeline(tmp_path):
     assert memory.networks['online']['optimizer'] == 0 < memory.networks['generator']['optimizer']
 
 
+def processor_seconds():
+    """Of all child processes that have ended; other work on the machine hardly changes it."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
 def test_cifar10_without_data_or_weights(tmp_path):
-    start = time.time()
+    start = processor_seconds()
     result = run_module(
         'mmfgm.tools.estimate_memory', CIFAR10, '--gpus', 8, '--gpu', 'H100-80GB', cwd=tmp_path
     )
-    assert time.time() - start < 60
+    assert processor_seconds() - start < 60
     assert '8 GPU(s): DDPStrategy, tf32, batch of 64' in result.stdout and ' fit.' in result.stdout
     for name in ('teacher', 'online', 'generator', 'generator_ema'):
         assert f'{name} 55.7 M' in ' '.join(result.stdout.split())

@@ -25,7 +25,7 @@ from mmfgm.evaluation.geneval.layout import (
 from mmfgm.tools.cache_prompts import cache_prompts
 from mmfgm.tools.export_diffusers import export_diffusers
 from mmfgm.tools.geneval import geneval
-from tests.conftest import ROOT, run_module, tool_env
+from tests.conftest import LIMIT, ROOT, run_module, tool_env
 from tests.geneval_standin import METRIC, ROWS, Echo, write_prompts
 from tests.test_apis.conftest import sd3, sd3_folder  # noqa: F401 - fixtures
 from tests.tiny_sd3 import make_tiny_sd3
@@ -148,7 +148,7 @@ def test_a_pipeline_on_two_processes_equals_one(config, tmp_path, counted, capsy
         env=tool_env(PATH=path, PORT='29573'),
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=LIMIT,
     )
     assert done.returncode == 0, f'{done.stdout[-3000:]}\n{done.stderr[-6000:]}'
     assert png(tmp_path / 'two') == png(tmp_path / 'one') and results(tmp_path / 'two') == results(

@@ -15,7 +15,7 @@ from PIL import Image
 from mmfgm.evaluation.geneval.layout import read_results
 from mmfgm.models import read_state_dict
 from mmfgm.tools.cache_prompts import cache_prompts
-from tests.conftest import ROOT, run_module, tool_env
+from tests.conftest import LIMIT, ROOT, run_module, tool_env
 from tests.geneval_standin import ROWS, write_prompts
 from tests.tiny_sd3 import FACTOR, make_tiny_sd3
 
@@ -120,7 +120,7 @@ def dist_train(work_dir, recipe, *more, codes=(0,), **env):
         env=tool_env(PATH=path, **env),
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=LIMIT,
     )
     assert result.returncode in codes, f'{result.stdout[-3000:]}\n{result.stderr[-6000:]}'
 

@@ -170,7 +170,6 @@ def test_quickstart_and_again(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 def test_downstream_project_with_the_built_wheel(tiny, tmp_path):
     """An empty folder, the wheel installed, a config of two overrides, `python -m
     mmfgm.tools.train`."""
