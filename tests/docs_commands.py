@@ -51,9 +51,7 @@ def sd3_inputs(folder):
 def sd3_checkpoint(folder):
     """What a training of configs/fgm/sd3_1024.py with the tiny pipeline would keep."""
     cfg = Config.fromfile(ROOT / 'configs/fgm/sd3_1024.py')
-    cfg.merge_from_dict(
-        {'model.network.latent_size': 8, 'model.network.pretrained': str(folder / SD3)}
-    )
+    cfg.merge_from_dict(dict(latent_size=8, pretrained=str(folder / SD3)))
     model = dict(cfg.model, decoder=None, guidance=None, gan=None, teacher=dict(checkpoint=None))
     with DefaultScope.overwrite_default_scope('mmfgm'):
         (folder / 'work_dirs/fgm/sd3_1024').mkdir(parents=True)
@@ -81,7 +79,7 @@ TRAIN_TEACHER, TRAIN = (
 )
 SHORT = '--cfg-options train_cfg.max_iters=2 default_hooks.logger.interval=1'
 FEW = '--cfg-options evaluations.fd.dataset.num_samples=100'
-TINY_SD3 = '--cfg-options model.network.latent_size=8'
+TINY_SD3 = '--cfg-options latent_size=8'
 DIGITS = 'configs/fgm/digits.py work_dirs/fgm/digits'
 SD3_RUN = 'configs/fgm/sd3_1024.py work_dirs/fgm/sd3_1024'
 MY = 'python -m mmfgm.tools'

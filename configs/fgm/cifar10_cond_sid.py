@@ -1,11 +1,9 @@
 # SiD's alpha = 1.2 (Zhou et al., 2024): l1_weight = 2 (1 - alpha)
 _base_ = 'cifar10_uncond.py'
 
+num_classes = 10
 model = dict(
-    network=dict(unet=dict(label_dim=10)),
     teacher=dict(checkpoint='work_dirs/reflow/cifar10_cond'),
     loss=dict(l1_weight=-0.4),
 )
-train_dataloader = dict(dataset=dict(num_classes=10))
-evaluations = dict(fid=dict(dataset=dict(num_classes=10)))
-default_hooks = dict(samples=dict(nrow=10, dataset=dict(num_samples=100, num_classes=10)))
+default_hooks = dict(samples=dict(nrow=10, dataset=dict(num_samples=100)))

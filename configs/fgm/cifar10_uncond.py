@@ -14,7 +14,7 @@ default_hooks = dict(
     samples=dict(
         type='SampleHook',
         interval=1000,
-        dataset=dict(type='GenerationDataset', num_samples=64),
+        dataset=dict(type='GenerationDataset', num_samples=64, num_classes='${num_classes}'),
         nrow=8,
         samplings={
             'teacher, 50 NFE': dict(network='teacher', nfe=50),

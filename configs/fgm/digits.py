@@ -21,7 +21,7 @@ train_dataloader = dict(
     batch_size=256,
     num_workers=0,
     sampler=dict(type='InfiniteSampler', shuffle=True),
-    dataset=dict(type='ConditionDataset', num_classes=10),
+    dataset=dict(type='ConditionDataset', num_classes='${num_classes}'),
 )
 train_cfg = dict(type='AlternatingTrainLoop', max_iters=2400, online_updates=1, share_samples=False)
 optim_wrapper = dict(
@@ -39,7 +39,7 @@ default_hooks = dict(
     samples=dict(
         type='SampleHook',
         interval=600,
-        dataset=dict(type='GenerationDataset', num_samples=100, num_classes=10),
+        dataset=dict(type='GenerationDataset', num_samples=100, num_classes='${num_classes}'),
         samplings={
             'teacher, 50 NFE': dict(network='teacher', nfe=50),
             'generator, 1 NFE': dict(network='generator_ema'),

@@ -14,7 +14,7 @@ default_hooks = dict(
         type='SampleHook',
         interval=500,
         nrow=4,
-        dataset=dict(type='CachedPromptSamples', path='data/sd3/prompts', num_samples=8),
+        dataset=dict(type='CachedPromptSamples', path='${prompt_cache}', num_samples=8),
         samplings={
             'teacher, 28 NFE': dict(network='teacher', nfe=28, shift=3.0, guidance=7.0),
             'generator, 1 NFE': dict(network='generator_ema'),

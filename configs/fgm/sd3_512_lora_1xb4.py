@@ -3,8 +3,10 @@
 # trains all weights.
 _base_ = 'sd3_1024.py'
 
+latent_size = 64
+latent_cache = 'data/sd3/latents_512'
 model = dict(
-    network=dict(latent_size=64, dtype='bfloat16'),
+    network=dict(dtype='bfloat16'),
     lora=dict(
         rank=64,
         alpha=64,
@@ -23,9 +25,6 @@ model = dict(
             'ff_context.net.2',
         ),
     ),
-)
-train_dataloader = dict(
-    dataset=dict(real=dict(path='data/sd3/latents_512', latent_shape=(16, 64, 64)))
 )
 strategy = dict(_delete_=True, precision='bf16')
 train_cfg = dict(accumulation=48)

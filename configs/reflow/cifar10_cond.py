@@ -1,6 +1,4 @@
 _base_ = 'cifar10_uncond.py'
 
-model = dict(network=dict(unet=dict(label_dim=10)))
-train_dataloader = dict(dataset=dict(labels=True))
-evaluations = dict(fid=dict(dataset=dict(num_classes=10)))
-default_hooks = dict(samples=dict(nrow=10, dataset=dict(num_samples=100, num_classes=10)))
+num_classes = 10
+default_hooks = dict(samples=dict(nrow=10, dataset=dict(num_samples=100)))

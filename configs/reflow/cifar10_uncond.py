@@ -13,7 +13,7 @@ default_hooks = dict(
     samples=dict(
         type='SampleHook',
         interval=2000,
-        dataset=dict(type='GenerationDataset', num_samples=64),
+        dataset=dict(type='GenerationDataset', num_samples=64, num_classes='${num_classes}'),
         nrow=8,
         samplings={'teacher, 50 NFE': dict(network='network_ema', nfe=50)},
     ),

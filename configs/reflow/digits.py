@@ -21,7 +21,7 @@ default_hooks = dict(
     samples=dict(
         type='SampleHook',
         interval=1000,
-        dataset=dict(type='GenerationDataset', num_samples=100, num_classes=10),
+        dataset=dict(type='GenerationDataset', num_samples=100, num_classes='${num_classes}'),
         samplings={'teacher, 50 NFE': dict(network='network_ema', nfe=50)},
     )
 )

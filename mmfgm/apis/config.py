@@ -1,9 +1,12 @@
 # Copyright (c) mmfgm authors.
 import os.path as osp
+from collections.abc import Mapping
+from typing import Any
 
 from mmengine.config import Config
 
 import mmfgm
+from mmfgm.config import resolve
 from mmfgm.errors import UsageError
 
 
@@ -21,15 +24,23 @@ def config_path(name: str) -> str:
     return path
 
 
-def read_config(name: str) -> Config:
-    """Read the config that a name means, see :func:`config_path`.
+def read_config(name: str, options: Mapping[str, Any] | None = None) -> Config:
+    """Read the config that a name means (see :func:`config_path`), with ``options`` merged and
+    references resolved (see :func:`mmfgm.config.resolve`).
 
     Raises:
-        UsageError: If there is no such file, or it cannot be parsed.
+        UsageError: If there is no such file, it cannot be parsed, or ``options`` do not fit it.
     """
     path = config_path(name)
     try:
         # a config is a program of the user's: whatever it raises is about the config
-        return Config.fromfile(path)
+        cfg = Config.fromfile(path)
     except Exception as e:
         raise UsageError(f'config {name!r} cannot be read: {type(e).__name__}: {e}') from e
+    try:
+        cfg.merge_from_dict(dict(options or {}))
+    except (KeyError, TypeError, AttributeError) as e:
+        raise UsageError(
+            f'--cfg-options {options} does not fit the config: {type(e).__name__}: {e}'
+        ) from e
+    return resolve(cfg, options or ())

@@ -14,6 +14,7 @@ from mmengine.registry import DefaultScope
 from mmengine.structures import BaseDataElement
 from torch import Tensor
 
+from mmfgm.config import resolve
 from mmfgm.datasets import collate
 from mmfgm.errors import UsageError
 from mmfgm.models import Sampling
@@ -90,6 +91,7 @@ class FGMInferencer(BaseInferencer):
             cfg = (
                 read_config(model) if isinstance(model, str) else Config(copy.deepcopy(dict(model)))
             )
+        resolve(cfg)
         if cfg.get('model') is None:
             raise UsageError(
                 f'the config has no model, but {list(cfg)}; start from one of ours, for example '

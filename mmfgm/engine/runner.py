@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from mmengine.config import Config
 from mmengine.runner import FlexibleRunner
 
+from mmfgm.config import SHARED_KEYS, resolve
 from mmfgm.errors import UsageError
 from mmfgm.models import latest_checkpoint
 from mmfgm.registry import RUNNERS, STRATEGIES
@@ -37,6 +38,7 @@ KNOWN_KEYS = (
     'randomness',
     'evaluations',
     'text_encoder',
+    *SHARED_KEYS,
 )
 REQUIRED_KEYS = ('model', 'train_dataloader', 'train_cfg', 'optim_wrapper')
 UNSUPPORTED_KEYS = dict(
@@ -106,8 +108,10 @@ class FlowRunner(FlexibleRunner):
         """Check a config and build a runner from it.
 
         Raises:
-            UsageError: See :func:`check_config` and :func:`check_work_dir`.
+            UsageError: See :func:`~mmfgm.config.resolve`, :func:`check_config` and
+                :func:`check_work_dir`.
         """
+        resolve(cfg)
         check_config(cfg, REQUIRED_KEYS if cfg.get('train_cfg') else ('model',))
         check_work_dir(cfg.work_dir)
         return super().from_cfg(cfg)

@@ -41,13 +41,7 @@ def load_config(args: argparse.Namespace) -> Config:
     Raises:
         UsageError: If there is no such file, it cannot be parsed, or an option does not fit it.
     """
-    cfg = read_config(args.config)
-    try:
-        cfg.merge_from_dict(args.cfg_options or {})
-    except (KeyError, TypeError, AttributeError) as e:
-        raise UsageError(
-            f'--cfg-options {args.cfg_options} does not fit the config: {type(e).__name__}: {e}'
-        ) from e
+    cfg = read_config(args.config, args.cfg_options)
     cfg.launcher = args.launcher
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
     if args.work_dir:

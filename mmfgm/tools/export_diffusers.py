@@ -85,8 +85,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 def export_diffusers(argv: Sequence[str] | None = None) -> None:
     """Export as the command line says."""
     args = parse_args(argv)
-    cfg = read_config(args.config)
-    cfg.merge_from_dict(args.cfg_options or {})
+    cfg = read_config(args.config, args.cfg_options)
     made = building(
         lambda: export_generator(
             cfg,

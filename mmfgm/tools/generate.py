@@ -120,8 +120,7 @@ def build_inferencer(args: argparse.Namespace) -> FGMInferencer:
     options = dict(device=args.device, precision=args.precision)
     if is_export(args.config):
         return FGMInferencer(args.config, args.weights, **options)
-    cfg = read_config(args.config)
-    cfg.merge_from_dict(args.cfg_options or {})
+    cfg = read_config(args.config, args.cfg_options)
     return FGMInferencer(cfg, args.weights, **options)
 
 

@@ -11,10 +11,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from mmengine.config import Config
 from PIL import Image
 
 import mmfgm
+from mmfgm.apis.config import read_config
 from mmfgm.datasets import Digits
 from mmfgm.evaluation import draw_over_nfe, draw_panels
 from mmfgm.files import write_file
@@ -71,7 +71,7 @@ def train_stage(
     Returns:
         dict: ``checkpoint``, ``seconds`` it took, and ``made_from``: what a later stage depends on.
     """
-    cfg = Config.fromfile(config)
+    cfg = read_config(config)
     options = {**options, 'train_cfg.max_iters': iters or cfg.train_cfg.max_iters}
     # another schedule or another teacher is another run: resuming would mix the two
     fresh_unless_same(work_dir, dict(config=cfg.pretty_text, options=options, inputs=inputs))
@@ -141,14 +141,14 @@ def measure(
     seconds: dict[str, float],
 ) -> dict:
     """Fréchet distances by NFE, and the two pictures."""
-    cfg = Config.fromfile(config)
-    cfg.merge_from_dict(
+    cfg = read_config(
+        config,
         {
             'work_dir': osp.join(args.work_dir, 'test'),
             'launcher': 'none',
             'model.teacher.checkpoint': teacher_dir,
             'evaluations.fd.dataset.num_samples': args.num_samples,
-        }
+        },
     )
     runner = build_for_sampling(cfg, ['teacher', 'generator_ema'], checkpoint)
     evaluation = build_evaluations(cfg.evaluations)['fd']

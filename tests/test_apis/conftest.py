@@ -99,9 +99,11 @@ def sd3_config(folder, **generator):
     """Text of a config of the SD3 recipe on a tiny pipeline, for sampling alone."""
     return f"""
 _base_ = [{str(ROOT / 'configs/fgm/sd3_1024.py')!r}]
+pretrained = {folder!r}
+latent_size = 8
+prompt_cache = 'nowhere'
 model = dict(
-    network=dict(pretrained={folder!r}, latent_size=8), decoder=dict(pretrained={folder!r}),
-    gan=None, guidance=dict(null=dict(path='nowhere')),
+    gan=None,
     generator=dict({', '.join(f'{k}={v}' for k, v in generator.items())}))
 """
 

@@ -213,7 +213,7 @@ def test_other_sizes_shards_and_cards(sd3_folder, tmp_path):
     )
     problem = make_problem(
         tmp_path,
-        sd3_config(sd3_folder, t_star=0.97, c_in=0.8).replace('latent_size=8', 'latent_size=4'),
+        sd3_config(sd3_folder, t_star=0.97, c_in=0.8).replace('latent_size = 8', 'latent_size = 4'),
     )
     out = str(tmp_path / 'out')
     assert (

@@ -77,15 +77,11 @@ evaluations = dict(geneval=dict(
     metrics=dict(geneval=dict(detector=dict(_delete_=True, type='StandInDetector'),
                               colors=dict(_delete_=True, type='StandInColors')))))
 """)
-    real = 'train_dataloader.dataset.real'
     return folder / 'sd3.py', [
-        f'model.network.pretrained={model}',
-        f'model.decoder.pretrained={model}',
-        'model.network.latent_size=8',
-        f'model.guidance.null.path={folder / "prompts"}',
-        f'train_dataloader.dataset.conditions.path={folder / "prompts"}',
-        f'{real}.path={folder / "latents"}',
-        f'{real}.latent_shape=[16,8,8]',
+        f'pretrained={model}',
+        'latent_size=8',
+        f'prompt_cache={folder / "prompts"}',
+        f'latent_cache={folder / "latents"}',
         'train_dataloader.batch_size=2',
         'train_dataloader.num_workers=0',
         'train_cfg.accumulation=2',
@@ -95,7 +91,6 @@ evaluations = dict(geneval=dict(
         'default_hooks.checkpoint.rule=greater',
         'default_hooks.logger.interval=1',
         'default_hooks.samples.interval=4',
-        f'default_hooks.samples.dataset.path={folder / "prompts"}',
         'default_hooks.samples.dataset.num_samples=4',
     ]
 

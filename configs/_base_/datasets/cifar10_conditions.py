@@ -3,5 +3,5 @@ train_dataloader = dict(
     batch_size=64,
     num_workers=0,
     sampler=dict(type='InfiniteSampler', shuffle=True),
-    dataset=dict(type='ConditionDataset'),
+    dataset=dict(type='ConditionDataset', num_classes='${num_classes}'),
 )

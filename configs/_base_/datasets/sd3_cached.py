@@ -6,7 +6,11 @@ train_dataloader = dict(
     sampler=dict(type='InfiniteSampler', shuffle=True),
     dataset=dict(
         type='WithReal',
-        conditions=dict(type='CachedPrompts', path='data/sd3/prompts'),
-        real=dict(type='CachedLatents', path='data/sd3/latents', latent_shape=(16, 128, 128)),
+        conditions=dict(type='CachedPrompts', path='${prompt_cache}'),
+        real=dict(
+            type='CachedLatents',
+            path='${latent_cache}',
+            latent_shape=(16, '${latent_size}', '${latent_size}'),
+        ),
     ),
 )

@@ -2,7 +2,7 @@
 evaluations = dict(
     fid=dict(
         interval=2000,
-        dataset=dict(type='GenerationDataset', num_samples=50000),
+        dataset=dict(type='GenerationDataset', num_samples=50000, num_classes='${num_classes}'),
         batch_size=250,
         metrics=dict(
             fid=dict(

@@ -2,7 +2,7 @@
 evaluations = dict(
     fd=dict(
         interval=1000,
-        dataset=dict(type='GenerationDataset', num_samples=10000, num_classes=10),
+        dataset=dict(type='GenerationDataset', num_samples=10000, num_classes='${num_classes}'),
         batch_size=1000,
         metrics=dict(
             fd=dict(

@@ -1,4 +1,7 @@
 # the DDPM++ U-Net of EDM, 55.7 M parameters, as a velocity network
+
+# 0: unconditional
+num_classes = 0
 model = dict(
     type='FGM',
     network=dict(
@@ -8,7 +11,7 @@ model = dict(
             img_resolution=32,
             in_channels=3,
             out_channels=3,
-            label_dim=0,
+            label_dim='${num_classes}',
             model_channels=128,
             channel_mult=(2, 2, 2),
             num_blocks=4,

@@ -1,5 +1,6 @@
 # 1.5 M parameters; smooth in t, so that the online network learns the flow of a moving generator
 # quickly
+num_classes = 10
 model = dict(
     network=dict(
         type='AdaLNMLP',
@@ -7,7 +8,7 @@ model = dict(
         width=384,
         depth=4,
         embed_dim=48,
-        num_classes=10,
+        num_classes='${num_classes}',
         max_frequency=4.0,
     )
 )

@@ -1,10 +1,18 @@
-# Stable Diffusion 3 medium, from the hub or a local folder in diffusers' format: set
-# model.network.pretrained and model.decoder.pretrained. The values are those of Appendix B.2, where
-# it gives any.
+# Stable Diffusion 3 medium, with the values of Appendix B.2, where it gives any.
+
+# hub id or local folder in diffusers' format
 pretrained = 'stabilityai/stable-diffusion-3-medium-diffusers'
+# height and width of latents: an eighth of an image's
+latent_size = 128
+# what tools/cache_prompts.py and tools/cache_latents.py wrote
+prompt_cache = 'data/sd3/prompts'
+latent_cache = 'data/sd3/latents'
+
 model = dict(
     type='FGM',
-    network=dict(type='SD3', pretrained=pretrained, latent_size=128, checkpointing=True),
+    network=dict(
+        type='SD3', pretrained='${pretrained}', latent_size='${latent_size}', checkpointing=True
+    ),
     # the network's own weights are the teacher's
     teacher=dict(checkpoint=None),
     # x_0 = z - 0.97 v(0.8 z, 0.97) (B.2); the ablation C.1 is t_star in 0, 0.25, 0.5, 0.75, 1 with
@@ -16,7 +24,7 @@ model = dict(
     guidance=dict(
         type='ClassifierFreeGuidance',
         scale=4.0,
-        null=dict(type='CachedNullPrompt', path='data/sd3/prompts'),
+        null=dict(type='CachedNullPrompt', path='${prompt_cache}'),
     ),
     # the paper says low noise and gives no numbers: half of all t are below 0.18
     gan=dict(
@@ -25,6 +33,6 @@ model = dict(
         discriminator_weight=5e-2,
         time_sampler=dict(type='LogitNormal', mean=-1.5, std=1.0),
     ),
-    decoder=dict(type='LatentDecoder', pretrained=pretrained),
+    decoder=dict(type='LatentDecoder', pretrained='${pretrained}'),
     ema=dict(generator_ema=0.999),
 )

@@ -7,6 +7,7 @@ import os.path as osp
 from mmengine.config import Config
 from mmengine.registry import DefaultScope
 
+from mmfgm.config import resolve
 from mmfgm.errors import UsageError
 from mmfgm.files import whole_folder
 from mmfgm.models import FGM
@@ -47,6 +48,7 @@ def choose_exporter(
     """
     if dtype not in DTYPES:
         raise UsageError(f'dtype must be one of {list(DTYPES)}, but is {dtype!r}')
+    resolve(cfg)
     model = cfg.get('model') or {}
     named = str(model.get('network', {}).get('type'))
     kind, part = MODELS.get(str(model.get('type'))), MODELS.get(named)
