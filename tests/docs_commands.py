@@ -6,10 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-from mmengine.config import Config
 from mmengine.registry import DefaultScope
 from PIL import Image
 
+from mmfgm.apis import read_config
 from mmfgm.registry import MODELS
 from tests.conftest import ROOT
 from tests.test_apis.conftest import save_checkpoint
@@ -50,8 +50,9 @@ def sd3_inputs(folder):
 
 def sd3_checkpoint(folder):
     """What a training of configs/fgm/sd3_1024.py with the tiny pipeline would keep."""
-    cfg = Config.fromfile(ROOT / 'configs/fgm/sd3_1024.py')
-    cfg.merge_from_dict(dict(latent_size=8, pretrained=str(folder / SD3)))
+    cfg = read_config(
+        str(ROOT / 'configs/fgm/sd3_1024.py'), dict(latent_size=8, pretrained=str(folder / SD3))
+    )
     model = dict(cfg.model, decoder=None, guidance=None, gan=None, teacher=dict(checkpoint=None))
     with DefaultScope.overwrite_default_scope('mmfgm'):
         (folder / 'work_dirs/fgm/sd3_1024').mkdir(parents=True)

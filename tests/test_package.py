@@ -8,8 +8,8 @@ import sys
 
 import pytest
 import yaml
-from mmengine.config import Config
 
+from mmfgm.apis import read_config
 from tests.conftest import ROOT
 
 # a file may import from its own layer and from those before it
@@ -18,6 +18,7 @@ LAYERS = [
     'version',
     'lazy',
     'files',
+    'config',
     'processes',
     'registry',
     'flow',
@@ -96,14 +97,14 @@ def check_listed(path):
 
 @pytest.mark.parametrize('path', CONFIGS)
 def test_configs_parse_and_are_listed(path):
-    cfg = Config.fromfile(ROOT / path)
+    cfg = read_config(str(ROOT / path))
     assert cfg.model.type in ('FlowMatching', 'FGM') and cfg.get('evaluations')
     check_listed(path)
 
 
 @pytest.mark.parametrize('path', configs_of('geneval'))
 def test_geneval_configs_parse_and_are_listed(path):
-    cfg = Config.fromfile(ROOT / path)
+    cfg = read_config(str(ROOT / path))
     assert (
         cfg.pipeline.type == 'DiffusersPipeline'
         and cfg.evaluations.geneval.metrics.geneval.type == 'GenEval'
@@ -115,10 +116,10 @@ def test_fgm_configs_share_the_teachers_network():
     """Of configs that distil a teacher of ours; dropout is no part of the weights."""
     shared = 0
     for path in CONFIGS:
-        fgm = Config.fromfile(ROOT / path)
+        fgm = read_config(str(ROOT / path))
         checkpoint = fgm.model.get('teacher', {}).get('checkpoint') or ''
         if checkpoint.startswith('work_dirs/reflow/'):
-            teacher = Config.fromfile(ROOT / f'configs/reflow/{checkpoint.split("/")[-1]}.py')
+            teacher = read_config(str(ROOT / f'configs/reflow/{checkpoint.split("/")[-1]}.py'))
             for network in (fgm.model.network, teacher.model.network):
                 network.get('unet', {}).pop('dropout', None)
             assert fgm.model.network == teacher.model.network

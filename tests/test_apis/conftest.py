@@ -6,9 +6,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from mmengine.config import Config
 from mmengine.registry import DefaultScope
 
+from mmfgm.apis import read_config
 from mmfgm.registry import MODELS
 from tests.conftest import ROOT
 from tests.tiny_sd3 import make_tiny_sd3
@@ -32,7 +32,7 @@ model = dict(
 
 def randomised(config, seed=0):
     """A built model in which every network has weights of its own, and none are zero."""
-    cfg = Config.fromfile(config)
+    cfg = read_config(str(config))
     torch.manual_seed(seed)
     own = dict(teacher=dict(checkpoint=None))
     if (

@@ -9,6 +9,7 @@ from mmengine.config import Config
 from PIL import Image
 
 from mmfgm.apis import FGMInferencer
+from mmfgm.config import resolve
 from mmfgm.datasets import GenerationDataset, WordEncoder
 from mmfgm.errors import UsageError
 from mmfgm.evaluation import to_uint8
@@ -310,6 +311,6 @@ def test_bad_models(digits, shapes, tmp_path):
 
 
 def _with(config, options):
-    cfg = Config.fromfile(config)
+    cfg = resolve(Config.fromfile(config))
     cfg.merge_from_dict(options)
     return cfg

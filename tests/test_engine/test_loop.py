@@ -4,6 +4,7 @@
 import pytest
 from mmengine.config import Config
 
+from mmfgm.apis import read_config
 from mmfgm.engine import FlowRunner
 from mmfgm.errors import UsageError
 from tests.conftest import ROOT, train
@@ -11,7 +12,7 @@ from tests.conftest import ROOT, train
 
 @pytest.fixture
 def cfg(tiny, tmp_path):
-    cfg = Config.fromfile(tiny / 'fgm.py')
+    cfg = read_config(str(tiny / 'fgm.py'))
     cfg.work_dir, cfg.launcher, cfg.evaluations, cfg.log_level = (
         str(tmp_path),
         'none',

@@ -9,12 +9,11 @@ import pytest
 import torch
 from diffusers import ConfigMixin, FlowMatchEulerDiscreteScheduler, ModelMixin
 from diffusers.configuration_utils import register_to_config
-from mmengine.config import Config
 from PIL import Image
 from torch import nn
 from torch.nn.functional import avg_pool2d, interpolate
 
-from mmfgm.apis import FGMInferencer, OneStepPipeline, export_generator
+from mmfgm.apis import FGMInferencer, OneStepPipeline, export_generator, read_config
 from mmfgm.caches import CacheOptions, cache_latents, cache_prompts
 from mmfgm.datasets import CachedLatents, CachedPrompts
 from mmfgm.engine import FlowRunner
@@ -189,7 +188,7 @@ def caches(tiny, tmp_path_factory):
 
 def config_of(tiny, caches, work_dir, t_star=0.9):
     """The recipe of the distillation of SD3, with the second family in it."""
-    cfg = Config.fromfile(ROOT / 'configs/fgm/sd3_1024.py')
+    cfg = read_config(str(ROOT / 'configs/fgm/sd3_1024.py'))
     cfg.merge_from_dict(
         dict(
             model=dict(
@@ -260,11 +259,11 @@ def test_sd3s_family_is_what_its_pipeline_does(sd3):
 def test_configs_of_sd3_say_what_its_family_does():
     """Configs list these, so that a user sees and can change them."""
     family = FAMILIES['sd3']
-    cfg = Config.fromfile(ROOT / 'configs/fgm/sd3_1024.py')
+    cfg = read_config(str(ROOT / 'configs/fgm/sd3_1024.py'))
     assert tuple(cfg.strategy.block_types) == family.block_types
     teacher = cfg.default_hooks.samples.samplings['teacher, 28 NFE']
     assert teacher.shift == family.shift
-    lora = Config.fromfile(ROOT / 'configs/fgm/sd3_512_lora_1xb4.py').model.lora
+    lora = read_config(str(ROOT / 'configs/fgm/sd3_512_lora_1xb4.py')).model.lora
     assert tuple(lora.target_modules) == family.adapter_targets
 
 

@@ -12,6 +12,7 @@ from mmengine.hooks import Hook
 from mmengine.registry import init_default_scope
 from torch.distributed.tensor import DTensor
 
+from mmfgm.apis import read_config
 from mmfgm.engine import FlowRunner
 from mmfgm.errors import UsageError
 from mmfgm.registry import HOOKS, MODELS
@@ -117,7 +118,7 @@ custom_imports = dict(imports=['tests.test_tools.test_estimate_memory'])
     ids=['all weights', 'LoRA'],
 )
 def test_estimate_is_what_a_run_takes(config, lora, least, tmp_path):
-    cfg = Config.fromfile(config)
+    cfg = read_config(str(config))
     cfg.model.lora = lora
     memory = estimate(cfg, gpus=1)
     cfg.work_dir = str(tmp_path)
@@ -137,7 +138,7 @@ def test_shards_are_what_a_sharded_run_takes(config, tmp_path):
     options = ('strategy.type=FSDP2Strategy', 'strategy.block_types=AdaLNBlock,')
     train(config, tmp_path, *options, nproc=2)
     ranks = [json.load(open(tmp_path / f'rank_{rank}.json')) for rank in range(2)]
-    cfg = Config.fromfile(config)
+    cfg = read_config(str(config))
     whole = estimate(cfg, gpus=1)
     cfg.strategy = dict(type='FSDP2Strategy', block_types=('AdaLNBlock',))
     memory = estimate(cfg, gpus=2)

@@ -5,10 +5,10 @@ import json
 import re
 
 import pytest
-from mmengine.config import Config
 from PIL import Image
 
 import mmfgm
+from mmfgm.apis import read_config
 from mmfgm.apis.report_curves import group_scalars
 from mmfgm.apis.report_data import closest_packaged_config, config_difference, read_run
 from mmfgm.errors import UsageError
@@ -31,7 +31,7 @@ def start(work_dir, stamp, lines, log='', config='fgm/digits.py', pictures=(), t
     (folder / 'vis_image').mkdir(parents=True)
     (folder.parent / f'{stamp}.log').write_text(ENVIRONMENT + log)
     (folder / 'scalars.json').write_text(''.join(json.dumps(line) + '\n' for line in lines) + torn)
-    cfg = Config.fromfile(ROOT / 'configs' / config)
+    cfg = read_config(str(ROOT / 'configs' / config))
     cfg.merge_from_dict(
         {'train_cfg.max_iters': 40, 'work_dir': 'x', 'param_scheduler.online.0.end_factor': 0.5}
     )
@@ -86,10 +86,10 @@ def test_a_start_from_the_beginning_replaces_everything(tmp_path):
 
 def test_config_is_held_against_the_packaged_one_it_came_from(tmp_path):
     for config in ('fgm/cifar10_cond_sid.py', 'reflow/digits.py', 'fgm/digits.py'):
-        cfg = Config.fromfile(ROOT / 'configs' / config)
+        cfg = read_config(str(ROOT / 'configs' / config))
         cfg.merge_from_dict({'train_cfg.max_iters': 7, 'work_dir': 'elsewhere', 'resume': True})
         cfg.dump(tmp_path / 'dumped.py')
-        cfg = Config.fromfile(tmp_path / 'dumped.py')
+        cfg = read_config(str(tmp_path / 'dumped.py'))
         name, base = closest_packaged_config(cfg)
         assert name == f'mmfgm::{config}'
         assert [key for key, _, _ in config_difference(cfg, base)] == ['train_cfg.max_iters']

@@ -29,9 +29,10 @@ import tempfile
 import time
 
 import torch
-from mmengine.config import Config, DictAction
+from mmengine.config import DictAction
 from mmengine.hooks import Hook
 
+from mmfgm.apis import read_config
 from mmfgm.datasets import collate
 from mmfgm.engine import FlowRunner
 from mmfgm.registry import MODELS, TASK_UTILS
@@ -205,7 +206,7 @@ class Alternate(Hook):
 
 def build_ours(args, work_dir):
     """The runner of the config, ready to train."""
-    cfg = Config.fromfile(args.config)
+    cfg = read_config(args.config, args.cfg_options)
     # speed does not depend on the weights, so no teacher is needed; evaluations and pictures are
     # extra maths
     cfg.merge_from_dict(
