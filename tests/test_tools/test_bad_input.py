@@ -35,7 +35,7 @@ TRAIN_ERRORS = {
     'no such network': (['model.teacher.prefix=student'], "has no network 'student'"),
     'unknown key of a class': (
         ['train_cfg.max_itres=3'],
-        "unexpected keyword argument 'max_itres'",
+        "for the phases of FGM, found 'max_itres'",
     ),
     'unknown key of a loss': (['model.loss.alpha=1.2'], "unexpected keyword argument 'alpha'"),
     'unknown type': (['model.network.type=UNet3D'], 'UNet3D is not in the'),
