@@ -9,5 +9,6 @@ __getattr__, __dir__, __all__ = attach(
         'inferencer': ['FGMInferencer'],
         'pipeline': ['OneStepPipeline'],
         'sampling_model': ['SamplingModel'],
+        'schema': ['allow_in_exports'],
     },
 )

@@ -8,6 +8,8 @@ from mmfgm.errors import UsageError
 from mmfgm.files import read_json
 from mmfgm.models.families import family_of
 
+from .schema import check_description
+
 # lies in every export of ours and says what it is; a diffusers pipeline ignores it
 EXPORT_FILE = 'mmfgm_export.json'
 WEIGHTS_FILE = 'generator.safetensors'
@@ -35,11 +37,8 @@ def read_export(path: str) -> dict:
             ' checkpoint)'
         )
     file = osp.join(path, EXPORT_FILE)
-    try:
-        export = read_json(file, 'export again')
-        export['kind'], export['network'], export['model']['network']
-    except (KeyError, TypeError) as e:
-        raise UsageError(f'{file!r} is damaged ({e!r}); export again') from e
+    export = read_json(file, 'export again')
+    check_description(export, file)
     if export['kind'] == 'lora':
         raise UsageError(
             f"{path!r} holds adapters alone, for diffusers' load_lora_weights; name the training"
