@@ -1,16 +1,22 @@
 # Copyright (c) mmfgm authors.
 import os
 import os.path as osp
+import re
 import shutil
 from collections import deque
-from glob import escape as glob_escape
-from glob import glob
 
 from mmengine.dist import barrier, is_main_process, master_only
 from mmengine.hooks import CheckpointHook as _CheckpointHook
 
 from mmfgm.files import write_file
 from mmfgm.registry import HOOKS
+
+
+# What this hook writes into the work dir, and what is left of it by a crash. Nothing else there is
+# ever deleted, whatever a checkpoint says: it may have been copied from another work dir, or come
+# from somebody else.
+_CHECKPOINT = r'(best_[^/]+_)?iter_\d+\.pth'
+_LEFT_OVER = rf'({_CHECKPOINT}|last_checkpoint)(\.[0-9a-f]{{32}})?(\.old)?\.tmp'
 
 
 @master_only
@@ -50,10 +56,11 @@ class CheckpointHook(_CheckpointHook):
     def before_train(self, runner) -> None:
         self.out_dir = runner.work_dir
         if is_main_process():
-            for left_over in glob(osp.join(glob_escape(self.out_dir), '*.tmp')):
-                _remove(left_over)
+            for name in os.listdir(self.out_dir):
+                if re.fullmatch(_LEFT_OVER, name):
+                    _remove(osp.join(self.out_dir, name))
         kept = runner.message_hub.runtime_info.get('keep_ckpt_ids', [])
-        self.keep_ckpt_ids = deque(kept)
+        self.keep_ckpt_ids = deque(step for step in kept if type(step) is int)
         runner.logger.info(f'Checkpoints will be saved to {self.out_dir}.')
 
     def save_now(self, runner) -> None:
@@ -102,11 +109,11 @@ class CheckpointHook(_CheckpointHook):
             )
             if not self.rule_map[rule](metrics[key], best):
                 continue
-            outdated = runner.message_hub.runtime_info.get(f'best_ckpt_{key}')
             step = runner.iter + 1
-            path = osp.join(
-                self.out_dir, f'best_{key.replace("/", "_")}_{self.filename_tmpl.format(step)}'
-            )
+            prefix = f'best_{key.replace("/", "_")}_'
+            path = osp.join(self.out_dir, prefix + self.filename_tmpl.format(step))
+            # a path in a checkpoint is obeyed only as far as it is a name of ours in this work dir
+            outdated = osp.basename(str(runner.message_hub.runtime_info.get(f'best_ckpt_{key}')))
             runner.message_hub.update_info(f'best_score_{key}', metrics[key])
             runner.message_hub.update_info(f'best_ckpt_{key}', path)
             runner.save_checkpoint(
@@ -118,5 +125,6 @@ class CheckpointHook(_CheckpointHook):
                 by_epoch=False,
             )
             runner.logger.info(f'Best {key} so far: {metrics[key]:.4f}, saved to {path}')
-            if outdated and outdated != path:
-                _remove(outdated)
+            ours = re.fullmatch(rf'{re.escape(prefix)}iter_\d+\.pth', outdated)
+            if ours and outdated != osp.basename(path):
+                _remove(osp.join(self.out_dir, outdated))
