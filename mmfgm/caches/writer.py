@@ -5,6 +5,7 @@ import glob
 import json
 import os
 import os.path as osp
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,6 +19,11 @@ from mmfgm.datasets.cached import NULL, read_manifest
 from mmfgm.errors import UsageError
 from mmfgm.files import differences, read_json, sha256, whole_file, write_file
 from mmfgm.processes import Progress, on_main, rank_and_size
+
+
+LEFT_OVER = re.compile(
+    r'(shard_\d+\.safetensors|null\.safetensors|manifest|job)(\.json)?\.[0-9a-f]+\.tmp'
+)
 
 
 class ShardWriter:
@@ -47,8 +53,6 @@ class ShardWriter:
             os.makedirs(self.path, exist_ok=True)
         except OSError as e:
             raise UsageError(f'the folder {self.path!r} cannot be made: {e}; name another') from e
-        for file in glob.glob(osp.join(glob.escape(self.path), '*.tmp')):  # of a killed process
-            os.remove(file)
         manifest, unfinished = osp.join(self.path, 'manifest.json'), osp.join(self.path, 'job.json')
         if osp.exists(manifest):
             began = read_manifest(self.path)
@@ -60,6 +64,10 @@ class ShardWriter:
                 raise UsageError(f'{self.path!r} is neither empty nor a cache; name another folder')
             began = {}
             _write_json(unfinished, self.job)
+        # what a killed process left, once the folder is known to be a cache
+        for name in os.listdir(self.path):
+            if LEFT_OVER.fullmatch(name):
+                os.remove(osp.join(self.path, name))
         if began:
             differs = list(differences(self.job, {key: began.get(key) for key in self.job}))
             if differs:

@@ -111,3 +111,22 @@ def test_bad_folders(tmp_path):
     (tmp_path / 'cache/manifest.json').write_text('{"kind": "latents"}')
     with pytest.raises(UsageError, match="manifest.json' is damaged"):
         CachedLatents(str(tmp_path / 'cache'))
+
+
+def test_only_left_overs_of_caches_are_removed(tmp_path):
+    """In a folder that is no cache nothing is touched, and in a cache only our own names go."""
+    folder = tmp_path / 'downloads'
+    folder.mkdir()
+    (folder / 'video.tmp').write_text('half of a download')
+    with pytest.raises(UsageError, match='neither empty nor a cache'):
+        ShardWriter(str(folder), dict(kind='prompts')).begin()
+    assert (folder / 'video.tmp').exists()
+
+    cache = tmp_path / 'cache'
+    ShardWriter(str(cache), dict(kind='prompts')).begin()
+    ours = f'{ShardWriter.name(3)}.{"0a" * 16}.tmp'
+    for name in (ours, 'video.tmp', 'shard_notes.tmp'):
+        (cache / name).write_text('x')
+    ShardWriter(str(cache), dict(kind='prompts')).begin()
+    left = sorted(path.name for path in cache.iterdir())
+    assert left == ['job.json', 'shard_notes.tmp', 'video.tmp']
