@@ -1,6 +1,7 @@
 # Copyright (c) mmfgm authors.
+import ast
 import os.path as osp
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from mmengine.config import Config
@@ -44,3 +45,52 @@ def read_config(name: str, options: Mapping[str, Any] | None = None) -> Config:
             f'--cfg-options {options} does not fit the config: {type(e).__name__}: {e}'
         ) from e
     return resolve(cfg, options or ())
+
+
+def read_dump(path: str) -> Config:
+    """Read the config that a run dumped into its work dir, as data: nothing in it is run.
+
+    A dump holds assignments of plain values, as MMEngine writes them: literals, lists, tuples,
+    dicts and ``dict(...)``. A work dir may come from somebody else.
+
+    Raises:
+        UsageError: If the file cannot be read, or says anything else.
+    """
+    try:
+        with open(path, encoding='utf-8') as f:
+            tree = ast.parse(f.read())
+        return Config({name: value for line in tree.body for name, value in _assignment(line)})
+    except (OSError, SyntaxError, ValueError, TypeError, RecursionError, MemoryError) as e:
+        raise UsageError(
+            f'expected {path!r} to be the config that a run wrote, found a file that cannot be read'
+            f' as one ({str(e)[:200]}); name the work dir of a run'
+        ) from e
+
+
+def _assignment(line: ast.stmt) -> Iterator[tuple[str, Any]]:
+    if not isinstance(line, ast.Assign) or len(line.targets) != 1:
+        raise ValueError(f'line {line.lineno} is not an assignment')
+    (target,) = line.targets
+    if not isinstance(target, ast.Name):
+        raise ValueError(f'line {line.lineno} assigns to something else than a name')
+    yield target.id, _literal(line.value)
+
+
+def _literal(node: ast.expr) -> Any:
+    if isinstance(node, ast.Call):
+        # dict(a=1), and dict({'a b': 1}) for keys that are no names
+        named = isinstance(node.func, ast.Name) and node.func.id == 'dict'
+        if not named or len(node.args) > 1 or any(word.arg is None for word in node.keywords):
+            raise ValueError(f'line {node.lineno} calls something')
+        values = _literal(node.args[0]) if node.args else {}
+        if not isinstance(values, dict):
+            raise ValueError(f'line {node.lineno} makes a dict of something else')
+        return {**values, **{word.arg: _literal(word.value) for word in node.keywords}}
+    if isinstance(node, ast.Dict):
+        if None in node.keys:
+            raise ValueError(f'line {node.lineno} unpacks something')
+        return {_literal(key): _literal(value) for key, value in zip(node.keys, node.values)}
+    if isinstance(node, (ast.List, ast.Tuple, ast.Set)):
+        kind = {ast.List: list, ast.Tuple: tuple, ast.Set: set}[type(node)]
+        return kind(_literal(value) for value in node.elts)
+    return ast.literal_eval(node)

@@ -16,7 +16,7 @@ from mmengine.config import Config
 import mmfgm
 from mmfgm.errors import UsageError
 
-from .config import read_config
+from .config import read_config, read_dump
 
 Series = dict[int, float]  # iteration -> value
 
@@ -119,7 +119,7 @@ def read_run(work_dir: str) -> Run:
         starts=starts,
         scalars=_in_order(scalars),
         pictures=_in_order(pictures),
-        cfg=_read_config(folders[-1]),
+        cfg=read_dump(osp.join(folders[-1], 'vis_data', 'config.py')),
         environment=read_environment(log),
         tables=read_json(tested) if osp.isfile(tested) else {},
         plots=sorted(glob(osp.join(glob_escape(work_dir), 'test', '*.png'))),
@@ -193,17 +193,6 @@ def read_json(path: str) -> Any:
             return json.load(f)
     except ValueError as e:
         raise UsageError(f'{path!r} is not JSON ({e}); delete it, or measure again') from e
-
-
-def _read_config(folder: str) -> Config:
-    path = osp.join(folder, 'vis_data', 'config.py')
-    try:
-        # a config is a program: whatever it raises is about the config
-        return Config.fromfile(path)
-    except Exception as e:
-        raise UsageError(
-            f'the config of the run cannot be read: {path!r}: {type(e).__name__}: {e}'
-        ) from e
 
 
 def read_environment(log: str) -> dict[str, str]:

@@ -20,7 +20,6 @@ from mmfgm.errors import UsageError
 from mmfgm.files import differences, read_json, sha256, whole_file, write_file
 from mmfgm.processes import Progress, on_main, rank_and_size
 
-
 LEFT_OVER = re.compile(
     r'(shard_\d+\.safetensors|null\.safetensors|manifest|job)(\.json)?\.[0-9a-f]+\.tmp'
 )

@@ -290,3 +290,13 @@ def test_report_of_a_quickstart_in_a_browser(tmp_path):
             ):
                 assert words in text, words
     assert [url for url in requested if not url.startswith(('file:', 'data:'))] == []
+
+
+def test_a_work_dir_from_a_stranger_runs_nothing(tmp_path):
+    folder = tmp_path / 'run' / '20260101_000000' / 'vis_data'
+    folder.mkdir(parents=True)
+    (folder / 'config.py').write_text(f'import os\nos.system("touch {tmp_path / "ran"}")\n')
+    (folder / 'scalars.json').write_text('{"iter": 1, "loss": 0.5, "step": 1}\n')
+    with pytest.raises(UsageError, match='config that a run wrote'):
+        report([str(tmp_path / 'run')])
+    assert not (tmp_path / 'ran').exists()
