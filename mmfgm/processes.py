@@ -75,6 +75,7 @@ def on_main(function: Callable[[], T]) -> T:
             results = [(None, e)]
     if world_size > 1:
         dist.broadcast_object_list(results)
+    result: T
     result, error = results[0]
     if error is not None:
         raise error if rank == 0 else SystemExit(EXIT_USAGE)

@@ -20,5 +20,6 @@ check() {
 check 'style' "$PYTHON" -m ruff check .
 check 'format' "$PYTHON" -m ruff format --check .
 check 'spelling' "$PYTHON" -m codespell_lib
+check 'types' "$PYTHON" -m mypy
 check 'docs' bash tools/build_docs.sh "$site"
 exit $status

@@ -18,7 +18,7 @@ from mmfgm.config import resolve
 from mmfgm.datasets import collate
 from mmfgm.errors import UsageError
 from mmfgm.models import Sampling
-from mmfgm.models.families import family_named, family_of
+from mmfgm.models.families import Family, family_named, family_of
 from mmfgm.registry import TASK_UTILS
 
 from .artifacts import is_export, read_export
@@ -100,7 +100,8 @@ class FGMInferencer(BaseInferencer):
         self.precision, self._lock = precision, threading.Lock()
         self._encoded: tuple[tuple[str, ...], dict[str, Tensor]] = ((), {})
         self._empty: dict[str, Tensor] = {}
-        self._family, self._encoder = None, None
+        self._family: Family | None = None
+        self._encoder = None
         self._make_encoder = self._find_encoder(cfg, text_encoder)
         super().__init__(cfg, weights, device, scope='mmfgm', show_progress=show_progress)
         if self.model.num_classes is None and self._make_encoder is None:

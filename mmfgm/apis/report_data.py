@@ -69,7 +69,9 @@ class Run:
     @property
     def last_iteration(self) -> int:
         return max(
-            step for series in [*self.scalars.values(), *self.pictures.values()] for step in series
+            step
+            for series in [*self.scalars.values(), *self.pictures.values()]
+            for step in series  # type: ignore[attr-defined]
         )
 
 
@@ -230,7 +232,7 @@ def config_difference(cfg: Config, base: Config) -> list[tuple[str, str | None, 
         if key not in ours or key not in theirs or ours[key] != theirs[key]
     ]
     return [
-        (key, *(repr(side[key]) if key in side else None for side in (theirs, ours)))
+        (key, *(repr(side[key]) if key in side else None for side in (theirs, ours)))  # type: ignore[misc]
         for key in differing
     ]
 

@@ -97,7 +97,7 @@ def cache_prompts(
     skipped = on_main(lambda: keep_good(places, bad, options.on_bad))
     good = [prompt for i, prompt in enumerate(prompts) if i not in bad]
     digest = hashlib.sha256('\n'.join(map(json.dumps, good)).encode()).hexdigest()
-    job = dict(
+    job: dict[str, Any] = dict(
         kind='prompts',
         **_describe(prompt_encoder),
         source=dict(count=len(good), sha256=digest, skipped=skipped),
@@ -153,7 +153,7 @@ def cache_latents(
     files = ImageFiles(source) if archive else on_main(lambda: ImageFiles(source))
     names, texts, skipped = files.images, [''] * len(files.images), []
     side = resolution // latents.factor
-    job = dict(
+    job: dict[str, Any] = dict(
         kind='latents',
         identity=on_main(lambda: identity_of(latents)),
         settings=dict(

@@ -25,7 +25,7 @@ from .base import Batch, BatchDataset, TensorDataset
 SUFFIXES = ('.png', '.jpg', '.jpeg', '.webp', '.bmp')
 
 
-def _cifar10_reader(verify: bool) -> type:
+def _cifar10_reader(verify: bool) -> Any:
     """torchvision's reader; without ``verify`` one for any files of CIFAR-10's format."""
     # imported late, as it takes two seconds
     from torchvision.datasets import CIFAR10 as Reader

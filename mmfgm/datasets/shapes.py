@@ -10,7 +10,7 @@ a fixed vector for each word is the text encoder. Images are exact enough for an
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -113,7 +113,7 @@ def sample_scene(rng: np.random.Generator, tag: str) -> Scene:
     elif tag == 'color_attr':
         colors = [list(COLORS)[i] for i in rng.permutation(len(COLORS))[:2]]
     first, second = {'class': a, 'count': count}, {'class': b, 'count': 1}
-    row = dict(tag=tag, include=[first])
+    row: dict[str, Any] = dict(tag=tag, include=[first])
     if tag in ('colors', 'color_attr'):
         first['color'] = colors[0]
     if tag == 'color_attr':

@@ -1,6 +1,6 @@
 # Copyright (c) mmfgm authors.
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -71,7 +71,9 @@ class MomentumFreeAdam(Optimizer):
             state['step'] = state['step'].cpu()
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
+    def step(  # type: ignore[override]
+        self, closure: Callable[[], Tensor] | None = None
+    ) -> Tensor | None:
         """One update of every parameter that has a gradient."""
         loss = None
         if closure is not None:
@@ -98,7 +100,7 @@ class MomentumFreeAdam(Optimizer):
 
     def _update(
         self,
-        params: list[torch.nn.Parameter],
+        params: list[Tensor],
         lr: float,
         betas: tuple[float, float],
         eps: float,
@@ -108,7 +110,7 @@ class MomentumFreeAdam(Optimizer):
         states = [self._state(p) for p in params]
         torch._foreach_add_([state['step'] for state in states], 1.0)
         second = [local(state['exp_avg_sq']) for state in states]
-        grads = [local(p.grad) for p in params]
+        grads: Sequence[Tensor] = [local(p.grad) for p in params]
         params = [local(p) for p in params]
         if weight_decay:
             grads = torch._foreach_add(grads, params, alpha=weight_decay)

@@ -7,6 +7,7 @@ wrapper.
 
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -60,7 +61,7 @@ class SingleDeviceStrategy(CheckpointMixin, _SingleDeviceStrategy):
         super().__init__(**kwargs)
 
     # networks
-    def _wrap_model(self, model: nn.Module) -> nn.Module:
+    def _wrap_model(self, model: Any) -> Any:
         self._allow_tf32()
         self._take_fingerprints(model)
         device = get_device()
@@ -155,7 +156,7 @@ class DDPStrategy(ProcessGroupStrategy):
         **kwargs: For MMEngine's ``BaseStrategy``.
     """
 
-    def _wrap_model(self, model: nn.Module) -> nn.Module:
+    def _wrap_model(self, model: Any) -> Any:
         model = super()._wrap_model(model)
         device_ids = [torch.cuda.current_device()] if torch.cuda.is_available() else None
         for name in {name: None for phase in model.phases.values() for name in phase.trains}:
@@ -200,7 +201,7 @@ class FSDP2Strategy(ProcessGroupStrategy):
         self.block_types = tuple(block_types)
         super().__init__(**kwargs)
 
-    def _wrap_model(self, model: nn.Module) -> nn.Module:
+    def _wrap_model(self, model: Any) -> Any:
         self._allow_tf32()
         self._take_fingerprints(model)
         device = get_device()

@@ -14,6 +14,7 @@ import os
 import os.path as osp
 import time
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -52,7 +53,7 @@ class Evaluation:
     interval: int = 0
     batch_size: int = 1000
     num_workers: int = 0
-    loader: DataLoader = field(init=False)
+    loader: Any = field(init=False)  # a DataLoader; its sampler is ours, with `skip`
 
     def __post_init__(self):
         if not isinstance(self.interval, int) or self.interval < 0:

@@ -173,7 +173,8 @@ class GatheredMetric(SampleMetric):
 
     def evaluate(self, size: int) -> dict[str, float]:
         gathered = gather_object(self.results)
-        counted, values = [0], [None]
+        counted = [0]
+        values: list[Any] = [None]
         if is_main_process():
             idx = torch.cat(
                 [

@@ -32,7 +32,9 @@ class ClassifierFreeGuidance:
     scale: float
     null: Callable[[Condition], Condition]
 
-    def __call__(self, network, x_t: Tensor, t: Tensor, cond: Condition) -> Tensor:
+    def __call__(
+        self, network: Callable[..., Tensor], x_t: Tensor, t: Tensor, cond: Condition
+    ) -> Tensor:
         if self.scale == 1:
             return network(x_t, t, **cond)
         null = self.null(cond)

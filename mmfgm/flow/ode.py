@@ -7,12 +7,16 @@ usually from 1 (noise) to 0 (data).
 
 from collections.abc import Callable
 from itertools import pairwise
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+from .time_samplers import Device
+
 Velocity = Callable[[Tensor, Tensor], Tensor]
 Callback = Callable[[int, Tensor, Tensor], None]
+Times = TypeVar('Times', float, Tensor)
 
 
 class CountNFE:
@@ -31,14 +35,14 @@ class CountNFE:
         return self.velocity(x, t)
 
 
-def uniform_times(steps: int, device=None) -> Tensor:
+def uniform_times(steps: int, device: Device = None) -> Tensor:
     """``steps + 1`` float32 times, evenly spaced from 1 (noise) to 0 (data)."""
     if steps < 1:
         raise ValueError(f'an ODE solver needs at least 1 step, but got {steps}')
     return torch.linspace(1, 0, steps + 1, device=device)
 
 
-def shifted_times(steps: int, shift: float, device=None) -> Tensor:
+def shifted_times(steps: int, shift: float, device: Device = None) -> Tensor:
     """The ``steps + 1`` float32 times of diffusers'
     ``FlowMatchEulerDiscreteScheduler(shift=shift)``.
 
@@ -50,7 +54,7 @@ def shifted_times(steps: int, shift: float, device=None) -> Tensor:
             f'needs at least 1 step and a positive shift, but got steps={steps}, shift={shift}'
         )
 
-    def shifted(t):
+    def shifted(t: Times) -> Times:
         return shift * t / (1 + (shift - 1) * t)
 
     times = shifted(torch.linspace(1, shifted(1 / 1000), steps, dtype=torch.float64))
@@ -106,5 +110,5 @@ def heun(
     return x
 
 
-euler.evaluations_per_step = 1
-heun.evaluations_per_step = 2
+euler.evaluations_per_step = 1  # type: ignore[attr-defined]
+heun.evaluations_per_step = 2  # type: ignore[attr-defined]

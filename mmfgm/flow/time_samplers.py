@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+Device = torch.device | str | None
+
 
 @dataclass(frozen=True)
 class Uniform:
@@ -18,13 +20,15 @@ class Uniform:
     low: float = 0.0
     high: float = 1.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not 0 <= self.low <= self.high <= 1:
             raise ValueError(
                 f'Uniform needs 0 <= low <= high <= 1, but got low={self.low}, high={self.high}'
             )
 
-    def __call__(self, n: int, device=None, generator: torch.Generator | None = None) -> Tensor:
+    def __call__(
+        self, n: int, device: Device = None, generator: torch.Generator | None = None
+    ) -> Tensor:
         t = torch.rand(n, device=device, generator=generator, dtype=torch.float32)
         return self.low + (self.high - self.low) * t
 
@@ -42,10 +46,12 @@ class LogitNormal:
     mean: float = 0.0
     std: float = 1.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not self.std > 0:
             raise ValueError(f'LogitNormal needs std > 0, but got std={self.std}')
 
-    def __call__(self, n: int, device=None, generator: torch.Generator | None = None) -> Tensor:
+    def __call__(
+        self, n: int, device: Device = None, generator: torch.Generator | None = None
+    ) -> Tensor:
         normal = torch.randn(n, device=device, generator=generator, dtype=torch.float32)
         return torch.sigmoid(self.mean + self.std * normal)

@@ -44,6 +44,8 @@ class FlowModel(BaseModel):
     pretrained: tuple[str, ...] = ()
     # networks that map noise to samples in one call; all others are integrated
     one_step: tuple[str, ...] = ()
+    event_shape: tuple[int, ...]
+    num_classes: int | None
 
     def __init__(self, data_preprocessor: dict | None = None, decoder: dict | None = None):
         super().__init__(data_preprocessor)
@@ -91,7 +93,7 @@ class FlowModel(BaseModel):
             )
         return [name for name in available if networks is None or name in networks]
 
-    def _describe(self, network: nn.Module) -> None:
+    def _describe(self, network: Any) -> None:
         """Keep what the networks are for, before strategies wrap them."""
         self.event_shape = network.event_shape
         # None: the network does not say, so its conditions are its own business

@@ -22,7 +22,7 @@ class ConvDiscriminator(nn.Module):
 
     def __init__(self, in_channels: int, channels: int = 256, num_layers: int = 2):
         super().__init__()
-        layers = [nn.Conv2d(in_channels, channels, 1)]
+        layers: list[nn.Module] = [nn.Conv2d(in_channels, channels, 1)]
         for _ in range(num_layers):
             layers += [
                 nn.SiLU(),

@@ -33,6 +33,8 @@ class _Inert:
 
     # no __dict__: nothing in the file can become an attribute that somebody calls
     __slots__ = ('args', 'state')
+    args: tuple
+    state: Any
 
     def __new__(cls, *args):
         self = super().__new__(cls)
@@ -109,7 +111,7 @@ def _once(item: Any, name: str, seen: set[int]) -> Any:
     return item
 
 
-def _storage(stand_in: _Storage) -> torch.storage.TypedStorage:
+def _storage(stand_in: _Inert) -> torch.storage.TypedStorage:
     (data,) = stand_in.args
     if not data.startswith(STORAGE_START):
         raise UsageError(

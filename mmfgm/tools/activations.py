@@ -5,6 +5,7 @@ a GPU's."""
 from collections.abc import Sequence
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,7 @@ from mmfgm.errors import UsageError
 from mmfgm.models import FlowModel
 
 
-def dummy_batch(network: nn.Module, batch_size: int) -> dict[str, Tensor]:
+def dummy_batch(network: Any, batch_size: int) -> dict[str, Any]:
     """A training batch of zeros; conditions of further shapes come from
     ``network.dummy_conditions(batch_size)``.
 

@@ -18,6 +18,7 @@ import json
 import os
 import os.path as osp
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from mmengine.config import Config, DictAction
@@ -220,7 +221,7 @@ def _start(args: argparse.Namespace) -> None:
 
 
 def _build_scorer(cfg: Config) -> Scorer:
-    metric = find_metric(cfg)
+    metric: Any = find_metric(cfg)
     return building(lambda: Scorer(metric.detector, metric.get('colors'), metric.get('options')))
 
 

@@ -17,7 +17,7 @@ def get_rng_state() -> dict[str, Any]:
     name, keys, *rest = np.random.get_state()
     return dict(
         python=random.getstate(),
-        numpy=(name, torch.from_numpy(keys.astype(np.int64)), *rest),
+        numpy=(name, torch.from_numpy(keys.astype(np.int64)), *rest),  # type: ignore[attr-defined]
         torch=torch.get_rng_state(),
         cuda=torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
     )

@@ -201,7 +201,8 @@ class GenEval(SampleMetric):
 
     def evaluate(self, size: int) -> dict[str, float]:
         gathered = gather_object(self.rows)
-        counted, scores = [0], [None]
+        counted = [0]
+        scores: list[Any] = [None]
         if is_main_process():
             rows = {**self.taken_up, **{i: row for part in gathered for i, row in part.items()}}
             counted = [len(rows)]

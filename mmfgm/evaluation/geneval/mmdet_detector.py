@@ -267,7 +267,7 @@ class MMDetMask2Former(Mask2FormerDetector):
         if torch.device(device).type == 'cuda' and not self._tested:
             check_deformable_attention(torch.device(device))
             self._tested = True
-        return super().to(device)
+        return super().to(device)  # type: ignore[return-value]
 
     def forward(self, images: list[np.ndarray]) -> tuple[Tensor, Tensor, Frame]:
         # contiguous, as OpenCV wants it

@@ -18,7 +18,7 @@ family. Adding FLUX or SANA means one file or folder beside ``sd3``, with
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -142,7 +142,7 @@ class Family(ABC):
     name: str
     title: str
     network: type[nn.Module]
-    prompt_encoder: type[PromptEncoder]
+    prompt_encoder: Callable[..., PromptEncoder]
     pipelines: tuple[str, ...] = ()
     shift: float | None = None
     block_types: tuple[str, ...] = ()

@@ -28,7 +28,7 @@ def diffusers_module():
     return diffusers
 
 
-def load_pretrained(cls: type, pretrained: str, subfolder: str, **kwargs) -> nn.Module:
+def load_pretrained(cls: Any, pretrained: str, subfolder: str, **kwargs) -> nn.Module:
     """``cls.from_pretrained`` of one part of a diffusers pipeline, with errors that say what to do.
 
     Raises:

@@ -130,10 +130,10 @@ class DiffusersFamily(Family):
     attribute = 'transformer'
     subfolder = 'transformer'
 
-    def pipeline_type(self) -> type:
+    def pipeline_type(self) -> Any:
         return getattr(diffusers_module(), self.pipeline_class)
 
-    def network_type(self) -> type:
+    def network_type(self) -> Any:
         return getattr(diffusers_module(), self.network_class)
 
     def without_weights(self, network: dict[str, Any]) -> dict[str, Any]:

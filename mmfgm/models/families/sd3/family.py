@@ -48,7 +48,9 @@ class SD3Family(DiffusersFamily):
         """The network; its latents have the pipeline's own size unless ``latent_size`` is given."""
         if latent_size is None:
             config = dict(type='SD3', pretrained=pretrained)
-            place = {key: options[key] for key in ('subfolder', 'revision') if key in options}
+            place: dict[str, Any] = {
+                key: options[key] for key in ('subfolder', 'revision') if key in options
+            }
             latent_size = self.without_weights({**config, **place})['config']['sample_size']
         return SD3(latent_size, pretrained=pretrained, **options)
 

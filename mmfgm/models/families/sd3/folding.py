@@ -62,4 +62,4 @@ def fold_generator(
     for name in ('weight', 'bias'):
         p = getattr(transformer.proj_out, name)
         p.data = p.double() * (generator.c_out / step.scale)
-    return transformer.to(dtype)
+    return transformer.to(dtype)  # type: ignore[return-value]

@@ -99,7 +99,7 @@ class SD3TextEncoder(PromptEncoder):
         self.drop_t5 = without_t5 or drop_padding != 'none'
 
     @property
-    def components(self) -> dict[str, Any]:
+    def components(self) -> dict[str, Any]:  # type: ignore[override]
         return {part: getattr(self.pipeline, part) for part in self.parts}
 
     def to(self, device) -> 'SD3TextEncoder':
