@@ -11,7 +11,6 @@ from mmengine.hooks import CheckpointHook as _CheckpointHook
 from mmfgm.files import write_file
 from mmfgm.registry import HOOKS
 
-
 # What this hook writes into the work dir, and what is left of it by a crash. Nothing else there is
 # ever deleted, whatever a checkpoint says: it may have been copied from another work dir, or come
 # from somebody else.
