@@ -1,7 +1,11 @@
 # Copyright (c) mmfgm authors.
 """mmfgm: one-step generators from flow-matching models, by Flow Generator Matching."""
 
+import sys
 from importlib import metadata
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder
+from types import ModuleType
 
 from .version import __version__
 
@@ -38,11 +42,39 @@ def _check_distributions() -> None:
             )
 
 
+_CONFIG_UTILS = 'mmengine.config.utils'
+
+
+def _announce(config_utils: ModuleType) -> None:
+    """Let ``_base_ = 'mmfgm::fgm/digits.py'`` find the configs inside the package."""
+    config_utils.MODULE2PACKAGE['mmfgm'] = 'mmfgm'
+
+
+class _WhenImported(MetaPathFinder):
+    """Announces the package as soon as MMEngine is imported, which takes seconds that a command's
+    ``--help`` does not need."""
+
+    def find_spec(self, fullname, path=None, target=None) -> ModuleSpec | None:
+        if fullname != _CONFIG_UTILS:
+            return None
+        spec = PathFinder.find_spec(fullname, path, target)
+        if spec is None or spec.loader is None:
+            return None
+        sys.meta_path.remove(self)
+        execute = spec.loader.exec_module
+
+        def execute_and_announce(module: ModuleType) -> None:
+            execute(module)
+            _announce(module)
+
+        spec.loader.exec_module = execute_and_announce  # type: ignore[method-assign]
+        return spec
+
+
 _check_distributions()
-
-from mmengine.config import utils as _config_utils
-
-# lets `_base_ = 'mmfgm::fgm/digits.py'` find the configs inside the package
-_config_utils.MODULE2PACKAGE['mmfgm'] = 'mmfgm'
+if _CONFIG_UTILS in sys.modules:
+    _announce(sys.modules[_CONFIG_UTILS])
+else:
+    sys.meta_path.insert(0, _WhenImported())
 
 __all__ = ['__version__']

@@ -11,6 +11,7 @@ import json
 import os
 import os.path as osp
 import shutil
+import tempfile
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -166,6 +167,23 @@ def whole_folder(out: str, force: bool, marker: str) -> Iterator[str]:
         ) from e
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def check_work_dir(work_dir: str) -> None:
+    """Make the work directory and write in it.
+
+    Raises:
+        UsageError: If that fails.
+    """
+    try:
+        os.makedirs(work_dir, exist_ok=True)
+        with tempfile.TemporaryFile(dir=work_dir):
+            pass
+    except OSError as e:
+        raise UsageError(
+            f'work_dir {work_dir!r} cannot be written to: {e.strerror or e}; choose another with'
+            ' --work-dir'
+        ) from e
 
 
 def _is_about_writing(error: Exception, out: str) -> bool:

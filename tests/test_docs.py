@@ -24,9 +24,10 @@ import pytest
 import torch
 from mmengine.registry import DefaultScope
 
+from mmfgm.apis.config import read_config
 from mmfgm.engine.runner import check_config
 from mmfgm.registry import MODELS
-from mmfgm.tools.cli import load_config, read_config
+from mmfgm.tools.cli import load_config
 from tests.browser import free_port
 from tests.conftest import LIMIT, ROOT, tool_env
 from tests.docs_commands import COMMANDS, TRAIN, Parse, Run, Serve, sd3_inputs

@@ -16,7 +16,7 @@ from mmfgm.models import latest_checkpoint
 from mmfgm.models.weights import read_pickle
 from mmfgm.version import __version__
 
-from .report_data import is_work_dir, read_run
+from .report.data import is_work_dir, read_run
 
 # of a model's card on the hub
 LICENCE_FIELDS = ('license_name', 'license', 'license_link')

@@ -1,14 +1,18 @@
 # Copyright (c) mmfgm authors.
+"""Reading configs, and what goes wrong in building them."""
+
 import ast
 import os.path as osp
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TypeVar
 
 from mmengine.config import Config
 
 import mmfgm
 from mmfgm.config import resolve
 from mmfgm.errors import UsageError
+
+T = TypeVar('T')
 
 
 def config_path(name: str) -> str:
@@ -94,3 +98,17 @@ def _literal(node: ast.expr) -> Any:
         kind = {ast.List: list, ast.Tuple: tuple, ast.Set: set}[type(node)]
         return kind(_literal(value) for value in node.elts)
     return ast.literal_eval(node)
+
+
+def building(build: Callable[[], T]) -> T:
+    """Call ``build()`` and turn what a registry raises for a wrong config into a UsageError.
+
+    An unknown type is a KeyError there, an unknown or missing argument a TypeError.
+    """
+    try:
+        return build()
+    except UsageError:
+        raise
+    except (KeyError, TypeError, ValueError, AssertionError, RuntimeError, OSError) as e:
+        cause = e.__cause__ if isinstance(e.__cause__, UsageError) else e
+        raise UsageError(f'the config cannot be built: {str(cause).strip(chr(34))}') from e

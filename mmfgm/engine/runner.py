@@ -1,7 +1,5 @@
 # Copyright (c) mmfgm authors.
 import difflib
-import os
-import tempfile
 from collections.abc import Sequence
 
 from mmengine.config import Config
@@ -9,6 +7,7 @@ from mmengine.runner import FlexibleRunner
 
 from mmfgm.config import SHARED_KEYS, resolve
 from mmfgm.errors import UsageError
+from mmfgm.files import check_work_dir
 from mmfgm.models import latest_checkpoint
 from mmfgm.registry import RUNNERS, STRATEGIES
 
@@ -79,23 +78,6 @@ def check_config(cfg: Config, required: Sequence[str] = REQUIRED_KEYS) -> None:
             'randomness.seed must be a whole number, so that a resumed run repeats exactly, but is'
             f' {cfg.get("randomness", {}).get("seed")!r}'
         )
-
-
-def check_work_dir(work_dir: str) -> None:
-    """Make the work directory and write in it.
-
-    Raises:
-        UsageError: If that fails.
-    """
-    try:
-        os.makedirs(work_dir, exist_ok=True)
-        with tempfile.TemporaryFile(dir=work_dir):
-            pass
-    except OSError as e:
-        raise UsageError(
-            f'work_dir {work_dir!r} cannot be written to: {e.strerror or e}; choose another with'
-            ' --work-dir'
-        ) from e
 
 
 @RUNNERS.register_module()

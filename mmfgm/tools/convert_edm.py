@@ -7,11 +7,8 @@ import json
 import os.path as osp
 from collections.abc import Sequence
 
-from safetensors.torch import save
-
 from mmfgm.errors import UsageError
 from mmfgm.files import sha256, write_file
-from mmfgm.models.edm_checkpoint import read_edm_pickle
 
 from .cli import run_tool
 
@@ -41,6 +38,10 @@ def convert(argv: Sequence[str] | None = None) -> None:
         raise UsageError(
             f'{existing} would be overwritten; name another output, or say so with --force'
         )
+    from safetensors.torch import save
+
+    from mmfgm.models.edm_checkpoint import read_edm_pickle
+
     state, config = read_edm_pickle(args.pickle, args.key)
     source = dict(source=osp.basename(args.pickle), sha256=sha256(args.pickle))
     state = {name: value.contiguous() for name, value in state.items()}

@@ -3,29 +3,11 @@
 beside it."""
 
 import argparse
-import functools
-import os
-import secrets
-import time
-from collections.abc import Callable, Sequence
-from types import ModuleType
-from typing import Any
+from collections.abc import Sequence
 
-from PIL import Image
-
-from mmfgm.apis import FGMInferencer
-from mmfgm.apis.config import read_config
 from mmfgm.errors import UsageError
 
 from .cli import CONFIG_HELP, run_tool
-
-SHOWN_SIZE = 320  # pixels; smaller pictures are enlarged by a whole factor
-STYLE = """
-.gradio-container { width: 100% !important; max-width: 1120px !important; margin: 0 auto; }
-.gradio-container img { image-rendering: pixelated; }
-#gallery, #gallery .grid-wrap { min-height: 0 !important; height: auto !important; }
-#gallery .grid-container { padding: 4px; }
-"""
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -63,228 +45,6 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def import_gradio() -> ModuleType:
-    """gradio, told not to report to anybody.
-
-    Raises:
-        UsageError: If it is not installed.
-    """
-    os.environ['GRADIO_ANALYTICS_ENABLED'] = 'False'
-    try:
-        import gradio
-    except ImportError as e:
-        raise UsageError(
-            f'the demo needs gradio ({e}); install it: pip install "mmfgm[demo]"'
-        ) from e
-    return gradio
-
-
-class Demo:
-    """What the buttons of the page do.
-
-    Args:
-        inferencer (FGMInferencer): Whose networks are shown; the first of them is the generator.
-        gallery (int): Seeds ``0 .. gallery - 1`` make the gallery.
-
-    Raises:
-        UsageError: If the model makes points rather than pictures.
-    """
-
-    def __init__(self, inferencer: FGMInferencer, gallery: int = 8):
-        self.gradio = import_gradio()
-        self.inferencer = inferencer
-        self.network = inferencer.networks[0]
-        self.seeds = list(range(gallery))
-        if len(inferencer.model.event_shape) != 3:
-            raise UsageError(
-                f'the model makes samples of shape {tuple(inferencer.model.event_shape)}, but the'
-                ' page shows pictures; draw points with tools/test.py'
-            )
-
-    @property
-    def teacher(self) -> str | None:
-        """Name of the network to compare with, if there is one."""
-        return (
-            'teacher'
-            if 'teacher' in self.inferencer.networks and self.network != 'teacher'
-            else None
-        )
-
-    def warm_up(self) -> None:
-        """Call every network once, so that the first visitor's latency is like the second's.
-
-        Raises:
-            UsageError: If the teacher cannot be loaded.
-        """
-        condition = '' if self.inferencer.condition == 'prompts' else 0
-        self.pictures(condition, [0], self.network)
-        try:
-            if self.teacher:
-                # few steps: both solvers take an even number
-                self.pictures(condition, [0], self.teacher, 2)
-        except UsageError as e:
-            raise UsageError(
-                f'the teacher cannot be shown: {e}; name it with --teacher, or write --teacher none'
-            ) from e
-
-    def pictures(
-        self, condition: Any, seeds: list[int], network: str, nfe: int | None = None
-    ) -> tuple[list[Image.Image], float]:
-        """One picture for each seed, enlarged, and the seconds it took to make them."""
-        inputs = len(seeds) if self.inferencer.condition == 'nothing' else [condition] * len(seeds)
-        # solver, time grid and guidance as the config samples this network, whatever the number of
-        # steps
-        sampling = vars(self.inferencer.default_sampling(network))
-        sampling = {**sampling, 'nfe': nfe or sampling['nfe']}
-        start = time.perf_counter()
-        images = self.inferencer(inputs, seeds=seeds, batch_size=len(seeds), **sampling)[
-            'predictions'
-        ]
-        return [enlarge(image) for image in images], time.perf_counter() - start
-
-    def generate(self, condition: Any, seed: Any, with_teacher: bool, nfe: Any) -> list:
-        """Values of the two pictures; the second is hidden unless it is asked for."""
-        update = self.gradio.update
-        (image,), seconds = self.pictures(condition, [seed], self.network)
-        shown = [
-            update(
-                value=image,
-                label=caption(
-                    self.network, self.inferencer.default_sampling(self.network).nfe, seconds
-                ),
-            )
-        ]
-        if self.teacher is None or not with_teacher:
-            return [*shown, update(value=None, visible=False)]
-        (image,), seconds = self.pictures(condition, [seed], self.teacher, nfe)
-        return [
-            *shown,
-            update(value=image, visible=True, label=caption(self.teacher, nfe, seconds)),
-        ]
-
-    def gallery(self, condition: Any) -> list:
-        """Pictures of the fixed seeds, captioned."""
-        images, _ = self.pictures(condition, self.seeds, self.network)
-        return [(image, f'seed {seed}') for image, seed in zip(images, self.seeds)]
-
-    def _checked(self, action: Callable) -> Callable:
-        """``action`` with a user's mistakes shown on the page."""
-
-        @functools.wraps(action)
-        def checked(*args):
-            try:
-                if None in args:
-                    raise UsageError('fill in every field with a whole number')
-                return action(*args)
-            except UsageError as e:
-                raise self.gradio.Error(str(e), print_exception=False) from e
-
-        return checked
-
-    def build(self, about: str):
-        """The page, as ``gradio.Blocks``."""
-        gr = self.gradio
-        with gr.Blocks(title='mmfgm', analytics_enabled=False) as blocks:
-            gr.Markdown(f'# One-step generation\n{about}')
-            with gr.Row():
-                with gr.Column(scale=2, min_width=260):
-                    condition = self._condition_input()
-                    seed = gr.Number(
-                        0, label='Seed', precision=0, minimum=0, maximum=2**32 - 1, elem_id='seed'
-                    )
-                    other = gr.Button('Another seed', size='sm', elem_id='another')
-                    with_teacher = gr.Checkbox(
-                        False,
-                        label='Teacher beside it',
-                        visible=self.teacher is not None,
-                        elem_id='with-teacher',
-                    )
-                    steps = (
-                        self.inferencer.default_sampling(self.teacher).nfe if self.teacher else 1
-                    )
-                    nfe = gr.Number(
-                        steps,
-                        label="Teacher's network calls (NFE)",
-                        precision=0,
-                        minimum=1,
-                        maximum=1000,
-                        visible=self.teacher is not None,
-                        elem_id='nfe',
-                    )
-                    generate = gr.Button('Generate', variant='primary', elem_id='generate')
-                with gr.Column(scale=3, min_width=340), gr.Row():
-                    image, compared = (
-                        gr.Image(
-                            type='pil',
-                            format='png',
-                            label=label,
-                            interactive=False,
-                            height=SHOWN_SIZE + 60,
-                            buttons=['download'],
-                            visible=label == self.network,
-                            elem_id=name,
-                        )
-                        for label, name in ((self.network, 'image'), ('teacher', 'compared'))
-                    )
-            show = gr.Button(
-                f'Gallery of the seeds 0 to {len(self.seeds) - 1}', elem_id='show-gallery'
-            )
-            gallery = gr.Gallery(
-                show_label=False,
-                columns=8,
-                format='png',
-                interactive=False,
-                buttons=[],
-                elem_id='gallery',
-            )
-            inputs = [condition, seed, with_teacher, nfe]
-            gr.on(
-                [
-                    generate.click,
-                    *([condition.submit] if hasattr(condition, 'submit') else []),
-                    seed.submit,
-                ],
-                self._checked(self.generate),
-                inputs,
-                [image, compared],
-                api_name='generate',
-            )
-            other.click(lambda: secrets.randbelow(2**32), None, seed, api_name=False).then(
-                self._checked(self.generate), inputs, [image, compared], api_name=False
-            )
-            show.click(self._checked(self.gallery), condition, gallery, api_name='gallery')
-        # one call at a time: networks share the machine, and a latency is of one call alone
-        return blocks.queue(default_concurrency_limit=1)
-
-    def _condition_input(self):
-        gr, kind = self.gradio, self.inferencer.condition
-        if kind == 'prompts':
-            return gr.Textbox(
-                label='Prompt', lines=2, max_lines=4, submit_btn=False, elem_id='condition'
-            )
-        last = self.inferencer.num_classes - 1
-        return gr.Number(
-            0,
-            label=f'Class, 0 to {last}',
-            precision=0,
-            minimum=0,
-            maximum=max(last, 0),
-            visible=kind == 'labels',
-            elem_id='condition',
-        )
-
-
-def enlarge(image: Image.Image) -> Image.Image:
-    """Repeat the pixels of a small picture, so that each can be seen."""
-    factor = max(1, SHOWN_SIZE // max(image.size))
-    return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
-
-
-def caption(network: str, nfe: int, seconds: float) -> str:
-    """What stands above a picture."""
-    return f'{network}, {nfe} NFE, {1000 * seconds:.1f} ms'
-
-
 def demo(argv: Sequence[str] | None = None) -> None:
     """Serve the page of a command line until it is interrupted."""
     args = parse_args(argv)
@@ -293,45 +53,18 @@ def demo(argv: Sequence[str] | None = None) -> None:
             f'--gallery must be at least 1 and --port in [1, 65535], but they are {args.gallery}'
             f' and {args.port}'
         )
-    gradio = import_gradio()
-    model = args.config
-    if not os.path.isdir(model):
-        model = read_config(model)
-        if args.teacher == 'none':
-            model.model.pop('teacher', None)
-        elif args.teacher:
-            model.merge_from_dict({'model.teacher.checkpoint': args.teacher})
-    elif args.teacher:
-        raise UsageError(
-            f'{model!r} is an export, which holds no teacher; leave --teacher out, or give a config'
-        )
-    page = Demo(FGMInferencer(model, args.weights, args.device, args.precision), args.gallery)
-    page.warm_up()
-    about = (
-        f'`{args.config}`'
-        + (f' with `{args.weights}`' if args.weights else '')
-        + f' on {page.inferencer.device}'
+    from mmfgm.apis.demo import serve
+
+    serve(
+        args.config,
+        args.weights,
+        args.device,
+        args.precision,
+        args.teacher,
+        args.gallery,
+        args.server_name,
+        args.port,
     )
-    blocks = page.build(about)
-    try:
-        blocks.launch(
-            server_name=args.server_name,
-            server_port=args.port,
-            share=False,
-            ssr_mode=False,
-            quiet=True,
-            prevent_thread_lock=True,
-            footer_links=[],
-            theme=gradio.themes.Default(),
-            css=STYLE,
-        )
-    except OSError as e:
-        raise UsageError(
-            f'cannot listen on {args.server_name}:{args.port}, perhaps because another program'
-            ' does; choose another --port'
-        ) from e
-    print(f'Open http://{args.server_name}:{args.port} in a browser; Ctrl-C ends this', flush=True)
-    blocks.block_thread()
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -11,11 +11,7 @@ mmfgm.apis.OneStepPipeline and FGMInferencer. OUT appears only when it is whole.
 import argparse
 from collections.abc import Sequence
 
-from mmengine.config import DictAction
-
-from mmfgm.apis.export import DTYPES, export_generator
-
-from .cli import CONFIG_HELP, building, read_config, run_tool
+from .cli import CONFIG_HELP, add_config_options, config_options, run_tool
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -51,7 +47,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         '--dtype',
-        choices=list(DTYPES),
+        choices=['fp32', 'bf16', 'fp16'],
         default='fp32',
         help='of the written weights (default: fp32)',
     )
@@ -72,20 +68,17 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         ),
     )
     parser.add_argument('--force', action='store_true', help='replace OUT, if it is an export')
-    parser.add_argument(
-        '--cfg-options',
-        nargs='+',
-        action=DictAction,
-        metavar='KEY=VALUE',
-        help='override config values, as in the training',
-    )
+    add_config_options(parser, 'override config values, as in the training')
     return parser.parse_args(argv)
 
 
 def export_diffusers(argv: Sequence[str] | None = None) -> None:
     """Export as the command line says."""
     args = parse_args(argv)
-    cfg = read_config(args.config, args.cfg_options)
+    from mmfgm.apis.config import building, read_config
+    from mmfgm.apis.export import export_generator
+
+    cfg = read_config(args.config, config_options(args.cfg_options))
     made = building(
         lambda: export_generator(
             cfg,

@@ -6,17 +6,11 @@ import argparse
 import os
 import os.path as osp
 from collections.abc import Sequence
-
-from mmengine.config import Config
-from mmengine.dist import is_main_process
-from mmengine.logging import MMLogger
-from mmengine.registry import init_default_scope
+from typing import Any
 
 from mmfgm.errors import UsageError
-from mmfgm.evaluation import build_feature, load_reference, save_reference
-from mmfgm.processes import init_processes
 
-from .cli import add_common_arguments, building, load_config, run_tool
+from .cli import add_common_arguments, load_config, run_tool
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -43,7 +37,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def find_metric(cfg: Config, evaluation: str, metric: str) -> dict:
+def find_metric(cfg: Any, evaluation: str, metric: str) -> dict:
     """The config of one metric, with a reference data set.
 
     Raises:
@@ -76,12 +70,19 @@ def fid_stats(argv: Sequence[str] | None = None) -> None:
         )
     if args.weights:
         feature = {**feature, 'weights': args.weights}
+    from mmengine.logging import MMLogger
+    from mmengine.registry import init_default_scope
+
+    from mmfgm.apis.config import building
+    from mmfgm.evaluation import build_feature, load_reference, save_reference
+    from mmfgm.processes import init_processes, rank_and_size
+
     init_default_scope('mmfgm')
     MMLogger.get_instance('mmfgm')
     init_processes(args.launcher)
     extractor = building(lambda: build_feature(feature))
     statistics = building(lambda: load_reference(reference, extractor, args.features))
-    if is_main_process():
+    if rank_and_size()[0] == 0:
         save_reference(args.out, statistics, extractor)
         print(
             f'{args.out}: {statistics.n} samples, {len(statistics.mean)} features of'

@@ -2,11 +2,13 @@
 """Generate images with a trained one-step generator, or its teacher, or both beside each other.
 
 What to generate is one of: --prompt TEXT ..., --prompts FILE (.txt, .jsonl, .csv or .parquet),
-    --labels N ..., or
---num-samples N, which for a model with classes goes through them in turn. OUT gets 000000.png and
-so on, grid.png, and metadata.jsonl with a line for each image, and mmfgm_images.json, by which
---force knows it; with --compare, the teacher's images too, and compare.png.
+--labels N ..., or --num-samples N, which for a model with classes goes through them in turn. OUT
+gets 000000.png and so on, grid.png, and metadata.jsonl with a line for each image, and
+mmfgm_images.json, by which --force knows it; with --compare, the teacher's images too, and
+compare.png.
 """
+
+from __future__ import annotations
 
 import argparse
 import json
@@ -14,23 +16,19 @@ import math
 import os.path as osp
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
-import torch
-from mmengine.config import DictAction
-from PIL import Image
-
-from mmfgm.apis import FGMInferencer, read_config
-from mmfgm.apis.artifacts import is_export
-from mmfgm.apis.values import as_seeds, check_images, convert, draw_grid
-from mmfgm.caches import read_prompts
 from mmfgm.errors import UsageError
-from mmfgm.evaluation import draw_panels
 from mmfgm.files import whole_folder
-from mmfgm.models import Sampling
-from mmfgm.processes import Progress
 from mmfgm.version import __version__
 
-from .cli import CONFIG_HELP, building, run_tool
+from .cli import CONFIG_HELP, add_config_options, config_options, run_tool
+
+if TYPE_CHECKING:
+    import torch
+
+    from mmfgm.apis import FGMInferencer
+    from mmfgm.models import Sampling
 
 METADATA = 'metadata.jsonl'
 # by which --force knows its own folders: other data sets have a metadata.jsonl too
@@ -105,28 +103,27 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         help='of the networks (default: fp32)',
     )
     parser.add_argument('--device', default=None, help='default: the GPU, if there is one')
-    parser.add_argument(
-        '--cfg-options',
-        nargs='+',
-        action=DictAction,
-        metavar='KEY=VALUE',
-        help='override config values',
-    )
+    add_config_options(parser)
     return parser.parse_args(argv)
 
 
 def build_inferencer(args: argparse.Namespace) -> FGMInferencer:
     """The inferencer that the command line names."""
+    from mmfgm.apis import FGMInferencer, read_config
+    from mmfgm.apis.artifacts import is_export
+
     options = dict(device=args.device, precision=args.precision)
     if is_export(args.config):
         return FGMInferencer(args.config, args.weights, **options)
-    cfg = read_config(args.config, args.cfg_options)
+    cfg = read_config(args.config, config_options(args.cfg_options))
     return FGMInferencer(cfg, args.weights, **options)
 
 
 def read_inputs(args: argparse.Namespace, inferencer: FGMInferencer) -> list:
     """Prompts, labels, or None for each unconditional sample."""
     if args.prompts:
+        from mmfgm.caches import read_prompts
+
         return read_prompts(args.prompts, args.column)[1]
     if args.num_samples is None:
         return args.prompt or args.labels
@@ -181,6 +178,9 @@ def generate_all(
     suffix: str,
 ) -> list[torch.Tensor]:
     """Generate and save every image; returns the first ones, for the grid."""
+    from mmfgm.apis.values import convert
+    from mmfgm.processes import Progress
+
     options = dict(
         network=sampling.network,
         nfe=sampling.nfe,
@@ -207,6 +207,13 @@ def generate_all(
 def generate(argv: Sequence[str] | None = None) -> None:
     """Generate as the command line says; the folder appears only when it is whole."""
     args = parse_args(argv)
+    import torch
+    from PIL import Image
+
+    from mmfgm.apis.config import building
+    from mmfgm.apis.values import as_seeds, check_images, draw_grid
+    from mmfgm.evaluation import draw_panels
+
     inferencer = building(lambda: build_inferencer(args))
     samplings = samplings_of(args, inferencer)
     inputs = read_inputs(args, inferencer)

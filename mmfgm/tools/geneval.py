@@ -4,50 +4,41 @@ pipeline, print results.
 
   prompts OUT.jsonl      the 553 prompts, for tools/cache_prompts.py or another generator
   score FOLDER           images in the reference's layout: FOLDER/00000/metadata.jsonl and
-  FOLDER/00000/samples/0000.png run CONFIG             generate the images of a config's pipeline
-  (configs/geneval), then score them summary RESULTS.jsonl  the scores of finished results, ours or
-  the reference's
+                         FOLDER/00000/samples/0000.png
+  run CONFIG             generate the images of a config's pipeline (configs/geneval), then score
+                         them
+  summary RESULTS.jsonl  the scores of finished results, ours or the reference's
 
-What a killed run finished is not repeated. Several processes share the work: torchrun ...
-    --launcher pytorch.
+What a killed run finished is not repeated. Several processes share the work:
+torchrun ... --launcher pytorch.
 """
 
+from __future__ import annotations
+
 import argparse
-import gc
-import json
 import os
 import os.path as osp
 from collections.abc import Sequence
-from typing import Any
-
-import torch
-from mmengine.config import Config, DictAction
-from mmengine.device import get_device
-from mmengine.dist import is_main_process
-from mmengine.logging import MMLogger
-from mmengine.registry import init_default_scope
+from typing import TYPE_CHECKING, Any
 
 from mmfgm.errors import UsageError
-from mmfgm.evaluation.geneval import Scorer, generate, summarize
-from mmfgm.evaluation.geneval.dataset import metadata_rows
-from mmfgm.evaluation.geneval.layout import read_results, scan_folder
-from mmfgm.evaluation.geneval.prompts import to_jsonl
-from mmfgm.files import write_file
-from mmfgm.processes import connect, on_main
-from mmfgm.registry import TASK_UTILS
+from mmfgm.files import read_json, write_file
 
-from .cli import CONFIG_HELP, add_common_arguments, building, load_config, run_tool
-from .geneval_jobs import generate_images, score_folder
+from .cli import (
+    CONFIG_HELP,
+    add_common_arguments,
+    add_config_options,
+    add_launcher,
+    load_config,
+    run_tool,
+)
+
+if TYPE_CHECKING:
+    from mmengine.config import Config
+
+    from mmfgm.evaluation.geneval import Scorer
 
 SCORING_CONFIG = 'mmfgm::_base_/evaluation/geneval.py'
-TASKS = dict(
-    single_object='single object',
-    two_object='two objects',
-    counting='counting',
-    colors='colors',
-    position='position',
-    color_attr='color attribution',
-)
 
 
 def _add_scoring_arguments(parser: argparse.ArgumentParser) -> None:
@@ -108,18 +99,11 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         ),
     )
     score.add_argument('--work-dir', help='where results go (default: FOLDER)')
-    score.add_argument(
-        '--cfg-options',
-        nargs='+',
-        action=DictAction,
-        metavar='KEY=VALUE',
-        help=(
-            'override config values, e.g. '
-            'evaluations.geneval.metrics.geneval.detector.checkpoint=FILE'
-        ),
+    add_config_options(
+        score,
+        'override config values, e.g. evaluations.geneval.metrics.geneval.detector.checkpoint=FILE',
     )
-    score.add_argument('--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'], default='none')
-    score.add_argument('--local_rank', '--local-rank', type=int, default=0, help=argparse.SUPPRESS)
+    add_launcher(score)
     _add_scoring_arguments(score)
     run = commands.add_parser('run', help='generate with a diffusers pipeline, and score')
     add_common_arguments(run)
@@ -136,58 +120,6 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def find_metric(cfg: Config) -> dict:
-    """The config of the GenEval metric among the evaluations of a config.
-
-    Raises:
-        UsageError: If there is none.
-    """
-    found = [
-        metric
-        for evaluation in (cfg.get('evaluations') or {}).values()
-        for metric in evaluation.get('metrics', {}).values()
-        if str(metric.get('type')).split('.')[-1] == 'GenEval'
-    ]
-    if not found:
-        raise UsageError(
-            'the config has no metric of type GenEval among its evaluations; begin it with _base_'
-            f' = {SCORING_CONFIG!r}'
-        )
-    return found[0]
-
-
-def format_scores(scores: dict[str, float], rows: list[dict], nfe: int | None = None) -> str:
-    """A table of the scores, tasks in the paper's order."""
-    counts: dict[str, int] = {}
-    for row in rows:
-        counts[row['tag']] = counts.get(row['tag'], 0) + 1
-    tags = sorted(counts, key=lambda tag: list(TASKS).index(tag) if tag in TASKS else len(TASKS))
-    lines = [(TASKS.get(tag, tag), f'{scores[tag]:.4f}', f'{counts[tag]:,} images') for tag in tags]
-    lines += [
-        (
-            'overall',
-            f'{scores["overall"]:.4f}',
-            f'95% interval {scores["overall_low"]:.4f} to {scores["overall_high"]:.4f}',
-        ),
-        ('correct images', f'{100 * scores["images"]:.2f}%', f'of {len(rows):,}'),
-        (
-            'prompts with one',
-            f'{100 * scores["prompts"]:.2f}%',
-            f'of {len({row["metadata"] for row in rows}):,}',
-        ),
-        (
-            'NFE',
-            '-' if nfe is None else str(nfe),
-            'not known' if nfe is None else 'network evaluations of an image, counted',
-        ),
-    ]
-    widths = [max(len(line[i]) for line in lines) for i in range(2)]
-    return '\n'.join(
-        f'{name.ljust(widths[0])}  {value.rjust(widths[1])}  {about}'
-        for name, value, about in lines
-    )
-
-
 def _prompts(args: argparse.Namespace) -> None:
     if args.n < 1:
         raise UsageError(f'--n must be at least 1, but is {args.n}')
@@ -197,6 +129,9 @@ def _prompts(args: argparse.Namespace) -> None:
         os.makedirs(osp.dirname(osp.abspath(args.out)), exist_ok=True)
     except OSError as e:
         raise UsageError(f'the folder of {args.out!r} cannot be made: {e}') from e
+    from mmfgm.evaluation.geneval import generate
+    from mmfgm.evaluation.geneval.prompts import to_jsonl
+
     rows = generate(args.seed, args.n)
     write_file(args.out, to_jsonl(rows).encode())
     print(f'{args.out}: {len(rows)} prompts')
@@ -215,12 +150,21 @@ def _start(args: argparse.Namespace) -> None:
                 f'--{name.replace("_", "-")} must be at least {smallest}, but is'
                 f' {getattr(args, name)}'
             )
+    from mmengine.logging import MMLogger
+    from mmengine.registry import init_default_scope
+
+    from mmfgm.processes import connect
+
     init_default_scope('mmfgm')
     MMLogger.get_instance('mmfgm')
     connect(args.launcher, args.local_rank)
 
 
 def _build_scorer(cfg: Config) -> Scorer:
+    from mmfgm.apis.config import building
+    from mmfgm.evaluation.geneval import Scorer
+    from mmfgm.evaluation.geneval.harness import find_metric
+
     metric: Any = find_metric(cfg)
     return building(lambda: Scorer(metric.detector, metric.get('colors'), metric.get('options')))
 
@@ -228,6 +172,11 @@ def _build_scorer(cfg: Config) -> Scorer:
 def _score(
     args: argparse.Namespace, scorer: Scorer, folder: str, out_dir: str, nfe: int | None = None
 ) -> dict | None:
+    from mmengine.device import get_device
+
+    from mmfgm.evaluation.geneval.harness import score_folder
+    from mmfgm.processes import rank_and_size
+
     result = score_folder(
         folder,
         scorer.to(get_device()),
@@ -239,12 +188,14 @@ def _score(
         args.sheet_prompts,
         nfe,
     )
-    if is_main_process():
+    if rank_and_size()[0] == 0:
         _print(result, scorer, args.on_bad, out_dir, nfe)
     return result
 
 
 def _print(result: dict, scorer: Scorer, on_bad: str, out_dir: str, nfe: int | None) -> None:
+    from mmfgm.evaluation.geneval.harness import format_scores
+
     bad = result['bad']
     if bad:
         shown = '\n  '.join(f'{name}: {reason}' for name, reason in list(bad.items())[:10])
@@ -268,6 +219,17 @@ def _run(args: argparse.Namespace) -> dict | None:
             f'the config {args.config!r} describes no pipeline; expected is'
             ' pipeline=dict(type="DiffusersPipeline", ...), as in configs/geneval/sd3.py'
         )
+    import gc
+
+    import torch
+    from mmengine.device import get_device
+
+    from mmfgm.apis.config import building
+    from mmfgm.evaluation.geneval.dataset import metadata_rows
+    from mmfgm.evaluation.geneval.harness import generate_images
+    from mmfgm.processes import on_main
+    from mmfgm.registry import TASK_UTILS
+
     pipeline = building(lambda: TASK_UTILS.build(cfg.pipeline))
     rows = on_main(lambda: metadata_rows(args.prompts))
     # on the CPU, and before hours of generating: whatever is wrong with the detector shows now
@@ -282,13 +244,18 @@ def _run(args: argparse.Namespace) -> dict | None:
 
 
 def _summary(args: argparse.Namespace) -> dict:
+    from mmfgm.evaluation.geneval import summarize
+    from mmfgm.evaluation.geneval.harness import format_scores
+    from mmfgm.evaluation.geneval.layout import read_results
+
     rows = read_results(args.results)
-    scores, nfe, about = summarize(rows), None, osp.join(osp.dirname(args.results), 'metrics.json')
+    scores = summarize(rows)
+    nfe = None
+    about = osp.join(osp.dirname(args.results), 'metrics.json')
     if osp.isfile(about):
         try:
-            with open(about, encoding='utf-8') as f:
-                nfe = json.load(f).get('nfe')
-        except (OSError, ValueError, AttributeError) as e:
+            nfe = read_json(about, 'remove it, or score again').get('nfe')
+        except AttributeError as e:
             raise UsageError(
                 f'{about!r} is not what scoring writes beside the results: {e}; remove it, or score'
                 ' again'
@@ -310,6 +277,9 @@ def geneval(argv: Sequence[str] | None = None) -> dict | None:
         return _run(args)
     folder = args.folder.rstrip(os.sep) or args.folder
     # before the models are loaded, and perhaps downloaded
+    from mmfgm.evaluation.geneval.layout import scan_folder
+    from mmfgm.processes import on_main
+
     on_main(lambda: scan_folder(folder, args.num_samples))
     return _score(args, _build_scorer(load_config(args)), folder, args.work_dir or folder)
 

@@ -5,16 +5,12 @@ import argparse
 import os.path as osp
 from collections.abc import Sequence
 
-import torch
-from safetensors.torch import save
-
 from mmfgm.errors import UsageError
 from mmfgm.files import write_file
-from mmfgm.models import read_state_dict
 
 from .cli import run_tool
 
-DTYPES = dict(fp32=torch.float32, bf16=torch.bfloat16)
+DTYPES = dict(fp32='float32', bf16='bfloat16')
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -44,8 +40,14 @@ def merge(argv: Sequence[str] | None = None) -> None:
         raise UsageError(f'OUT must be a .safetensors file, but is {args.out!r}')
     if osp.exists(args.out) and not args.force:
         raise UsageError(f'{args.out!r} exists; overwrite it with --force')
+    import torch
+    from safetensors.torch import save
+
+    from mmfgm.models import read_state_dict
+
+    dtype = getattr(torch, DTYPES[args.dtype])
     tensors = {
-        key: value.to(DTYPES[args.dtype]) if value.is_floating_point() else value
+        key: value.to(dtype) if value.is_floating_point() else value
         for key, value in read_state_dict(args.checkpoint, network=args.network).items()
     }
     content = save(

@@ -2,25 +2,9 @@
 """Measure a teacher at any list of NFE, a generator at one, or both beside each other."""
 
 import argparse
-import json
-import os.path as osp
 from collections.abc import Sequence
-from dataclasses import fields
 
-import torch
-from mmengine.config import Config
-from mmengine.dist import is_main_process
-from PIL import Image
-
-from mmfgm.engine import FlowRunner
-from mmfgm.errors import UsageError
-from mmfgm.evaluation import build_evaluations, draw_over_nfe, draw_panels
-from mmfgm.files import write_file
-from mmfgm.models import Sampling
-
-from .cli import add_common_arguments, building, load_config, run_tool
-
-Table = dict[str, dict[str, dict[int, float]]]  # metric -> network -> NFE -> value
+from .cli import add_common_arguments, load_config, run_tool
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -86,130 +70,22 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def build_for_sampling(cfg: Config, networks: Sequence[str], checkpoint: str | None) -> FlowRunner:
-    """A runner with the model alone; a teacher that is not asked for is not looked for."""
-    for key in ('train_dataloader', 'train_cfg', 'optim_wrapper', 'param_scheduler'):
-        cfg.pop(key, None)
-    # with adapters, its weights are the generator's too
-    if 'teacher' in cfg.model and 'teacher' not in networks and not cfg.model.get('lora'):
-        cfg.model.teacher.checkpoint = None
-    cfg.default_hooks = {}
-    if cfg.launcher == 'none' and 'strategy' in cfg:
-        cfg.strategy = {key: value for key, value in cfg.strategy.items() if key == 'precision'}
-    cfg.visualizer = None
-    runner = building(lambda: FlowRunner.from_cfg(cfg))
-    building(lambda: runner.prepare_to_sample(checkpoint))
-    return runner
-
-
-def samplings_of(
-    model, networks: Sequence[str], nfe: Sequence[int], solver: str, **settings
-) -> list[Sampling]:
-    """One sampling for each one-step network, one for each NFE for the others, whose ``settings``
-    go to each."""
-    samplings = []
-    for network in networks:
-        if network not in model.networks:
-            raise UsageError(
-                f'--network {network}: {type(model).__name__} has the networks'
-                f' {list(model.networks)}'
-            )
-        samplings += (
-            [Sampling(network)]
-            if network in model.one_step
-            else [Sampling(network, n, solver, **settings) for n in nfe]
-        )
-    return samplings
-
-
-def folder_name(sampling: Sampling) -> str:
-    """Of what is written for a sampling: network and NFE, and every setting that is not the
-    default."""
-    names = [sampling.network, str(sampling.nfe), 'nfe']
-    for setting in fields(Sampling)[2:]:
-        value = getattr(sampling, setting.name)
-        names += [] if value == setting.default else [setting.name, str(value)]
-    return '_'.join(names)
-
-
-def format_table(table: Table) -> str:
-    """The measured values, one row per network and NFE."""
-    metrics = list(table)
-    rows = [['network', 'NFE', *metrics]]
-    for network in table[metrics[0]]:
-        for nfe in table[metrics[0]][network]:
-            rows.append(
-                [network, str(nfe), *(f'{table[metric][network][nfe]:.4f}' for metric in metrics)]
-            )
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = [
-        '  '.join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows
-    ]
-    return '\n'.join([lines[0], '-' * max(map(len, lines)), *lines[1:]])
-
-
-def test(argv: Sequence[str] | None = None) -> Table:
+def test(argv: Sequence[str] | None = None) -> dict[str, dict[str, dict[int, float]]]:
     """Measure as the command line says; prints and returns the table."""
     args = parse_args(argv)
     cfg = load_config(args)
-    entries = dict(cfg.get('evaluations') or {})
-    unknown = set(args.evaluation or []) - set(entries)
-    if unknown or not entries:
-        raise UsageError(
-            f'the config has the evaluations {list(entries)}, not {sorted(unknown) or "any"}'
-        )
-    entries = {name: entries[name] for name in args.evaluation or entries}
-    networks = args.network or list({entry.sampling.network: None for entry in entries.values()})
-    if args.checkpoint is None and networks != ['teacher']:
-        raise UsageError(f'testing {networks} needs a checkpoint; give its path after the config')
-    # a folder of its own: the training's config in the work dir stays as it was
-    cfg.work_dir = args.out or osp.join(cfg.work_dir, 'test')
-    runner = build_for_sampling(cfg, networks, args.checkpoint)
-    samplings = samplings_of(
-        runner.model, networks, args.nfe, args.solver, guidance=args.guidance, shift=args.shift
-    )
-    for sampling in samplings:
-        runner.model.check(sampling)
-    evaluations = building(lambda: build_evaluations(entries))
-    table: Table = {}
-    for sampling in samplings:
-        for evaluation in evaluations.values():
-            out_dir = osp.join(cfg.work_dir, evaluation.name, folder_name(sampling))
-            values = evaluation.run(
-                runner.model,
-                sampling,
-                out_dir,
-                dict(model=cfg.model, precision=runner.strategy.precision),
-            )
-            for metric, value in values.items():
-                table.setdefault(metric, {}).setdefault(sampling.network, {})[sampling.nfe] = value
-                runner.logger.info(
-                    f'{sampling.network} at {sampling.nfe} NFE: {metric} = {value:.4f}'
-                )
-    # on every process: sharded networks sample together
-    batch = next(iter(next(iter(evaluations.values())).loader))
-    best = {sampling.network: sampling for sampling in sorted(samplings, key=lambda s: s.nfe)}
-    panels = {
-        f'{name}, {sampling.nfe} NFE': runner.model.sample(batch, sampling)
-        for name, sampling in best.items()
-    }
-    if is_main_process():
-        _write(cfg.work_dir, table, panels)
-    return table
+    from mmfgm.apis.testing import measure
 
-
-def _write(out: str, table: Table, panels: dict[str, torch.Tensor]) -> None:
-    write_file(osp.join(out, 'metrics.json'), json.dumps(table, indent=2) + '\n')
-    for metric, results in table.items():
-        Image.fromarray(draw_over_nfe(results, metric)).save(
-            osp.join(out, f'{metric.replace("/", "_")}_vs_nfe.png')
-        )
-    points = all(samples.ndim == 2 for samples in panels.values())
-    shown = {title: samples if points else samples[:100] for title, samples in panels.items()}
-    Image.fromarray(draw_panels(shown, nrow=10)).save(osp.join(out, 'samples.png'))
-    print(
-        f'\n{format_table(table)}\n\nWritten to {out}: metrics.json, samples.png and a plot for'
-        ' each metric.'
+    return measure(
+        cfg,
+        args.checkpoint,
+        args.network,
+        args.nfe,
+        args.solver,
+        args.guidance,
+        args.shift,
+        args.evaluation,
+        args.out,
     )
 
 

@@ -1,12 +1,16 @@
 # Copyright (c) mmfgm authors.
 """Train a teacher (configs/reflow) or a one-step generator (configs/fgm)."""
 
+from __future__ import annotations
+
 import argparse
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from mmfgm.engine import FlowRunner
+from .cli import add_common_arguments, load_config, run_tool
 
-from .cli import add_common_arguments, building, load_config, run_tool
+if TYPE_CHECKING:
+    from mmfgm.engine import FlowRunner
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -27,13 +31,9 @@ def train(argv: Sequence[str] | None = None) -> FlowRunner:
     """Train as the command line says; returns the runner."""
     args = parse_args(argv)
     cfg = load_config(args)
-    if args.resume is not None:
-        cfg.resume = True if args.resume == 'auto' else args.resume
-        cfg.load_from = None
-    runner = building(lambda: FlowRunner.from_cfg(cfg))
-    building(runner.prepare)
-    runner.train()
-    return runner
+    from mmfgm.apis.training import train as run
+
+    return run(cfg, args.resume)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -14,8 +14,9 @@ import pytest
 from PIL import Image
 
 from mmfgm.apis import FGMInferencer
+from mmfgm.apis.demo import Demo
 from mmfgm.errors import UsageError
-from mmfgm.tools.demo import Demo, demo
+from mmfgm.tools.demo import demo
 from tests.browser import free_port, open_browser
 from tests.conftest import LIMIT, ROOT, tool_env, train
 from tests.test_apis.conftest import SHAPES, TOY, make_problem

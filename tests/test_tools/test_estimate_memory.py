@@ -13,11 +13,11 @@ from mmengine.registry import init_default_scope
 from torch.distributed.tensor import DTensor
 
 from mmfgm.apis import read_config
+from mmfgm.apis.memory import build_on_meta, dummy_batch, estimate, kept_bytes
 from mmfgm.engine import FlowRunner
 from mmfgm.errors import UsageError
 from mmfgm.registry import HOOKS, MODELS
-from mmfgm.tools.activations import dummy_batch, kept_bytes
-from mmfgm.tools.estimate_memory import build_on_meta, estimate, estimate_memory, gpu_gib
+from mmfgm.tools.estimate_memory import estimate_memory, gpu_gib
 from tests.conftest import ROOT, run_module, train
 
 DIGITS = ROOT / 'configs/fgm/digits.py'

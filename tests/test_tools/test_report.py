@@ -9,8 +9,8 @@ from PIL import Image
 
 import mmfgm
 from mmfgm.apis import read_config
-from mmfgm.apis.report_curves import group_scalars
-from mmfgm.apis.report_data import closest_packaged_config, config_difference, read_run
+from mmfgm.apis.report.curves import group_scalars
+from mmfgm.apis.report.data import closest_packaged_config, config_difference, read_run
 from mmfgm.errors import UsageError
 from mmfgm.tools.report import report
 from tests.browser import open_browser

@@ -9,8 +9,8 @@ import sys
 
 import pytest
 
+from mmfgm.apis.testing import folder_name
 from mmfgm.models import Sampling
-from mmfgm.tools.test import folder_name
 from tests.conftest import ROOT, run_module, tool_env, train
 
 

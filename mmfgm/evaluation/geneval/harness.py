@@ -1,6 +1,6 @@
 # Copyright (c) mmfgm authors.
-"""The long parts of tools/geneval.py, shared by several processes and taken up where a run was
-killed."""
+"""Generating and scoring a folder of images, shared by several processes and taken up where a run
+was killed."""
 
 import hashlib
 import json
@@ -9,13 +9,16 @@ import os.path as osp
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
+from mmengine.config import Config
 from mmengine.dist import barrier, gather_object, get_dist_info
 from torch.utils.data import DataLoader, Dataset
 
 from mmfgm.datasets.base import item_seed
-from mmfgm.engine.runner import check_work_dir
 from mmfgm.errors import UsageError
-from mmfgm.evaluation.geneval.layout import (
+from mmfgm.files import check_work_dir, differences, sha256, write_file
+from mmfgm.processes import Progress, on_main
+
+from .layout import (
     Entry,
     VerdictLog,
     encode_png,
@@ -25,13 +28,20 @@ from mmfgm.evaluation.geneval.layout import (
     scan_folder,
     write_image,
 )
-from mmfgm.evaluation.geneval.metric import publish
-from mmfgm.evaluation.geneval.pipelines import DiffusersPipeline
-from mmfgm.evaluation.geneval.scorer import Scorer
-from mmfgm.files import differences, sha256, write_file
-from mmfgm.processes import Progress, on_main
+from .metric import publish
+from .pipelines import DiffusersPipeline
+from .scorer import Scorer
 
 ORIGIN = 'origin.json'
+SCORING_CONFIG = 'mmfgm::_base_/evaluation/geneval.py'
+TASKS = dict(
+    single_object='single object',
+    two_object='two objects',
+    counting='counting',
+    colors='colors',
+    position='position',
+    color_attr='color attribution',
+)
 
 
 def _read_origin(folder: str, origin: dict) -> dict:
@@ -230,3 +240,55 @@ def score_folder(
         skipped=bool(skip_bad and bad),
     )
     return dict(scores=scores, rows=rows, bad=bad)
+
+
+def find_metric(cfg: Config) -> dict:
+    """The config of the GenEval metric among the evaluations of a config.
+
+    Raises:
+        UsageError: If there is none.
+    """
+    found = [
+        metric
+        for evaluation in (cfg.get('evaluations') or {}).values()
+        for metric in evaluation.get('metrics', {}).values()
+        if str(metric.get('type')).split('.')[-1] == 'GenEval'
+    ]
+    if not found:
+        raise UsageError(
+            'the config has no metric of type GenEval among its evaluations; begin it with _base_'
+            f' = {SCORING_CONFIG!r}'
+        )
+    return found[0]
+
+
+def format_scores(scores: dict[str, float], rows: list[dict], nfe: int | None = None) -> str:
+    """A table of the scores, tasks in the paper's order."""
+    counts: dict[str, int] = {}
+    for row in rows:
+        counts[row['tag']] = counts.get(row['tag'], 0) + 1
+    tags = sorted(counts, key=lambda tag: list(TASKS).index(tag) if tag in TASKS else len(TASKS))
+    lines = [(TASKS.get(tag, tag), f'{scores[tag]:.4f}', f'{counts[tag]:,} images') for tag in tags]
+    lines += [
+        (
+            'overall',
+            f'{scores["overall"]:.4f}',
+            f'95% interval {scores["overall_low"]:.4f} to {scores["overall_high"]:.4f}',
+        ),
+        ('correct images', f'{100 * scores["images"]:.2f}%', f'of {len(rows):,}'),
+        (
+            'prompts with one',
+            f'{100 * scores["prompts"]:.2f}%',
+            f'of {len({row["metadata"] for row in rows}):,}',
+        ),
+        (
+            'NFE',
+            '-' if nfe is None else str(nfe),
+            'not known' if nfe is None else 'network evaluations of an image, counted',
+        ),
+    ]
+    widths = [max(len(line[i]) for line in lines) for i in range(2)]
+    return '\n'.join(
+        f'{name.ljust(widths[0])}  {value.rjust(widths[1])}  {about}'
+        for name, value, about in lines
+    )

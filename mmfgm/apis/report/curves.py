@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
-from .report_data import Run, Series
+from .data import Run, Series
 
 # legible on white and on black
 COLOURS = ('#3b82f6', '#f97316', '#16a34a', '#a855f7', '#64748b')
@@ -37,7 +37,7 @@ def group_scalars(run: Run, beside: Sequence[Run] = ()) -> dict[str, dict[str, d
     a run.
 
     Args:
-        run (Run): See :func:`~mmfgm.apis.report_data.read_run`.
+        run (Run): See :func:`~mmfgm.apis.report.data.read_run`.
         beside (Sequence[Run]): Other runs whose curves of the same metrics and losses are drawn in
             the same panels.
     """

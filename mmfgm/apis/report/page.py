@@ -13,8 +13,8 @@ from mmengine.config import Config
 
 from mmfgm.version import __version__
 
-from .report_curves import curves_svg, group_scalars
-from .report_data import Run, closest_packaged_config, config_difference
+from .curves import curves_svg, group_scalars
+from .data import Run, closest_packaged_config, config_difference
 
 STYLE = """
 :root {
@@ -118,7 +118,7 @@ def run_section(
     """Everything about one run.
 
     Args:
-        run (Run): See :func:`~mmfgm.apis.report_data.read_run`.
+        run (Run): See :func:`~mmfgm.apis.report.data.read_run`.
         base (tuple[str, Config], optional): Name and config to show the differences from. Defaults
             to the closest packaged one; left out if there is none.
         max_pictures (int): At most so many of the sample hook's pictures, evenly spaced. Defaults

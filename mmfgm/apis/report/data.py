@@ -14,9 +14,9 @@ from typing import Any
 from mmengine.config import Config
 
 import mmfgm
+from mmfgm.apis.config import read_config, read_dump
 from mmfgm.errors import UsageError
-
-from .config import read_config, read_dump
+from mmfgm.files import read_json
 
 Series = dict[int, float]  # iteration -> value
 
@@ -123,7 +123,7 @@ def read_run(work_dir: str) -> Run:
         pictures=_in_order(pictures),
         cfg=read_dump(osp.join(folders[-1], 'vis_data', 'config.py')),
         environment=read_environment(log),
-        tables=read_json(tested) if osp.isfile(tested) else {},
+        tables=read_json(tested, 'delete it, or measure again') if osp.isfile(tested) else {},
         plots=sorted(glob(osp.join(glob_escape(work_dir), 'test', '*.png'))),
     )
 
@@ -182,19 +182,6 @@ def _read_scalars(path: str) -> Iterator[dict[str, Any]]:
             # a process that was killed may leave half a line
             if number < len(lines):
                 raise UsageError(f'line {number} of {path!r} is not JSON ({e}); delete it') from e
-
-
-def read_json(path: str) -> Any:
-    """Read a JSON file.
-
-    Raises:
-        UsageError: If it is not one.
-    """
-    try:
-        with open(path) as f:
-            return json.load(f)
-    except ValueError as e:
-        raise UsageError(f'{path!r} is not JSON ({e}); delete it, or measure again') from e
 
 
 def read_environment(log: str) -> dict[str, str]:
