@@ -9,7 +9,7 @@ import signal
 import numpy as np
 import torch
 
-from mmfgm.evaluation.geneval.prompts import COLORS
+from mmfgm.evaluation.geneval.judging.prompts import COLORS
 from mmfgm.registry import TASK_UTILS
 
 CLASSES = ('person', 'cat', 'dog', 'bench')

@@ -12,7 +12,7 @@ SIZE = (96, 64)  # in place of (1333, 800)
 def mmdet_config(tiny=True):
     """The config of GenEval's Mask2Former in mmdet, or the same classes with little of
     everything."""
-    from mmfgm.evaluation.geneval.mmdet_detector import reference_config
+    from mmfgm.evaluation.geneval.detectors.mmdet_detector import reference_config
 
     cfg = reference_config()
     if tiny:
@@ -75,7 +75,7 @@ def make_mmdet_checkpoint(cfg, path, seed=0, **kwargs):
     string."""
     from mmengine.registry import DefaultScope
 
-    from mmfgm.evaluation.geneval.mmdet_detector import build_network
+    from mmfgm.evaluation.geneval.detectors.mmdet_detector import build_network
 
     with torch.random.fork_rng(devices=[]), DefaultScope.overwrite_default_scope('mmdet'):
         torch.manual_seed(seed)

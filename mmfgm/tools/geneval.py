@@ -130,7 +130,7 @@ def _prompts(args: argparse.Namespace) -> None:
     except OSError as e:
         raise UsageError(f'the folder of {args.out!r} cannot be made: {e}') from e
     from mmfgm.evaluation.geneval import generate
-    from mmfgm.evaluation.geneval.prompts import to_jsonl
+    from mmfgm.evaluation.geneval.judging.prompts import to_jsonl
 
     rows = generate(args.seed, args.n)
     write_file(args.out, to_jsonl(rows).encode())
@@ -245,8 +245,8 @@ def _run(args: argparse.Namespace) -> dict | None:
 
 def _summary(args: argparse.Namespace) -> dict:
     from mmfgm.evaluation.geneval import summarize
+    from mmfgm.evaluation.geneval.folder.layout import read_results
     from mmfgm.evaluation.geneval.harness import format_scores
-    from mmfgm.evaluation.geneval.layout import read_results
 
     rows = read_results(args.results)
     scores = summarize(rows)
@@ -277,7 +277,7 @@ def geneval(argv: Sequence[str] | None = None) -> dict | None:
         return _run(args)
     folder = args.folder.rstrip(os.sep) or args.folder
     # before the models are loaded, and perhaps downloaded
-    from mmfgm.evaluation.geneval.layout import scan_folder
+    from mmfgm.evaluation.geneval.folder.layout import scan_folder
     from mmfgm.processes import on_main
 
     on_main(lambda: scan_folder(folder, args.num_samples))

@@ -19,8 +19,8 @@ from mmfgm.datasets.shapes import (
     sample_scene,
 )
 from mmfgm.errors import UsageError
-from mmfgm.evaluation.geneval.prompts import COLORS as GENEVAL_COLORS
-from mmfgm.evaluation.geneval.prompts import check_clauses
+from mmfgm.evaluation.geneval.judging.prompts import COLORS as GENEVAL_COLORS
+from mmfgm.evaluation.geneval.judging.prompts import check_clauses
 from mmfgm.flow import ClassifierFreeGuidance
 from mmfgm.registry import DATASETS, TASK_UTILS
 from tests.batches import concatenate, rows, same

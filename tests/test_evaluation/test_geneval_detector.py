@@ -18,8 +18,8 @@ from mmfgm.evaluation.geneval import (
     mmdet_detector,
     mmdet_speed,
 )
-from mmfgm.evaluation.geneval.detector import Frame, measure, postprocess
-from mmfgm.evaluation.geneval.prompts import OBJECT_NAMES
+from mmfgm.evaluation.geneval.detectors.base import Frame, measure, postprocess
+from mmfgm.evaluation.geneval.judging.prompts import OBJECT_NAMES
 from mmfgm.registry import TASK_UTILS
 from tests.tiny_detector import (
     SIZE,

@@ -6,7 +6,7 @@ import pytest
 
 from mmfgm.errors import UsageError
 from mmfgm.evaluation.geneval import judge
-from mmfgm.evaluation.geneval.judge import iou, relation
+from mmfgm.evaluation.geneval.judging.judge import iou, relation
 
 BOX = [0, 0, 10, 10]
 

@@ -12,7 +12,7 @@ from PIL import Image
 
 from mmfgm.errors import UsageError
 from mmfgm.evaluation.geneval import Verdict, summarize
-from mmfgm.evaluation.geneval.layout import (
+from mmfgm.evaluation.geneval.folder.layout import (
     Entry,
     VerdictLog,
     encode_png,
@@ -24,8 +24,8 @@ from mmfgm.evaluation.geneval.layout import (
     write_image,
     write_results,
 )
+from mmfgm.evaluation.geneval.folder.sheets import draw_sheets
 from mmfgm.evaluation.geneval.scorer import Judged
-from mmfgm.evaluation.geneval.sheets import draw_sheets
 from mmfgm.files import sha256, write_file
 from tests.geneval_standin import ROWS
 

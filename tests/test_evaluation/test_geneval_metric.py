@@ -21,7 +21,7 @@ from mmfgm.caches import ShardWriter
 from mmfgm.errors import UsageError
 from mmfgm.evaluation import Evaluation, to_uint8
 from mmfgm.evaluation.geneval import GenEvalPrompts, Scorer, generate, judge, summarize
-from mmfgm.evaluation.geneval.layout import read_image, read_results, scan_folder
+from mmfgm.evaluation.geneval.folder.layout import read_image, read_results, scan_folder
 from mmfgm.models import Sampling
 from mmfgm.registry import DATASETS
 from tests.conftest import run_module

@@ -7,7 +7,7 @@ import pytest
 
 from mmfgm.errors import UsageError
 from mmfgm.evaluation.geneval import generate, read_metadata
-from mmfgm.evaluation.geneval.prompts import COLORS, OBJECT_NAMES, to_jsonl
+from mmfgm.evaluation.geneval.judging.prompts import COLORS, OBJECT_NAMES, to_jsonl
 
 # of evaluation_metadata.jsonl in djghosh13/geneval
 REFERENCE = '5c48e0813e812e3c373fa5c8ed07a8f0a483be30272b4427b0559c8048e67c13'

@@ -14,7 +14,7 @@ from mmfgm.caches import read_prompts
 from mmfgm.errors import UsageError
 from mmfgm.evaluation import Evaluation, to_uint8
 from mmfgm.evaluation.geneval import DiffusersPipeline, Scorer, generate, summarize
-from mmfgm.evaluation.geneval.layout import (
+from mmfgm.evaluation.geneval.folder.layout import (
     Entry,
     encode_png,
     image_name,

@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from mmfgm.evaluation.geneval.layout import read_results
+from mmfgm.evaluation.geneval.folder.layout import read_results
 from mmfgm.models import read_state_dict
 from mmfgm.tools.cache_prompts import cache_prompts
 from tests.conftest import LIMIT, ROOT, run_module, tool_env

@@ -30,8 +30,8 @@ from mmengine.registry import DefaultScope
 
 from mmfgm.evaluation.features import full_precision
 from mmfgm.evaluation.geneval import MMDetMask2Former, judge
-from mmfgm.evaluation.geneval.mmdet_detector import build_network, reference_config
-from mmfgm.evaluation.geneval.prompts import OBJECT_NAMES
+from mmfgm.evaluation.geneval.detectors.mmdet_detector import build_network, reference_config
+from mmfgm.evaluation.geneval.judging.prompts import OBJECT_NAMES
 
 ALL_IMAGES = 2212
 

@@ -1,15 +1,15 @@
 # Copyright (c) mmfgm authors.
 from .colors import ClipColors
 from .dataset import GenEvalPrompts
-from .detector import Detected, Mask2FormerDetector
-from .judge import Verdict, judge
+from .detectors.base import Detected, Mask2FormerDetector
+from .detectors.mmdet_detector import MMDetMask2Former
+from .detectors.transformers_detector import TransformersMask2Former
+from .judging.judge import Verdict, judge
+from .judging.prompts import generate, read_metadata
+from .judging.summary import SCORES, summarize
 from .metric import GenEval
-from .mmdet_detector import MMDetMask2Former
 from .pipelines import DiffusersPipeline
-from .prompts import generate, read_metadata
 from .scorer import Scorer
-from .summary import SCORES, summarize
-from .transformers_detector import TransformersMask2Former
 
 __all__ = [
     'SCORES',

@@ -15,7 +15,7 @@ from mmfgm.models.weights import read_state_dict
 from mmfgm.registry import TASK_UTILS
 
 from ..features import full_precision
-from .prompts import COLORS
+from .judging.prompts import COLORS
 
 TEMPLATES = (
     'a photo of a {color} {name}',

@@ -12,7 +12,7 @@ from mmfgm.datasets.base import Batch, item_seed
 from mmfgm.errors import UsageError
 from mmfgm.registry import DATASETS
 
-from .prompts import generate, read_metadata
+from .judging.prompts import generate, read_metadata
 
 
 def metadata_rows(metadata: str | None) -> list[dict]:

@@ -18,7 +18,7 @@ from mmfgm.errors import UsageError
 from mmfgm.files import check_work_dir, differences, sha256, write_file
 from mmfgm.processes import Progress, on_main
 
-from .layout import (
+from .folder.layout import (
     Entry,
     VerdictLog,
     encode_png,

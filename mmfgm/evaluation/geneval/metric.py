@@ -21,7 +21,7 @@ from mmfgm.evaluation.metrics import SampleMetric
 from mmfgm.files import write_file
 from mmfgm.registry import METRICS
 
-from .layout import (
+from .folder.layout import (
     Entry,
     VerdictLog,
     encode_png,
@@ -30,9 +30,9 @@ from .layout import (
     write_image,
     write_results,
 )
+from .folder.sheets import draw_sheets
+from .judging.summary import SCORES, summarize
 from .scorer import Scorer
-from .sheets import draw_sheets
-from .summary import SCORES, summarize
 
 
 def publish(

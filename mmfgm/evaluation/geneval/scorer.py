@@ -12,7 +12,7 @@ from mmfgm.errors import UsageError
 from mmfgm.models.weights import fingerprint
 from mmfgm.registry import TASK_UTILS
 
-from .judge import Verdict, judge
+from .judging.judge import Verdict, judge
 
 # where weights are and how they are run, none of which verdicts depend on: the weights themselves
 # count

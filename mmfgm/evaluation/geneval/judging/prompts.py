@@ -199,7 +199,8 @@ def check_row(row: dict) -> None:
             if clause['class'] not in OBJECT_NAMES:
                 raise UsageError(
                     f"'class' of {key}[{index}] must be one of GenEval's 80 object names, but is "
-                    f'{clause["class"]!r}; see mmfgm.evaluation.geneval.prompts.OBJECT_NAMES'
+                    f'{clause["class"]!r}; see OBJECT_NAMES of'
+                    ' mmfgm.evaluation.geneval.judging.prompts'
                 )
 
 

@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mmfgm.errors import UsageError
+from mmfgm.evaluation.geneval.judging.prompts import OBJECT_NAMES
 from mmfgm.registry import TASK_UTILS
 
-from .detector import Frame, Mask2FormerDetector
-from .prompts import OBJECT_NAMES
+from .base import Frame, Mask2FormerDetector
 
 # ImageNet's, with which all published Mask2Formers were trained
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

@@ -15,14 +15,14 @@ from mmengine.registry import DefaultScope
 from torch import Tensor, nn
 
 from mmfgm.errors import UsageError
+from mmfgm.evaluation.features import download
+from mmfgm.evaluation.geneval.judging.prompts import OBJECT_NAMES
 from mmfgm.files import sha256
 from mmfgm.models.weights import load_tensors, read_state_dict
 from mmfgm.registry import TASK_UTILS
 
-from ..features import download
-from .detector import Frame, Mask2FormerDetector
+from .base import Frame, Mask2FormerDetector
 from .mmdet_speed import fast_deformable_attention, forward_head
-from .prompts import OBJECT_NAMES
 
 CONFIG = 'mask2former_swin-s-p4-w7-224_8xb2-lsj-50e_coco'
 CHECKPOINT = f'https://download.openmmlab.com/mmdetection/v3.0/mask2former/{CONFIG}/{CONFIG}_20220504_001756-c9d0c4f2.pth'

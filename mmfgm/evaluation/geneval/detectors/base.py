@@ -11,9 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmfgm.errors import UsageError
-
-from ..features import full_precision
-from .prompts import OBJECT_NAMES
+from mmfgm.evaluation.features import full_precision
+from mmfgm.evaluation.geneval.judging.prompts import OBJECT_NAMES
 
 # masks that are enlarged at once: four of 1024 x 1024 pixels take 16 MiB, which glibc still reuses
 CHUNK = 4

@@ -20,10 +20,9 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from mmfgm.errors import UsageError
+from mmfgm.evaluation.geneval.judging.prompts import check_row
+from mmfgm.evaluation.geneval.scorer import Judged
 from mmfgm.files import sha256, write_file
-
-from .prompts import check_row
-from .scorer import Judged
 
 METADATA, SAMPLES, RESULTS = 'metadata.jsonl', 'samples', 'results.jsonl'
 RESULT_KEYS = ('filename', 'tag', 'prompt', 'correct', 'reason', 'metadata', 'details')

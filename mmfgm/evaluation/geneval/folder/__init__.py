@@ -1,0 +1,2 @@
+# Copyright (c) mmfgm authors.
+"""Images and verdicts on disk, in the layout of GenEval's reference."""
