@@ -362,7 +362,7 @@ def test_prompts_and_summary(config, images, tmp_path, capsys):
     assert f'{scored["scores"]["overall"]:.4f}' in capsys.readouterr().out
     for broken in ('{"nfe": 1', '[1]'):
         (images / 'metrics.json').write_text(broken)
-        with pytest.raises(UsageError, match="metrics.json' is not what scoring writes.*remove it"):
+        with pytest.raises(UsageError, match="metrics.json' is .*; remove it"):
             geneval(['summary', str(images / 'results.jsonl')])
 
 
