@@ -51,9 +51,9 @@ _METRICS = [
         'shapes',
         'geneval.colors',
         'geneval.metric',
-        'geneval.mmdet_detector',
+        'geneval.detectors.mmdet_detector',
         'geneval.pipelines',
-        'geneval.transformers_detector',
+        'geneval.detectors.transformers_detector',
     )
 ]
 _ENGINE = [

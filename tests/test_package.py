@@ -14,6 +14,7 @@ from tests.conftest import ROOT
 
 # a file may import from its own layer and from those before it
 LAYERS = [
+    'lazy',
     'errors',
     'version',
     'lazy',

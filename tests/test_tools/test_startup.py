@@ -70,3 +70,12 @@ def test_the_package_waits_for_mmengine():
         "print([f for f in sys.meta_path if type(f).__module__ == 'mmfgm'])"
     )
     assert out == 'HEAVY []\n[]\n'
+
+
+def test_judging_needs_no_network():
+    """What GenEval asks and how it decides can be used where there is no torch."""
+    out = python(
+        'import sys; from mmfgm.evaluation.geneval.judging import generate; '
+        "print(len(generate()), 'torch' in sys.modules, 'mmengine' in sys.modules)"
+    )
+    assert out == '553 False False\n'

@@ -1,30 +1,20 @@
 # Copyright (c) mmfgm authors.
-from .colors import ClipColors
-from .dataset import GenEvalPrompts
-from .detectors.base import Detected, Mask2FormerDetector
-from .detectors.mmdet_detector import MMDetMask2Former
-from .detectors.transformers_detector import TransformersMask2Former
-from .judging.judge import Verdict, judge
-from .judging.prompts import generate, read_metadata
-from .judging.summary import SCORES, summarize
-from .metric import GenEval
-from .pipelines import DiffusersPipeline
-from .scorer import Scorer
+from mmfgm.lazy import attach
 
-__all__ = [
-    'SCORES',
-    'ClipColors',
-    'Detected',
-    'DiffusersPipeline',
-    'GenEval',
-    'GenEvalPrompts',
-    'MMDetMask2Former',
-    'Mask2FormerDetector',
-    'Scorer',
-    'TransformersMask2Former',
-    'Verdict',
-    'generate',
-    'judge',
-    'read_metadata',
-    'summarize',
-]
+__getattr__, __dir__, __all__ = attach(
+    __name__,
+    {
+        'colors': ['ClipColors'],
+        'dataset': ['GenEvalPrompts'],
+        'detectors': [
+            'Detected',
+            'MMDetMask2Former',
+            'Mask2FormerDetector',
+            'TransformersMask2Former',
+        ],
+        'judging': ['SCORES', 'Verdict', 'generate', 'judge', 'read_metadata', 'summarize'],
+        'metric': ['GenEval'],
+        'pipelines': ['DiffusersPipeline'],
+        'scorer': ['Scorer'],
+    },
+)

@@ -1,8 +1,13 @@
 # Copyright (c) mmfgm authors.
 """Mask2Former, as the reference runs it and as transformers does."""
 
-from .base import Detected, Mask2FormerDetector
-from .mmdet_detector import MMDetMask2Former
-from .transformers_detector import TransformersMask2Former
+from mmfgm.lazy import attach
 
-__all__ = ['Detected', 'MMDetMask2Former', 'Mask2FormerDetector', 'TransformersMask2Former']
+__getattr__, __dir__, __all__ = attach(
+    __name__,
+    {
+        'base': ['Detected', 'Mask2FormerDetector'],
+        'mmdet_detector': ['MMDetMask2Former'],
+        'transformers_detector': ['TransformersMask2Former'],
+    },
+)

@@ -12,7 +12,8 @@ from mmfgm.errors import UsageError
 # COCO's classes in order, but for the names of 64, 65 and 66: match a detector's classes by index,
 # not by name
 OBJECT_NAMES = tuple(
-    """
+    ' '.join(
+        """
 person, bicycle, car, motorcycle, airplane, bus, train, truck, boat, traffic light, fire hydrant,
 stop sign, parking meter, bench, bird, cat, dog, horse, sheep, cow, elephant, bear, zebra, giraffe,
 backpack, umbrella, handbag, tie, suitcase, frisbee, skis, snowboard, sports ball, kite, baseball
@@ -21,9 +22,8 @@ spoon, bowl, banana, apple, sandwich, orange, broccoli, carrot, hot dog, pizza, 
 couch, potted plant, bed, dining table, toilet, tv, laptop, computer mouse, tv remote, computer
 keyboard, cell phone, microwave, oven, toaster, sink, refrigerator, book, clock, vase, scissors,
 teddy bear, hair drier, toothbrush
-""".strip()
-    .replace(',\n', ', ')
-    .split(', ')
+""".split()
+    ).split(', ')
 )
 COLORS = ('red', 'orange', 'yellow', 'green', 'blue', 'purple', 'pink', 'brown', 'black', 'white')
 RELATIONS = ('left of', 'right of', 'above', 'below')
