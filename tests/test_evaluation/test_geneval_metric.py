@@ -370,9 +370,8 @@ def test_items_are_pairs_of_prompt_and_sample(tmp_path):
     dataset = GenEvalPrompts(make_cache(tmp_path / 'cache', generate()))
     assert len(dataset) == 2212 and dataset.row(2211) == generate()[552]
     batch = dataset.__getitems__([0, 3, 4, 2211, 2212])  # the last is padding
-    assert batch['pooled_embeds'][:, 0].tolist() == [0, 0, 1, 552, 0] and batch[
-        'seed'
-    ].tolist() == [0, 3, 4, 2211, 2212]
+    assert batch['cond']['pooled_embeds'][:, 0].tolist() == [0, 0, 1, 552, 0]
+    assert batch['seed'].tolist() == [0, 3, 4, 2211, 2212]
     assert batch.keys() == {'idx', 'seed', 'cond'}
     other = GenEvalPrompts(str(tmp_path / 'cache'), seed=1)
     assert not set(other.__getitems__(range(50))['seed'].tolist()) & set(
