@@ -14,7 +14,6 @@ from tests.conftest import ROOT
 
 # a file may import from its own layer and from those before it
 LAYERS = [
-    'lazy',
     'errors',
     'version',
     'lazy',

@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn.functional import avg_pool2d, interpolate
 
 from mmfgm.apis import FGMInferencer, OneStepPipeline, export_generator, read_config
+from mmfgm.apis.memory import estimate
 from mmfgm.caches import CacheOptions, cache_latents, cache_prompts
 from mmfgm.datasets import CachedLatents, CachedPrompts
 from mmfgm.engine import FlowRunner
@@ -29,7 +30,6 @@ from mmfgm.models.families import (
     register_family,
 )
 from mmfgm.registry import MODELS, TASK_UTILS
-from mmfgm.tools.estimate_memory import estimate
 from tests.conftest import ROOT
 from tests.tiny_sd3 import make_tiny_sd3
 
