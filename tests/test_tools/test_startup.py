@@ -9,7 +9,7 @@ import pytest
 from tests.conftest import ROOT, tool_env
 
 HEAVY = ('torch', 'mmengine', 'numpy', 'PIL', 'safetensors', 'matplotlib')
-TOOLS = sorted(path.stem for path in (ROOT / 'tools').glob('*.py')) + ['quickstart']
+TOOLS = [*sorted(path.stem for path in (ROOT / 'tools').glob('*.py')), 'quickstart']
 SHOW = f'print("HEAVY", [name for name in {HEAVY} if name in sys.modules])'
 
 
