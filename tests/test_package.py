@@ -2,6 +2,7 @@
 """Promises about the package as a whole."""
 
 import ast
+import importlib
 import re
 import subprocess
 import sys
@@ -138,3 +139,35 @@ def test_readme_names_files_that_exist():
     for readme in [ROOT / 'README.md', *(ROOT / 'configs').rglob('README.md')]:
         for target in re.findall(r'\]\((?!http|#)([^)#]+)\)', readme.read_text()):
             assert (readme.parent / target).exists(), f'{readme}: {target}'
+
+
+# modules of the ground floor are faces themselves
+GROUND = {'errors', 'files', 'processes', 'registry', 'version', 'lazy', 'config'}
+
+
+def imports_across(path):
+    """``(line, module, name)`` of each name that a file imports from another folder of mmfgm."""
+    package = path.relative_to(ROOT).parent.parts
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else ()
+            parts = [*base, *(node.module.split('.') if node.module else [])]
+            here = package[1] if len(package) > 1 else None
+            if parts[0] == 'mmfgm' and len(parts) > 1 and parts[1] not in {*GROUND, here}:
+                for alias in node.names:
+                    yield node.lineno, '.'.join(parts), alias.name
+
+
+def test_folders_know_only_the_faces_of_others():
+    """What another folder offers stands in the ``__all__`` of a package; the rest may change."""
+    seen = 0
+    for path in (ROOT / 'mmfgm').rglob('*.py'):
+        if '.mim' in path.parts:
+            continue
+        for line, module, name in imports_across(path):
+            seen += 1
+            where = f'{path.relative_to(ROOT)}:{line} imports {name} from {module}'
+            face = ROOT.joinpath(*module.split('.'), '__init__.py')
+            assert face.exists(), f'{where}, which is a file, not the face of a folder'
+            assert name in importlib.import_module(module).__all__, f'{where}, which hides it'
+    assert seen > 100

@@ -4,11 +4,17 @@ from mmfgm.lazy import attach
 __getattr__, __dir__, __all__ = attach(
     __name__,
     {
-        'config': ['read_config'],
+        'artifacts': ['is_export'],
+        'config': ['building', 'config_path', 'read_config'],
+        'demo': ['serve'],
         'export': ['export_generator'],
         'inferencer': ['FGMInferencer'],
         'pipeline': ['OneStepPipeline'],
+        'quickstart': ['run_quickstart'],
         'sampling_model': ['SamplingModel'],
         'schema': ['allow_in_exports'],
+        'testing': ['measure'],
+        'training': ['train'],
+        'values': ['as_seeds', 'check_images', 'convert', 'draw_grid'],
     },
 )

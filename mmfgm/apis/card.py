@@ -10,10 +10,9 @@ from typing import Any
 
 from mmengine.config import Config
 
-from mmfgm.engine.checkpoint import EXTRAS
+from mmfgm.engine import EXTRAS
 from mmfgm.files import sha256
-from mmfgm.models import latest_checkpoint
-from mmfgm.models.weights import read_pickle
+from mmfgm.models import latest_checkpoint, read_pickle
 from mmfgm.version import __version__
 
 from .report.data import is_work_dir, read_run

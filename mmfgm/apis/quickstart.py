@@ -15,8 +15,7 @@ import mmfgm
 from mmfgm.datasets import Digits
 from mmfgm.evaluation import build_evaluations, draw_over_nfe, draw_panels
 from mmfgm.files import write_file
-from mmfgm.models import Sampling, latest_checkpoint
-from mmfgm.models.weights import read_pickle
+from mmfgm.models import Sampling, latest_checkpoint, read_pickle
 
 from .config import read_config
 from .testing import build_for_sampling, format_table
@@ -74,7 +73,7 @@ def train_stage(
     )
 
 
-def quickstart(
+def run_quickstart(
     folder: str,
     pretrain_iters: int | None = None,
     distill_iters: int | None = None,

@@ -18,9 +18,9 @@ from mmfgm.models import (
     FlowModel,
     Sampler,
     Sampling,
+    bf16_autocast,
     load_network,
 )
-from mmfgm.models.sampling import bf16_autocast
 from mmfgm.registry import MODELS, TASK_UTILS
 
 from .artifacts import WEIGHTS_FILE, check_checkpoint

@@ -16,7 +16,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from mmfgm.datasets.images import SUFFIXES
+from mmfgm.datasets import SUFFIXES
 from mmfgm.errors import UsageError
 
 

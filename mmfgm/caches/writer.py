@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mmfgm.datasets.cached import NULL, read_manifest
+from mmfgm.datasets import NULL, read_manifest
 from mmfgm.errors import UsageError
 from mmfgm.files import differences, read_json, sha256, whole_file, write_file
 from mmfgm.processes import Progress, on_main, rank_and_size

@@ -5,7 +5,7 @@ __getattr__, __dir__, __all__ = attach(
     __name__,
     {
         'adam': ['MomentumFreeAdam'],
-        'checkpoint': ['CheckpointMixin'],
+        'checkpoint': ['CheckpointMixin', 'EXTRAS'],
         'hooks': [
             'CheckpointHook',
             'EvaluationHook',
@@ -18,6 +18,12 @@ __getattr__, __dir__, __all__ = attach(
         'loops': ['AlternatingTrainLoop'],
         'optim': ['NetworkOptimWrapper', 'PerNetworkConstructor'],
         'runner': ['FlowRunner'],
-        'strategies': ['DDPStrategy', 'FSDP2Strategy', 'SingleDeviceStrategy'],
+        'strategies': [
+            'DDPStrategy',
+            'FSDP2Strategy',
+            'PRECISIONS',
+            'SingleDeviceStrategy',
+            'default_strategy',
+        ],
     },
 )

@@ -20,7 +20,7 @@ from torch import nn
 
 from mmfgm.errors import UsageError
 from mmfgm.files import replace_folder, whole_file
-from mmfgm.models.weights import (
+from mmfgm.models import (
     STATE_DICT,
     SafePlanner,
     SafeReader,

@@ -26,8 +26,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from mmfgm.errors import UsageError
-from mmfgm.models.lora import has_adapters, move_to
-from mmfgm.models.sampling import bf16_autocast
+from mmfgm.models import bf16_autocast, has_adapters, move_to
 from mmfgm.processes import init_processes, local
 from mmfgm.registry import STRATEGIES
 

@@ -24,8 +24,7 @@ from torch.utils.data import DataLoader
 
 from mmfgm.datasets import PaddedSampler, collate
 from mmfgm.errors import UsageError
-from mmfgm.models import Sampling
-from mmfgm.models.weights import fingerprint
+from mmfgm.models import Sampling, fingerprint
 from mmfgm.registry import DATASETS, METRICS
 
 

@@ -16,8 +16,7 @@ from torch import Tensor
 
 from mmfgm.errors import UsageError
 from mmfgm.files import sha256 as file_sha256
-from mmfgm.models import from_uint8
-from mmfgm.models.weights import read_pickle
+from mmfgm.models import from_uint8, read_pickle
 from mmfgm.registry import TASK_UTILS
 
 

@@ -10,7 +10,7 @@ import torch
 from scipy import ndimage
 from torch import Tensor
 
-from mmfgm.datasets.shapes import COLORS, SHAPES, coverage
+from mmfgm.datasets import COLORS, SHAPES, coverage
 from mmfgm.errors import UsageError
 from mmfgm.registry import DATASETS, METRICS
 

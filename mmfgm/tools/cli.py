@@ -75,7 +75,7 @@ def load_config(args: argparse.Namespace) -> Config:
     Raises:
         UsageError: If there is no such file, it cannot be parsed, or an option does not fit it.
     """
-    from mmfgm.apis.config import config_path, read_config
+    from mmfgm.apis import config_path, read_config
 
     cfg = read_config(args.config, config_options(args.cfg_options))
     cfg.launcher = args.launcher

@@ -40,7 +40,7 @@ def convert(argv: Sequence[str] | None = None) -> None:
         )
     from safetensors.torch import save
 
-    from mmfgm.models.edm_checkpoint import read_edm_pickle
+    from mmfgm.models import read_edm_pickle
 
     state, config = read_edm_pickle(args.pickle, args.key)
     source = dict(source=osp.basename(args.pickle), sha256=sha256(args.pickle))

@@ -53,7 +53,7 @@ def demo(argv: Sequence[str] | None = None) -> None:
             f'--gallery must be at least 1 and --port in [1, 65535], but they are {args.gallery}'
             f' and {args.port}'
         )
-    from mmfgm.apis.demo import serve
+    from mmfgm.apis import serve
 
     serve(
         args.config,

@@ -75,7 +75,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 def export_diffusers(argv: Sequence[str] | None = None) -> None:
     """Export as the command line says."""
     args = parse_args(argv)
-    from mmfgm.apis.config import building, read_config
+    from mmfgm.apis import building, read_config
     from mmfgm.apis.export import export_generator
 
     cfg = read_config(args.config, config_options(args.cfg_options))

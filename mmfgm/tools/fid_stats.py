@@ -73,7 +73,7 @@ def fid_stats(argv: Sequence[str] | None = None) -> None:
     from mmengine.logging import MMLogger
     from mmengine.registry import init_default_scope
 
-    from mmfgm.apis.config import building
+    from mmfgm.apis import building
     from mmfgm.evaluation import build_feature, load_reference, save_reference
     from mmfgm.processes import init_processes, rank_and_size
 

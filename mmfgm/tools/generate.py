@@ -109,8 +109,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def build_inferencer(args: argparse.Namespace) -> FGMInferencer:
     """The inferencer that the command line names."""
-    from mmfgm.apis import FGMInferencer, read_config
-    from mmfgm.apis.artifacts import is_export
+    from mmfgm.apis import FGMInferencer, is_export, read_config
 
     options = dict(device=args.device, precision=args.precision)
     if is_export(args.config):
@@ -178,7 +177,7 @@ def generate_all(
     suffix: str,
 ) -> list[torch.Tensor]:
     """Generate and save every image; returns the first ones, for the grid."""
-    from mmfgm.apis.values import convert
+    from mmfgm.apis import convert
     from mmfgm.processes import Progress
 
     options = dict(
@@ -210,8 +209,7 @@ def generate(argv: Sequence[str] | None = None) -> None:
     import torch
     from PIL import Image
 
-    from mmfgm.apis.config import building
-    from mmfgm.apis.values import as_seeds, check_images, draw_grid
+    from mmfgm.apis import as_seeds, building, check_images, draw_grid
     from mmfgm.evaluation import draw_panels
 
     inferencer = building(lambda: build_inferencer(args))

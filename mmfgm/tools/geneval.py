@@ -130,7 +130,7 @@ def _prompts(args: argparse.Namespace) -> None:
     except OSError as e:
         raise UsageError(f'the folder of {args.out!r} cannot be made: {e}') from e
     from mmfgm.evaluation.geneval import generate
-    from mmfgm.evaluation.geneval.judging.prompts import to_jsonl
+    from mmfgm.evaluation.geneval.judging import to_jsonl
 
     rows = generate(args.seed, args.n)
     write_file(args.out, to_jsonl(rows).encode())
@@ -161,9 +161,8 @@ def _start(args: argparse.Namespace) -> None:
 
 
 def _build_scorer(cfg: Config) -> Scorer:
-    from mmfgm.apis.config import building
-    from mmfgm.evaluation.geneval import Scorer
-    from mmfgm.evaluation.geneval.harness import find_metric
+    from mmfgm.apis import building
+    from mmfgm.evaluation.geneval import Scorer, find_metric
 
     metric: Any = find_metric(cfg)
     return building(lambda: Scorer(metric.detector, metric.get('colors'), metric.get('options')))
@@ -174,7 +173,7 @@ def _score(
 ) -> dict | None:
     from mmengine.device import get_device
 
-    from mmfgm.evaluation.geneval.harness import score_folder
+    from mmfgm.evaluation.geneval import score_folder
     from mmfgm.processes import rank_and_size
 
     result = score_folder(
@@ -194,7 +193,7 @@ def _score(
 
 
 def _print(result: dict, scorer: Scorer, on_bad: str, out_dir: str, nfe: int | None) -> None:
-    from mmfgm.evaluation.geneval.harness import format_scores
+    from mmfgm.evaluation.geneval import format_scores
 
     bad = result['bad']
     if bad:
@@ -224,9 +223,8 @@ def _run(args: argparse.Namespace) -> dict | None:
     import torch
     from mmengine.device import get_device
 
-    from mmfgm.apis.config import building
-    from mmfgm.evaluation.geneval.dataset import metadata_rows
-    from mmfgm.evaluation.geneval.harness import generate_images
+    from mmfgm.apis import building
+    from mmfgm.evaluation.geneval import generate_images, metadata_rows
     from mmfgm.processes import on_main
     from mmfgm.registry import TASK_UTILS
 
@@ -244,9 +242,8 @@ def _run(args: argparse.Namespace) -> dict | None:
 
 
 def _summary(args: argparse.Namespace) -> dict:
-    from mmfgm.evaluation.geneval import summarize
-    from mmfgm.evaluation.geneval.folder.layout import read_results
-    from mmfgm.evaluation.geneval.harness import format_scores
+    from mmfgm.evaluation.geneval import format_scores, summarize
+    from mmfgm.evaluation.geneval.folder import read_results
 
     rows = read_results(args.results)
     scores = summarize(rows)
@@ -277,7 +274,7 @@ def geneval(argv: Sequence[str] | None = None) -> dict | None:
         return _run(args)
     folder = args.folder.rstrip(os.sep) or args.folder
     # before the models are loaded, and perhaps downloaded
-    from mmfgm.evaluation.geneval.folder.layout import scan_folder
+    from mmfgm.evaluation.geneval.folder import scan_folder
     from mmfgm.processes import on_main
 
     on_main(lambda: scan_folder(folder, args.num_samples))

@@ -27,7 +27,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 def quickstart(argv: Sequence[str] | None = None) -> dict[str, dict]:
     """Run all stages as the command line says."""
     args = parse_args(argv)
-    from mmfgm.apis.quickstart import quickstart as run
+    from mmfgm.apis import run_quickstart as run
 
     return run(args.work_dir, args.pretrain_iters, args.distill_iters, args.num_samples)
 

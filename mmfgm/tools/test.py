@@ -74,7 +74,7 @@ def test(argv: Sequence[str] | None = None) -> dict[str, dict[str, dict[int, flo
     """Measure as the command line says; prints and returns the table."""
     args = parse_args(argv)
     cfg = load_config(args)
-    from mmfgm.apis.testing import measure
+    from mmfgm.apis import measure
 
     return measure(
         cfg,

@@ -31,7 +31,7 @@ def train(argv: Sequence[str] | None = None) -> FlowRunner:
     """Train as the command line says; returns the runner."""
     args = parse_args(argv)
     cfg = load_config(args)
-    from mmfgm.apis.training import train as run
+    from mmfgm.apis import train as run
 
     return run(cfg, args.resume)
 

@@ -9,9 +9,8 @@ from typing import Any
 import torch
 from mmengine.config import Config
 
-from mmfgm.models import OneStepGenerator
+from mmfgm.models import OneStepGenerator, has_adapters, merge_adapters
 from mmfgm.models.families import DiffusersFamily
-from mmfgm.models.lora import has_adapters, merge_adapters
 from mmfgm.registry import MODELS
 
 from ..card import find_licence, licence_files, write_card

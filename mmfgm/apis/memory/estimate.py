@@ -17,8 +17,7 @@ from mmengine.registry import init_default_scope
 from torch import Tensor, nn
 
 from mmfgm.apis.config import building
-from mmfgm.engine import PerNetworkConstructor
-from mmfgm.engine.strategies import PRECISIONS, default_strategy
+from mmfgm.engine import PRECISIONS, PerNetworkConstructor, default_strategy
 from mmfgm.errors import UsageError
 from mmfgm.models import FlowModel
 from mmfgm.models.families import family_of

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from mmfgm.errors import UsageError
-from mmfgm.models.weights import read_state_dict
+from mmfgm.models import read_state_dict
 from mmfgm.registry import TASK_UTILS
 
 from ..features import full_precision

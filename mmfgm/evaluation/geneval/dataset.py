@@ -7,8 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
-from mmfgm.datasets import CachedPrompts
-from mmfgm.datasets.base import Batch, item_seed
+from mmfgm.datasets import Batch, CachedPrompts, item_seed
 from mmfgm.errors import UsageError
 from mmfgm.registry import DATASETS
 

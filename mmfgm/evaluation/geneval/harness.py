@@ -13,7 +13,7 @@ from mmengine.config import Config
 from mmengine.dist import barrier, gather_object, get_dist_info
 from torch.utils.data import DataLoader, Dataset
 
-from mmfgm.datasets.base import item_seed
+from mmfgm.datasets import item_seed
 from mmfgm.errors import UsageError
 from mmfgm.files import check_work_dir, differences, sha256, write_file
 from mmfgm.processes import Progress, on_main

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from mmfgm.errors import UsageError
+from mmfgm.models import fingerprint
 from mmfgm.models.families import diffusers_module, load_or_explain, quiet
-from mmfgm.models.weights import fingerprint
 from mmfgm.registry import TASK_UTILS
 
 DTYPES = ('float32', 'float16', 'bfloat16')

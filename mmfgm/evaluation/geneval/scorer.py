@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from mmfgm.errors import UsageError
-from mmfgm.models.weights import fingerprint
+from mmfgm.models import fingerprint
 from mmfgm.registry import TASK_UTILS
 
 from .judging.judge import Verdict, judge

@@ -18,7 +18,7 @@ from mmfgm.errors import UsageError
 from mmfgm.evaluation.features import download
 from mmfgm.evaluation.geneval.judging.prompts import OBJECT_NAMES
 from mmfgm.files import sha256
-from mmfgm.models.weights import load_tensors, read_state_dict
+from mmfgm.models import load_tensors, read_state_dict
 from mmfgm.registry import TASK_UTILS
 
 from .base import Frame, Mask2FormerDetector
