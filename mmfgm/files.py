@@ -47,14 +47,14 @@ def read_json(path: str, fix: str) -> Any:
 
 
 def differences(expected: Any, found: Any, name: str = '') -> Iterator[str]:
-    """What differs between two nested dicts, each as ``'a.b is 1, expected is 2'``."""
+    """What differs between two nested dicts, each as ``'a.b is 1, expected 2'``."""
     if isinstance(expected, dict) and isinstance(found, dict):
         for key in sorted({*expected, *found}):
             yield from differences(
                 expected.get(key), found.get(key), f'{name}.{key}' if name else key
             )
     elif expected != found:
-        yield f'{name} is {str(found)[:80]}, expected is {str(expected)[:80]}'
+        yield f'{name} is {str(found)[:80]}, expected {str(expected)[:80]}'
 
 
 @contextmanager

@@ -63,7 +63,7 @@ def test_json_that_cannot_be_read_is_a_message(content, tmp_path):
 
 def test_differences_are_named_by_their_path():
     found = dict(a=dict(b=1, c=2), d=3)
-    assert list(differences(dict(a=dict(b=1, c=4), d=3), found)) == ['a.c is 2, expected is 4']
+    assert list(differences(dict(a=dict(b=1, c=4), d=3), found)) == ['a.c is 2, expected 4']
     assert list(differences(found, found)) == []
 
 

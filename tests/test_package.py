@@ -171,3 +171,40 @@ def test_folders_know_only_the_faces_of_others():
             assert face.exists(), f'{where}, which is a file, not the face of a folder'
             assert name in importlib.import_module(module).__all__, f'{where}, which hides it'
     assert seen > 100
+
+
+def message_of(node):
+    """The text of a message, with {} for what is put in."""
+    if isinstance(node, ast.Constant):
+        return str(node.value)
+    if isinstance(node, ast.JoinedStr):
+        return ''.join(map(message_of, node.values))
+    if isinstance(node, ast.BinOp):
+        return message_of(node.left) + message_of(node.right)
+    if isinstance(node, ast.IfExp):
+        return f'{message_of(node.body)} {message_of(node.orelse)}'
+    return '{}'
+
+
+def usage_errors():
+    for path in sorted((ROOT / 'mmfgm').rglob('*.py')):
+        for node in ast.walk(ast.parse(path.read_text())) if '.mim' not in path.parts else ():
+            if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call):
+                if getattr(node.exc.func, 'id', '') == 'UsageError' and node.exc.args:
+                    yield f'{path.relative_to(ROOT)}:{node.lineno}', message_of(node.exc.args[0])
+
+
+def test_errors_say_what_to_do():
+    """What can be checked of "expected A, found B; do C": the fix, and plain English."""
+    messages = dict(usage_errors())
+    assert len(messages) > 300
+    for place, text in messages.items():
+        if set(text) <= set('{} '):  # all of it is made elsewhere
+            continue
+        assert not re.search(r'expected (is|are)\b|\bis no text\b|\bare no pictures\b', text), (
+            f'{place}: {text!r} is not English; write "expected A, found B"'
+        )
+        verbs = (
+            'expected|must|use|set|give|name|choose|raise|make|delete|need|needs|fill|take|cannot'
+        )
+        assert re.search(rf'[;:]|\.\s|\b({verbs})\b', text), f'{place}: {text!r} names no fix'

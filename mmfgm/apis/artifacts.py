@@ -32,7 +32,7 @@ def read_export(path: str) -> dict:
     if not is_export(path):
         found = _describe(path)
         raise UsageError(
-            f'{path!r} is {found}, expected is an export: a folder with {EXPORT_FILE}; make one'
+            f'{path!r} is {found}, expected an export: a folder with {EXPORT_FILE}; make one'
             ' with tools/export_diffusers.py CONFIG CHECKPOINT OUT, or use FGMInferencer(config,'
             ' checkpoint)'
         )
@@ -68,7 +68,7 @@ def check_checkpoint(path: str) -> None:
         )
     if is_export(path) or osp.isfile(osp.join(path, PIPELINE_FILE)):
         raise UsageError(
-            f'{path!r} is {_describe(path)}, expected is a training checkpoint: a .pth file, a'
+            f'{path!r} is {_describe(path)}, expected a training checkpoint: a .pth file, a'
             ' sharded directory, a work dir, or a .safetensors file of tools/merge_checkpoint.py'
         )
 

@@ -25,7 +25,7 @@ def config_path(name: str) -> str:
     if name.startswith('mmfgm::'):
         path = osp.join(osp.dirname(mmfgm.__file__), '.mim', 'configs', name[len('mmfgm::') :])
     if not osp.isfile(path):
-        raise UsageError(f'there is no config {name!r} (looked for {path!r})')
+        raise UsageError(f'there is no config {name!r} (looked for {path!r}); name an existing one')
     return path
 
 

@@ -84,7 +84,10 @@ class OneStepPipeline:
             self.inferencer.condition
         ]
         if list(given) != [expected]:
-            raise UsageError(f'this generator takes {expected}, and got {list(given) or "nothing"}')
+            raise UsageError(
+                f'this generator takes {expected}, and got {list(given) or "nothing"};'
+                f' give {expected}'
+            )
         if seeds is not None and generator is not None:
             raise UsageError('seeds and generator both choose the noise; give one of them')
         if generator is not None:

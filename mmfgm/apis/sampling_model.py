@@ -76,7 +76,7 @@ class SamplingModel:
         kind = MODELS.get(model.get('type', 'FGM'))
         if kind is None or not issubclass(kind, (FGM, FlowMatching)):
             raise UsageError(
-                f'model.type is {model.get("type")!r}; expected is FGM or FlowMatching, or a class'
+                f'model.type is {model.get("type")!r}; expected FGM or FlowMatching, or a class'
                 ' of yours that inherits from one'
             )
         if precision not in ('fp32', 'bf16'):

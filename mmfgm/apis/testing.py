@@ -113,7 +113,8 @@ def measure(
     unknown = set(evaluation or []) - set(entries)
     if unknown or not entries:
         raise UsageError(
-            f'the config has the evaluations {list(entries)}, not {sorted(unknown) or "any"}'
+            f'the config has the evaluations {list(entries)}, not {sorted(unknown) or "any"};'
+            ' name some of them with --evaluation'
         )
     entries = {name: entries[name] for name in evaluation or entries}
     networks = networks or list({entry.sampling.network: None for entry in entries.values()})

@@ -40,7 +40,9 @@ def as_seeds(seeds: int | Sequence[int] | None, count: int) -> list[int]:
         )
     wrong = [seed for seed in seeds if not is_int(seed) or not 0 <= seed < SEEDS]
     if wrong:
-        raise UsageError(f'seeds are whole numbers in [0, {SEEDS - 1}], not {wrong[0]!r}')
+        raise UsageError(
+            f'seeds are whole numbers in [0, {SEEDS - 1}], not {wrong[0]!r}; give such'
+        )
     return [int(seed) for seed in seeds]
 
 
@@ -48,7 +50,7 @@ def check_images(sample: Tensor) -> None:
     """Raise a UsageError unless a sample is a picture."""
     if sample.ndim != 3 or sample.shape[0] not in (1, 3):
         raise UsageError(
-            f'samples of shape {tuple(sample.shape)} are no pictures of 1 or 3 channels; ask for'
+            f'samples of shape {tuple(sample.shape)} are not pictures of 1 or 3 channels; ask for'
             " out='numpy' or out='tensor', and no grid"
         )
 

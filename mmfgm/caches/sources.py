@@ -35,7 +35,8 @@ def read_prompts(path: str, column: str) -> tuple[list[str], list[Any]]:
     }
     if extension not in readers:
         raise UsageError(
-            f'prompts come from {", ".join(readers)} files, but {path!r} is none of them'
+            f'prompts come from {", ".join(readers)} files, but {path!r} is none of them;'
+            ' convert it'
         )
     try:
         places, prompts = zip(*readers[extension](path, column))
@@ -46,7 +47,7 @@ def read_prompts(path: str, column: str) -> tuple[list[str], list[Any]]:
     except ValueError as e:
         if isinstance(e, UsageError):
             raise
-        raise UsageError(f'{path!r} holds no prompts') from e
+        raise UsageError(f'{path!r} holds no prompts; write some to it, or name another') from e
     return list(places), list(prompts)
 
 
@@ -63,7 +64,7 @@ def _read_jsonl(path, column):
                 items.append((f'line {number}', json.loads(line)[column]))
             except (ValueError, KeyError, TypeError) as e:
                 raise UsageError(
-                    f'{path!r}, line {number}: expected is an object with {column!r}, found '
+                    f'{path!r}, line {number}: expected an object with {column!r}, found '
                     f'{line.strip()[:80]!r} ({e!r}); correct it, or name the field with --column'
                 ) from e
     return items
@@ -141,7 +142,7 @@ class ImageFiles:
             if name.lower().endswith(SUFFIXES) and not name.split('/')[-1].startswith('.')
         )
         if not self.images:
-            raise UsageError(f'{path!r} holds no images; expected are {", ".join(SUFFIXES)} files')
+            raise UsageError(f'{path!r} holds no images; expected {", ".join(SUFFIXES)} files')
 
     def _index(self, tars: Sequence[str]) -> None:
         """Remember where each file lies, so that any can be read without the ones before it."""
@@ -178,7 +179,7 @@ def read_image(content: bytes, resolution: int) -> Tensor:
     try:
         image = ImageOps.exif_transpose(Image.open(io.BytesIO(content)))
         if image.mode.startswith(('I', 'F')):  # which PIL would clip
-            raise ValueError(f'mode {image.mode}, expected are 8-bit images')
+            raise ValueError(f'mode {image.mode}, expected 8-bit images')
         image = image.convert('RGB')
     except Exception as e:  # a damaged file can raise anything
         raise UsageError(f'cannot be read as an image ({e})') from e

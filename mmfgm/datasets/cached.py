@@ -60,7 +60,7 @@ def read_manifest(path: str, kind: str | None = None) -> dict:
         raise UsageError(f'{file!r} is damaged ({e!r}); make the cache again') from e
     if kind is not None and found != kind:
         raise UsageError(
-            f'{path!r} is a cache of {found}, expected is one of {kind}; name another folder or'
+            f'{path!r} is a cache of {found}, expected one of {kind}; name another folder or'
             ' data set'
         )
     return manifest
@@ -176,7 +176,7 @@ class ShardedCache(BatchDataset):
         size = osp.getsize(path) if osp.isfile(path) else None
         if size != entry['size']:
             raise UsageError(
-                f'{path!r} is missing or corrupted: it has {size} bytes, expected are'
+                f'{path!r} is missing or corrupted: it has {size} bytes, expected'
                 f' {entry["size"]}; delete it and run the tool that made it again, which makes only'
                 ' what is missing'
             )
@@ -219,7 +219,8 @@ class ShardedCache(BatchDataset):
         """The conditions of the empty prompt, for guidance."""
         if not self.manifest.get('null'):
             raise UsageError(
-                f'{self.path!r} was made without prompts, so it has no empty prompt either'
+                f'{self.path!r} was made without prompts, so it has no empty prompt either;'
+                ' make it again with prompts'
             )
         return {name: value[0] for name, value in self._prompts([(self._shard(NULL), 0)]).items()}
 

@@ -212,7 +212,7 @@ class ImageFolder(BatchDataset):
             if image.shape != (height, width, channels):
                 raise UsageError(
                     f'{self.path / self.names[index]} is {image.shape[1]}x{image.shape[0]} pixels,'
-                    f' expected is the {width}x{height} of {self.names[0]}; add Resize or'
+                    f' expected the {width}x{height} of {self.names[0]}; add Resize or'
                     ' CenterCrop to pipeline'
                 )
         x_0 = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
@@ -270,7 +270,7 @@ class ImageFolder(BatchDataset):
                     else type(image).__name__
                 )
                 raise UsageError(
-                    f'{self.path / self.names[index]}: expected are (H, W, 3) uint8 pixels all'
+                    f'{self.path / self.names[index]}: expected (H, W, 3) uint8 pixels all'
                     f' along the pipeline, but {type(transform).__name__} made {found}; remove it,'
                     ' as the model scales'
                 )
@@ -290,7 +290,7 @@ class ImageFolder(BatchDataset):
             ) from error
         if image.mode != 'RGB':
             raise UsageError(
-                f'{self.path / name} has mode {image.mode}, but expected is RGB; convert the file,'
+                f'{self.path / name} has mode {image.mode}, but expected RGB; convert the file,'
                 ' or set convert=True, which takes 8-bit images'
             )
         return pixels
@@ -363,6 +363,6 @@ def _build_pipeline(pipeline: Sequence[dict]) -> list[Callable[[dict], dict]]:
         ) as error:  # an unknown type, or whatever a transform thinks of its arguments
             raise UsageError(
                 f'pipeline: mmcv cannot build the transform {cfg} ({type(error).__name__}:'
-                f' {error}); expected is, for example, dict(type="Resize", scale=(32, 32))'
+                f' {error}); expected, for example, dict(type="Resize", scale=(32, 32))'
             ) from error
     return transforms

@@ -295,7 +295,7 @@ class Shapes(BatchDataset):
         super().__init__()
         if length < 1 or not tags or set(tags) - set(TAGS):
             raise UsageError(
-                f'expected are at least 1 item and tasks from {list(TAGS)}, but got {length} items'
+                f'expected at least 1 item and tasks from {list(TAGS)}, but got {length} items'
                 f' and tags={list(tags)}'
             )
         self.length, self.seed, self.tags, self.images = length, seed, tuple(tags), images

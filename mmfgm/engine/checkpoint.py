@@ -179,7 +179,7 @@ class CheckpointMixin:
                 does not fit.
         """
         if not osp.exists(filename):
-            raise UsageError(f'checkpoint {filename!r} does not exist')
+            raise UsageError(f'checkpoint {filename!r} does not exist; name an existing one')
         sharded = osp.isdir(filename)
         if self.sharded_checkpoints != sharded and (with_optimizer or not sharded):
             kind = 'a sharded directory' if sharded else 'a single file'

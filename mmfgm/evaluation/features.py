@@ -125,7 +125,7 @@ class InceptionV3:
             if images.ndim != 4 or images.shape[1] != 3:
                 raise UsageError(
                     'Inception takes images (N, 3, H, W), but the samples have shape'
-                    f' {tuple(images.shape)}'
+                    f' {tuple(images.shape)}; choose another feature'
                 )
             with full_precision():
                 self._last = (samples, self.network.to(images.device)(images))

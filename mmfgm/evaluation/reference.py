@@ -79,7 +79,7 @@ def load_reference(reference: str | dict, feature: Any, keep_features: bool = Fa
     if made_by != feature.name:
         raise UsageError(
             f'reference statistics {reference!r} are of the features {made_by!r}, not'
-            f' {feature.name!r}'
+            f' {feature.name!r}; make them with tools/fid_stats.py, or name others'
         )
     if keep_features and 'features' not in data:
         raise UsageError(
@@ -129,7 +129,7 @@ def _compute(dataset, feature: Any, keep_features: bool) -> Reference:
     if len(dataset) < max(2, world_size):
         raise UsageError(
             f'the reference {type(dataset).__name__} has {len(dataset)} samples, too few for'
-            ' statistics'
+            ' statistics; use more samples or fewer processes'
         )
     moments.all_reduce()
     if not keep_features:

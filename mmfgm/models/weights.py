@@ -257,7 +257,8 @@ def load_tensors(
     for key, value in expected.items():
         if key not in state:
             raise UsageError(
-                f'{wrong}tensor {key!r} of shape {tuple(value.shape)} is missing from it'
+                f'{wrong}tensor {key!r} of shape {tuple(value.shape)} is missing from it; make'
+                ' the network settings agree'
             )
         if state[key].shape != value.shape:
             raise UsageError(
@@ -266,5 +267,8 @@ def load_tensors(
             )
     for key in state:
         if key not in expected:
-            raise UsageError(f'{wrong}its tensor {key!r} has no place in the network')
+            raise UsageError(
+                f'{wrong}its tensor {key!r} has no place in the network; make the'
+                ' network settings agree'
+            )
     part.load_state_dict(state, strict=names is None)

@@ -215,7 +215,7 @@ def _run(args: argparse.Namespace) -> dict | None:
     cfg = load_config(args)
     if not cfg.get('pipeline'):
         raise UsageError(
-            f'the config {args.config!r} describes no pipeline; expected is'
+            f'the config {args.config!r} describes no pipeline; expected'
             ' pipeline=dict(type="DiffusersPipeline", ...), as in configs/geneval/sd3.py'
         )
     import gc

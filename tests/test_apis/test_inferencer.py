@@ -298,7 +298,7 @@ def test_bad_models(digits, shapes, tmp_path):
         FGMInferencer(_with(digits.config, {'model.teacher.checkpoint': '/nowhere/teacher'}))
     with pytest.raises(UsageError, match='nothing says how they are encoded: set text_encoder'):
         FGMInferencer(_with(shapes.config, {'text_encoder': None}), shapes.weights)
-    with pytest.raises(UsageError, match="model.type is 'Generator'; expected is FGM"):
+    with pytest.raises(UsageError, match="model.type is 'Generator'; expected FGM"):
         FGMInferencer(_with(digits.config, {'model.type': 'Generator'}), digits.weights)
     with pytest.raises(UsageError, match='FlowMatching has no network without weights'):
         FGMInferencer('mmfgm::reflow/digits.py')

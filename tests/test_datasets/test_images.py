@@ -281,7 +281,7 @@ def test_sizes_differ(folder):
     dataset = ImageFolder(folder)
     assert len(dataset.__getitems__([0, 1, 3, 4])['x_0']) == 4
     with pytest.raises(
-        UsageError, match=r'b/1\.png is 8x5 pixels.*expected is the 8x6 of a/1\.png; add Resize'
+        UsageError, match=r'b/1\.png is 8x5 pixels.*expected the 8x6 of a/1\.png; add Resize'
     ):
         dataset.__getitems__([0, 2])
     assert ImageFolder(folder, pipeline=[dict(type='Resize', scale=(4, 3))])[2]['x_0'].shape == (
@@ -298,7 +298,7 @@ def test_modes(folder, mode):
     deep = Image.fromarray(PIXELS[2, ..., 0].astype('uint16') * 256)
     (deep if mode == 'I;16' else Image.fromarray(PIXELS[2]).convert(mode)).save(folder / name)
     with pytest.raises(
-        UsageError, match=rf'{name} has mode {mode}, but expected is RGB.*convert=True'
+        UsageError, match=rf'{name} has mode {mode}, but expected RGB.*convert=True'
     ):
         ImageFolder(folder, labels=False)[2]
     if mode == 'I;16':
@@ -350,7 +350,7 @@ def test_flip(folder):
         ('Resize', 'mmcv cannot build.*Resize'),
         (
             dict(type='Normalize', mean=[0] * 3, std=[1] * 3),
-            r'a/1\.png: expected are \(H, W, 3\) uint8.*Normalize made float',
+            r'a/1\.png: expected \(H, W, 3\) uint8.*Normalize made float',
         ),
     ],
 )

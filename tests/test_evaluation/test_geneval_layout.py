@@ -151,8 +151,8 @@ def test_we_read_the_references(tmp_path):
 @pytest.mark.parametrize(
     'text, message',
     [
-        ('{"tag": "single_object",\n "include": [}', 'line 2: expected is one JSON object'),
-        (json.dumps(ROWS[0]) + '\n' + json.dumps(ROWS[1]), 'line 2: expected is one JSON object'),
+        ('{"tag": "single_object",\n "include": [}', 'line 2: expected one JSON object'),
+        (json.dumps(ROWS[0]) + '\n' + json.dumps(ROWS[1]), 'line 2: expected one JSON object'),
         ('{"tag": "single_object", "prompt": "x"}', "line 1: 'include' is missing"),
         (
             '{"tag": "colors", "include": [{"class": "cat", "count": 1}]}',
@@ -196,9 +196,7 @@ def test_images_that_are_not_there(tmp_path):
     assert len(scan_folder(str(tmp_path / 'empty'))[1]) == 4
     with pytest.raises(UsageError, match='hold no images'):
         scan_folder(str(tmp_path / 'empty'), 0)
-    with pytest.raises(
-        UsageError, match="00000/samples' has 3 images, expected are 2.*--num-samples"
-    ):
+    with pytest.raises(UsageError, match="00000/samples' has 3 images, expected 2.*--num-samples"):
         scan_folder(str(tmp_path), 2)
     (tmp_path / '00002' / 'metadata.jsonl').unlink()
     with pytest.raises(UsageError, match='00002/metadata.jsonl cannot be read'):

@@ -229,7 +229,7 @@ def test_the_right_family_is_found(sd3, tiny, tmp_path):
     assert find(sd3) is FAMILIES['sd3'] and find(tiny) is FAMILIES['tiny']
     assert family_of('TinyNet') is FAMILIES['tiny'] and family_of('AdaLNMLP') is None
     (tmp_path / 'model_index.json').write_text('{"_class_name": "OtherPipeline"}')
-    with pytest.raises(UsageError, match='is a OtherPipeline, expected is a StableDiffusion3'):
+    with pytest.raises(UsageError, match='is a OtherPipeline, expected a StableDiffusion3'):
         find(str(tmp_path))
 
 

@@ -81,7 +81,7 @@ def test_latents_are_the_vaes_mean_shifted_and_scaled(sd3, images, tmp_path):
         CachedLatents(str(out), (16, 16, 16))
     with pytest.raises(UsageError, match='cache of other models: vae.weights is'):
         CachedLatents(str(out), identity=dict(vae=dict(identify(vae), weights='00000000')))
-    with pytest.raises(UsageError, match='is a cache of latents, expected is one of prompts'):
+    with pytest.raises(UsageError, match='is a cache of latents, expected one of prompts'):
         CachedPrompts(str(out))
 
 

@@ -220,7 +220,7 @@ def test_other_encoders_prompts_or_settings_are_refused(sd3, prompts, tmp_path):
     assert CachedPrompts(out, identity=identity)[4]['idx'] == 4
     encoder = find(other).encoder(other, dtype='bfloat16', max_length=32)
     with pytest.raises(
-        UsageError, match=r'a cache of other encoders: text_encoder\.weights is \w{8}, expected is'
+        UsageError, match=r'a cache of other encoders: text_encoder\.weights is \w{8}, expected'
     ):
         CachedPrompts(out, identity=identity_of(encoder))
     with pytest.raises(UsageError, match='other encoders: text_encoder_3'):
@@ -237,7 +237,7 @@ def test_other_encoders_prompts_or_settings_are_refused(sd3, prompts, tmp_path):
     with open(prompts, 'a') as f:
         f.write('another\n')
     with pytest.raises(
-        UsageError, match='begun with something else: source.count is 5, expected is 6'
+        UsageError, match='begun with something else: source.count is 5, expected 6'
     ):
         cache_prompts([prompts, out, '--model', sd3, *SMALL])
 
@@ -280,7 +280,7 @@ def test_prompt_files(tmp_path, monkeypatch):
     (tmp_path / 'latin.txt').write_bytes(b'caf\xe9')
     monkeypatch.setitem(sys.modules, 'pyarrow', None)
     for name, column, match in (
-        ('a.jsonl', 'text', "line 1: expected is an object with 'text'"),
+        ('a.jsonl', 'text', "line 1: expected an object with 'text'"),
         ('b.jsonl', 'prompt', 'line 2: '),
         ('a.csv', 'text', "no column 'text', but .*prompt"),
         ('empty.txt', '', 'no prompts'),
@@ -317,7 +317,7 @@ def test_models_that_are_not_sd3(sd3, prompts, tmp_path, monkeypatch):
     other = tmp_path / 'other'
     other.mkdir()
     (other / 'model_index.json').write_text('{"_class_name": "StableDiffusionXLPipeline"}')
-    refused(other, 'is a StableDiffusionXLPipeline, expected is a StableDiffusion3Pipeline')
+    refused(other, 'is a StableDiffusionXLPipeline, expected a StableDiffusion3Pipeline')
     part = make_tiny_sd3(tmp_path / 'part')
     os.remove(f'{part}/text_encoder_2/model.safetensors')
     refused(part, 'not a whole Stable Diffusion 3.* folder.*download all')

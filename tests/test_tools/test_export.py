@@ -46,10 +46,10 @@ def names(digits, sd3, sd3_folder, tmp_path_factory):
     'argv, message',
     [
         ('CONFIG nowhere.pth', "checkpoint 'nowhere.pth' does not exist"),
-        ('CONFIG EXPORT', 'is an export already, expected is a training checkpoint'),
+        ('CONFIG EXPORT', 'is an export already, expected a training checkpoint'),
         (
             'CONFIG BASE',
-            'is a diffusers pipeline that is no export of ours, expected is a training checkpoint',
+            'is a diffusers pipeline that is no export of ours, expected a training checkpoint',
         ),
         ('CONFIG TEACHER', 'has no network'),
         (
@@ -127,10 +127,10 @@ def test_nothing_is_overwritten(names, tmp_path, capsys):
 def test_a_checkpoint_where_an_export_belongs(names, word, found):
     with pytest.raises(
         UsageError,
-        match=f'is {found}.*expected is an export.*tools/export_diffusers.py CONFIG CHECKPOINT OUT',
+        match=f'is {found}.*expected an export.*tools/export_diffusers.py CONFIG CHECKPOINT OUT',
     ):
         OneStepPipeline.from_pretrained(str(names.get(word, word)))
-    with pytest.raises(UsageError, match='expected is an export'):
+    with pytest.raises(UsageError, match='expected an export'):
         FGMInferencer(None, str(names.get(word, word)))
 
 

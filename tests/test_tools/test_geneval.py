@@ -370,7 +370,7 @@ def test_prompts_and_summary(config, images, tmp_path, capsys):
     'args, message',
     [
         (['score', 'IMAGES/00000'], 'holds no folders named by digits'),
-        (['score', 'IMAGES', '--num-samples', '2'], 'has 3 images, expected are 2'),
+        (['score', 'IMAGES', '--num-samples', '2'], 'has 3 images, expected 2'),
         (['score', 'IMAGES', '--num-samples', '-1'], '--num-samples must be at least 0'),
         (['score', 'IMAGES', '--batch-size', '0'], '--batch-size must be at least 1'),
         (

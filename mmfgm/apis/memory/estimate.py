@@ -53,7 +53,7 @@ class Plan:
         if name not in known or gpus < 1 or (name == known[0] and gpus > 1):
             raise UsageError(
                 f'memory is known for the strategies {known} and the first for one GPU only, but'
-                f' the config and --gpus say {name} on {gpus} GPU(s)'
+                f' the config and --gpus say {name} on {gpus} GPU(s); choose one of them'
             )
         precision = strategy.get('precision', 'fp32')
         if precision not in PRECISIONS:
@@ -166,7 +166,10 @@ def gathered_bytes(networks: dict[str, nn.Module], trained: Sequence[str], plan:
     if not any(
         type(m).__name__ in plan.block_types for m in next(iter(networks.values())).modules()
     ):
-        raise UsageError(f'strategy.block_types={plan.block_types} matches no layer of the network')
+        raise UsageError(
+            f'strategy.block_types={plan.block_types} matches no layer of the network; name the class'
+            ' of its repeated blocks'
+        )
     itemsize = 2 if plan.precision == 'bf16' else 4
     largest = 0
     for name, network in networks.items():
@@ -230,7 +233,8 @@ def estimate(cfg: Config, gpus: int, batch_size: int | None = None) -> Memory:
     missing = [key for key in ('model', 'optim_wrapper', 'train_dataloader') if not cfg.get(key)]
     if missing:
         raise UsageError(
-            f'the config has no {", ".join(missing)}, so it does not say what training takes'
+            f'the config has no {", ".join(missing)}, so it does not say what training takes; name'
+            ' the config of a training'
         )
     batch_size = cfg.train_dataloader.get('batch_size', 1) if batch_size is None else batch_size
     if batch_size < 1:

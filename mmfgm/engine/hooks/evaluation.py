@@ -40,7 +40,7 @@ class EvaluationHook(Hook):
                 if key not in known:
                     raise UsageError(
                         f'default_hooks.checkpoint.save_best names {key!r}, but the evaluations'
-                        f' measure {known}'
+                        f' measure {known}; name one of these'
                     )
 
     def _due(self, iteration: int) -> list[str]:

@@ -65,7 +65,8 @@ class DiffusersPipeline:
         if scheduler is not None and not hasattr(diffusers_module(), scheduler.get('type', '')):
             raise UsageError(
                 f'diffusers {diffusers_module().__version__} has no scheduler'
-                f' {scheduler.get("type")!r}, which pipeline.scheduler.type names'
+                f' {scheduler.get("type")!r}, which pipeline.scheduler.type names; choose'
+                ' another'
             )
         self.pretrained, self.call, self.dtype, self.batch_size = (
             pretrained,
@@ -97,7 +98,7 @@ class DiffusersPipeline:
         if self.network is None:
             raise UsageError(
                 f'{type(self.pipeline).__name__} has neither a transformer nor a unet, whose calls'
-                ' are counted'
+                ' are counted; name a pipeline with one'
             )
         if self.lora:
             self._fuse(**self.lora)
@@ -112,7 +113,7 @@ class DiffusersPipeline:
         if unknown:
             raise UsageError(
                 f'{type(self.pipeline).__name__} takes no {", ".join(unknown)}, which pipeline.call'
-                ' sets'
+                ' sets; leave it out'
             )
         self.pipeline.set_progress_bar_config(disable=True)
         self.pipeline.to(device)

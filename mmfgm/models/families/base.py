@@ -63,7 +63,7 @@ class PromptEncoder(ABC):
         return {
             i: 'is empty'
             if prompt is None or isinstance(prompt, str)
-            else f'is no text but {prompt!r:.40}'
+            else f'is not text but {prompt!r:.40}'
             for i, prompt in enumerate(prompts)
             if not isinstance(prompt, str) or not prompt.strip()
         }

@@ -72,7 +72,7 @@ def load_or_explain(load: Callable[[], Any], model: str, kind: str) -> Any:
     """
     if not osp.isdir(model) and not re.fullmatch(r'[\w.-]+/[\w.-]+', model):
         raise UsageError(
-            f'there is no folder {model!r}, and it is no id on the hub either; expected is'
+            f'there is no folder {model!r}, and it is no id on the hub either; expected'
             ' OWNER/NAME, such as stabilityai/stable-diffusion-3-medium-diffusers'
         )
     try:

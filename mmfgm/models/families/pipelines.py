@@ -39,7 +39,7 @@ class PipelineStep(NamedTuple):
         """
         if type(scheduler).__name__ != 'FlowMatchEulerDiscreteScheduler':
             raise UsageError(
-                f'the base pipeline has a {type(scheduler).__name__}, expected is its '
+                f'the base pipeline has a {type(scheduler).__name__}, expected its '
                 'FlowMatchEulerDiscreteScheduler; name a base as it was published'
             )
 
@@ -100,7 +100,7 @@ def read_index(pretrained: str) -> tuple[dict[str, Any], Family]:
         if family.recognises(index):
             return index, family
     known = ' or '.join(f'a {name}Pipeline' for f in FAMILIES.values() for name in f.pipelines)
-    raise UsageError(f'{pretrained!r} is a {index.get("_class_name")}, expected is {known}')
+    raise UsageError(f'{pretrained!r} is a {index.get("_class_name")}, expected {known}')
 
 
 def find(pretrained: str) -> Family:
@@ -167,7 +167,7 @@ class DiffusersFamily(Family):
         index, found = read_index(pretrained)
         if found is not self:
             raise UsageError(
-                f'{pretrained!r} is a {index["_class_name"]}, expected is a {self.title} pipeline,'
+                f'{pretrained!r} is a {index["_class_name"]}, expected a {self.title} pipeline,'
                 ' as the network of the config is; name another base'
             )
         local = pretrained

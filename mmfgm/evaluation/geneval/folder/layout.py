@@ -86,11 +86,11 @@ def _read_metadata(path: str) -> dict:
         return row
     except json.JSONDecodeError as e:
         raise UsageError(
-            f'{path}, line {e.lineno}: expected is one JSON object in this file, but: {e.msg}'
+            f'{path}, line {e.lineno}: expected one JSON object in this file, but: {e.msg}'
         ) from e
     except (OSError, UnicodeDecodeError) as e:
         raise UsageError(
-            f'{path} cannot be read: {e}; expected is it beside the folder {SAMPLES}'
+            f'{path} cannot be read: {e}; expected it beside the folder {SAMPLES}'
         ) from e
     except UsageError as e:
         raise UsageError(f'{path}, line 1: {e}') from None
@@ -121,7 +121,7 @@ def scan_folder(folder: str, num_samples: int = 4) -> tuple[list[Entry], list[En
         raise UsageError(f'the folder {folder!r} cannot be read: {e}') from e
     if not names:
         raise UsageError(
-            f'{folder!r} holds no folders named by digits; expected are'
+            f'{folder!r} holds no folders named by digits; expected'
             f' {osp.join(folder, "00000", METADATA)}, {osp.join(folder, image_name(0, 0))} and'
             ' so on'
         )
@@ -137,7 +137,7 @@ def scan_folder(folder: str, num_samples: int = 4) -> tuple[list[Entry], list[En
         entries += [Entry(f'{name}/{SAMPLES}/{file}', row) for file in files]
         if num_samples and len(files) > num_samples:
             raise UsageError(
-                f'{samples!r} has {len(files)} images, expected are {num_samples}: remove what does'
+                f'{samples!r} has {len(files)} images, expected {num_samples}: remove what does'
                 ' not belong there, or say how many there are with --num-samples (0: any number)'
             )
         taken = {int(re.match(r'\d+', file)[0]) for file in files}
@@ -148,7 +148,7 @@ def scan_folder(folder: str, num_samples: int = 4) -> tuple[list[Entry], list[En
         ]
     if not entries and not missing:
         raise UsageError(
-            f'the folders of {folder!r} hold no images; expected are'
+            f'the folders of {folder!r} hold no images; expected'
             f' {osp.join(folder, image_name(0, 0))} and so on'
         )
     return entries, missing
@@ -191,7 +191,7 @@ def read_results(path: str) -> list[dict]:
                     lacking = [key for key in RESULT_KEYS if key not in rows[-1]]
                     if lacking:
                         raise UsageError(
-                            f'{path}, line {number}: lacks {", ".join(lacking)}; expected are the'
+                            f'{path}, line {number}: lacks {", ".join(lacking)}; expected the'
                             ' results of GenEval, a row for each image'
                         )
     except (OSError, UnicodeDecodeError) as e:
@@ -199,7 +199,7 @@ def read_results(path: str) -> list[dict]:
     except (json.JSONDecodeError, TypeError) as e:
         raise UsageError(f'{path}, line {number}: not a JSON object: {e}') from e
     if not rows:
-        raise UsageError(f'{path} has no rows')
+        raise UsageError(f'{path} has no rows; score the images again')
     return rows
 
 

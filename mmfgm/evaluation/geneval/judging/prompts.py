@@ -132,7 +132,7 @@ def check_clauses(row: dict) -> None:
         raise UsageError(f'expected an object with tag, include and prompt, but found {row!r}')
     for key in ('tag', 'include'):
         if key not in row:
-            raise UsageError(f'{key!r} is missing in {row}')
+            raise UsageError(f'{key!r} is missing in {row}; add it')
     for key in ('include', 'exclude'):
         clauses = row.get(key, [])
         if not isinstance(clauses, (list, tuple)):
@@ -190,7 +190,7 @@ def check_row(row: dict) -> None:
     """
     check_clauses(row)
     if 'prompt' not in row:
-        raise UsageError(f"'prompt' is missing in {row}")
+        raise UsageError(f"'prompt' is missing in {row}; add it")
     for key in ('tag', 'prompt'):
         if not isinstance(row[key], str):
             raise UsageError(f'{key!r} must be a text, but is {row[key]!r}')

@@ -48,7 +48,8 @@ class SD3(nn.Module):
         if (pretrained is None) == (config is None):
             raise UsageError(
                 "SD3 takes either pretrained (a pipeline in diffusers' format) or config (of a"
-                f' random initialisation), but got pretrained={pretrained!r}, config={config!r}'
+                f' random initialisation), but got pretrained={pretrained!r}, config={config!r};'
+                ' set one of them'
             )
         cls = diffusers_module().SD3Transformer2DModel
         if pretrained is None:
