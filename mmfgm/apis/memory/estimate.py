@@ -167,8 +167,8 @@ def gathered_bytes(networks: dict[str, nn.Module], trained: Sequence[str], plan:
         type(m).__name__ in plan.block_types for m in next(iter(networks.values())).modules()
     ):
         raise UsageError(
-            f'strategy.block_types={plan.block_types} matches no layer of the network; name the class'
-            ' of its repeated blocks'
+            f'strategy.block_types={plan.block_types} matches no layer of the network; name the'
+            ' class of its repeated blocks'
         )
     itemsize = 2 if plan.precision == 'bf16' else 4
     largest = 0
