@@ -218,10 +218,11 @@ def config_difference(cfg: Config, base: Config) -> list[tuple[str, str | None, 
         for key in sorted({*ours, *theirs})
         if key not in ours or key not in theirs or ours[key] != theirs[key]
     ]
-    return [
-        (key, *(repr(side[key]) if key in side else None for side in (theirs, ours)))  # type: ignore[misc]
-        for key in differing
-    ]
+
+    def value(side: dict[str, Any], key: str) -> str | None:
+        return repr(side[key]) if key in side else None
+
+    return [(key, value(theirs, key), value(ours, key)) for key in differing]
 
 
 def closest_packaged_config(cfg: Config) -> tuple[str, Config] | None:

@@ -25,7 +25,10 @@ from .base import Frame, Mask2FormerDetector
 from .mmdet_speed import fast_deformable_attention, forward_head
 
 CONFIG = 'mask2former_swin-s-p4-w7-224_8xb2-lsj-50e_coco'
-CHECKPOINT = f'https://download.openmmlab.com/mmdetection/v3.0/mask2former/{CONFIG}/{CONFIG}_20220504_001756-c9d0c4f2.pth'
+CHECKPOINT = (
+    f'https://download.openmmlab.com/mmdetection/v3.0/mask2former/{CONFIG}/'
+    f'{CONFIG}_20220504_001756-c9d0c4f2.pth'
+)
 # how the SHA-256 of the weights begins, by their file names: of mmdet 3.x and of 2.x, which are the
 # same training
 PUBLISHED = ('c9d0c4f2', '743b7d99')

@@ -4,7 +4,6 @@ less time."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -62,8 +61,12 @@ def fast_deformable_attention() -> Iterator[None]:
     """While it lasts, mmcv's modules use ours where they would use mmcv's PyTorch spelling."""
     from mmcv.ops import multi_scale_deform_attn as ops
 
-    with mock.patch.object(ops, 'multi_scale_deformable_attn_pytorch', deformable_attention):
+    theirs = ops.multi_scale_deformable_attn_pytorch
+    ops.multi_scale_deformable_attn_pytorch = deformable_attention
+    try:
         yield
+    finally:
+        ops.multi_scale_deformable_attn_pytorch = theirs
 
 
 def forward_head(
