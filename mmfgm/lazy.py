@@ -6,7 +6,9 @@ diffusers or MMEngine that way.
 """
 
 import importlib
-from collections.abc import Callable, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 
@@ -33,3 +35,16 @@ def attach(
         return public
 
     return __getattr__, __dir__, public
+
+
+@contextmanager
+def absent(package: str) -> Iterator[None]:
+    """While this lasts, importing ``package`` fails, unless it was imported before."""
+    known = package in sys.modules
+    if not known:
+        sys.modules[package] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        if not known:
+            del sys.modules[package]

@@ -8,7 +8,6 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torchvision.utils import make_grid
 
 from mmfgm.errors import UsageError
 from mmfgm.evaluation import to_uint8
@@ -74,4 +73,7 @@ def draw_grid(samples: Sequence[Tensor], nrow: int) -> np.ndarray:
     """Pictures ``(C, H, W)`` in [-1, 1] side by side, ``nrow`` in a row: uint8 ``(H, W, 3)``."""
     check_images(samples[0])
     images = torch.stack([to_uint8(sample) for sample in samples])
+    # imported late, as it takes over a second
+    from torchvision.utils import make_grid
+
     return make_grid(images, nrow=nrow, padding=1, pad_value=255).permute(1, 2, 0).numpy()

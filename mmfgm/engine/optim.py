@@ -2,6 +2,8 @@
 import copy
 
 from mmengine.optim import DefaultOptimWrapperConstructor, OptimWrapper, OptimWrapperDict
+from mmengine.optim.optimizer.builder import register_transformers_optimizers
+from mmengine.registry import OPTIMIZERS
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
@@ -98,6 +100,9 @@ class PerNetworkConstructor:
                 f'{where}.optimizer.betas must be floats, but is {tuple(betas)}; write 0.0 instead'
                 ' of 0'
             )
+        if optimizer.get('type') == 'Adafactor' and 'Adafactor' not in OPTIMIZERS:
+            # left out at start-up, see mmfgm/registry.py
+            register_transformers_optimizers()
         cfg = dict(cfg)
         cfg.setdefault('type', NetworkOptimWrapper)
         wrapper = DefaultOptimWrapperConstructor(cfg, cfg.pop('paramwise_cfg', None))(

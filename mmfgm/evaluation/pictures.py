@@ -8,7 +8,6 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
-from torchvision.utils import make_grid
 
 from .features import to_uint8
 
@@ -47,6 +46,9 @@ def draw_panels(panels: dict[str, Tensor], nrow: int = 8, limit: float | None = 
             ax.scatter(*samples.T, s=1, alpha=0.4, linewidths=0)
             ax.set(xlim=(-limit, limit), ylim=(-limit, limit), aspect='equal')
         elif samples.ndim == 4 and samples.shape[1] in (1, 3):
+            # imported late, as it takes over a second
+            from torchvision.utils import make_grid
+
             grid = make_grid(to_uint8(samples), nrow=nrow, padding=1, pad_value=255)
             ax.imshow(grid.permute(1, 2, 0).numpy(), interpolation='nearest')
             ax.axis('off')

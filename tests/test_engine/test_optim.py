@@ -111,3 +111,10 @@ def test_ema_is_the_recursion(ramp_up):
             assert torch.equal(
                 getattr(runner.model, name).running_mean, runner.model.net.running_mean
             )
+
+
+def test_adafactor_is_there_for_those_who_ask():
+    """MMEngine would import transformers for it at every start."""
+    cfg = dict(optimizer=dict(type='Adafactor', lr=1e-3, relative_step=False))
+    wrappers = PerNetworkConstructor(dict(online=cfg, generator=adam()))(Pair())
+    assert type(wrappers['online'].optimizer).__name__ == 'Adafactor'

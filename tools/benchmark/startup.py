@@ -60,7 +60,7 @@ def measure(command: list[str], repeats: int) -> tuple[float, float]:
 def measure_training(repeats: int) -> dict[str, float]:
     """Seconds of imports, of building, and until the first iteration of a training has ended."""
     python = [sys.executable, '-c']
-    imports = measure([*python, 'import torch, mmengine; import mmengine.runner'], repeats)[0]
+    imports = measure([*python, 'import torch, mmengine'], repeats)[0]
     building, first = [], []
     for _ in range(repeats):
         with tempfile.TemporaryDirectory() as folder:
