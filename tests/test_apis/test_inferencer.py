@@ -148,7 +148,7 @@ def test_points(toy):
         GenerationDataset(5).__getitems__(range(5)), Sampling('generator_ema')
     )
     np.testing.assert_allclose(np.stack(points), expected.numpy(), rtol=1e-5, atol=1e-5)
-    with pytest.raises(UsageError, match=r"no pictures .* ask for out='numpy'"):
+    with pytest.raises(UsageError, match=r"not pictures .* ask for out='numpy'"):
         inferencer(2)
     with pytest.raises(UsageError, match='give the number of samples'):
         inferencer('a cat')

@@ -208,7 +208,7 @@ def test_what_is_not_said_is_as_the_config_samples(shapes, argv, main, teacher):
         ('EXPORT --labels 3 --compare', '--compare needs the teacher'),
         ('SHAPES SHAPES_WEIGHTS --num-samples 3', 'this model takes prompts: give --prompt'),
         ('SHAPES SHAPES_WEIGHTS --prompt dragon', "the word 'dragon' of the prompt"),
-        ('TOY TOY_WEIGHTS --num-samples 3', 'no pictures of 1 or 3 channels'),
+        ('TOY TOY_WEIGHTS --num-samples 3', 'not pictures of 1 or 3 channels'),
     ],
 )
 def test_bad_input(digits, shapes, toy, export, tmp_path, capsys, argv, message):
