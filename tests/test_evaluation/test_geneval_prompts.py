@@ -92,6 +92,8 @@ def test_read_what_was_written(tmp_path):
         (dict(tag='mine', prompt='a photo'), "'include' is missing"),
         (dict(tag='mine', include=[CUP]), "'prompt' is missing"),
         (dict(tag='mine', include=[CUP], prompt=3), "'prompt' must be a text"),
+        (dict(tag='../../x', include=[CUP], prompt='a cup'), "'tag' must be letters"),
+        (dict(tag='', include=[CUP], prompt='a cup'), "'tag' must be letters"),
         (dict(tag='mine', include=CUP, prompt='a photo'), "'include' must be a list"),
         (row({'class': 'cup'}), r"include\[0\] lacks 'count'"),
         (row({**CUP, 'count': '2'}), "'count' of .*'2'"),

@@ -3,6 +3,7 @@
 user's own."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -194,6 +195,11 @@ def check_row(row: dict) -> None:
     for key in ('tag', 'prompt'):
         if not isinstance(row[key], str):
             raise UsageError(f'{key!r} must be a text, but is {row[key]!r}')
+    # sheets of pictures are files of this name
+    if not re.fullmatch(r'[\w-]+', row['tag']):
+        raise UsageError(
+            f"'tag' must be letters, digits, _ and - alone, but is {row['tag'][:80]!r}; rename it"
+        )
     for key in ('include', 'exclude'):
         for index, clause in enumerate(row.get(key, [])):
             if clause['class'] not in OBJECT_NAMES:
