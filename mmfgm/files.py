@@ -139,14 +139,7 @@ def whole_folder(out: str, force: bool, marker: str) -> Iterator[str]:
         UsageError: If ``out`` exists and may not be replaced, or cannot be written.
     """
     out = osp.normpath(out)
-    if osp.lexists(out) and not force:
-        raise UsageError(f'{out!r} exists; replace it with --force, or name another')
-    empty = osp.isdir(out) and not os.listdir(out)
-    if osp.lexists(out) and not osp.isfile(osp.join(out, marker)) and not empty:
-        raise UsageError(
-            f'{out!r} holds no {marker}, so it was not written by this tool, and --force does not'
-            ' delete it; name another folder'
-        )
+    _check_replaceable(out, force, marker)
     unfinished = f'{out}.{uuid.uuid4().hex}.tmp'
     try:
         os.makedirs(unfinished)
@@ -156,6 +149,8 @@ def whole_folder(out: str, force: bool, marker: str) -> Iterator[str]:
         ) from e
     try:
         yield unfinished
+        # something may have taken the name meanwhile
+        _check_replaceable(out, force, marker)
         replace_folder(unfinished, out)
     except UsageError:
         raise
@@ -184,6 +179,17 @@ def check_work_dir(work_dir: str) -> None:
             f'work_dir {work_dir!r} cannot be written to: {e.strerror or e}; choose another with'
             ' --work-dir'
         ) from e
+
+
+def _check_replaceable(out: str, force: bool, marker: str) -> None:
+    if osp.lexists(out) and not force:
+        raise UsageError(f'{out!r} exists; replace it with --force, or name another')
+    empty = osp.isdir(out) and not os.listdir(out)
+    if osp.lexists(out) and not osp.isfile(osp.join(out, marker)) and not empty:
+        raise UsageError(
+            f'{out!r} holds no {marker}, so it was not written by this tool, and --force does not'
+            ' delete it; name another folder'
+        )
 
 
 def _is_about_writing(error: Exception, out: str) -> bool:

@@ -126,3 +126,14 @@ def test_only_what_fails_in_writing_is_about_the_folder(out, tmp_path):
     ):
         raise full
     assert (out / 'marker').read_text() == 'old' and os.listdir(tmp_path) == ['out']
+
+
+@pytest.mark.parametrize('force', [False, True])
+def test_what_takes_the_name_meanwhile_is_not_replaced(force, tmp_path):
+    out = tmp_path / 'out'
+    with pytest.raises(UsageError, match='exists' if not force else 'holds no marker'):
+        with whole_folder(str(out), force, 'marker') as unfinished:
+            (tmp_path / os.path.basename(unfinished) / 'marker').write_text('ours')
+            out.mkdir()
+            (out / 'thesis.txt').write_text("somebody else's")
+    assert [path.name for path in tmp_path.rglob('*')] == ['out', 'thesis.txt']
