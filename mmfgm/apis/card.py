@@ -27,11 +27,9 @@ def describe_source(cfg: Config, checkpoint: str, network: str) -> dict[str, Any
     extras = osp.join(checkpoint, EXTRAS) if osp.isdir(checkpoint) else checkpoint
     known = {} if extras.endswith('.safetensors') or not osp.isfile(extras) else read_pickle(extras)
     last = known.get('message_hub', {}).get('runtime_info', {}).get('iter')
-    iterations, metrics, run = (
-        None if last is None else last + 1,
-        {},
-        osp.dirname(osp.abspath(checkpoint)),
-    )
+    iterations = None if last is None else last + 1
+    metrics = {}
+    run = osp.dirname(osp.abspath(checkpoint))
     if iterations and is_work_dir(run):
         read = read_run(run)
         measured = {
@@ -104,7 +102,8 @@ def write_card(
         base (str, optional): Name of the pipeline that the other parts come from.
         licence (dict[str, str], optional): Of the base, see :func:`find_licence`.
     """
-    library, licence = 'diffusers' if base else 'mmfgm', licence or {}
+    library = 'diffusers' if base else 'mmfgm'
+    licence = licence or {}
     stated = ', '.join(licence[key] for key in LICENCE_FIELDS if key in licence)
     stated = stated or (
         f'see {licence["file"]}' if licence else 'not stated there; it holds for these weights too'

@@ -220,7 +220,8 @@ class Demo:
         return blocks.queue(default_concurrency_limit=1)
 
     def _condition_input(self):
-        gr, kind = self.gradio, self.inferencer.condition
+        gr = self.gradio
+        kind = self.inferencer.condition
         if kind == 'prompts':
             return gr.Textbox(
                 label='Prompt', lines=2, max_lines=4, submit_btn=False, elem_id='condition'

@@ -97,7 +97,8 @@ class FGMInferencer(BaseInferencer):
                 f'the config has no model, but {list(cfg)}; start from one of ours, for example '
                 "'mmfgm::fgm/digits.py'"
             )
-        self.precision, self._lock = precision, threading.Lock()
+        self.precision = precision
+        self._lock = threading.Lock()
         self._encoded: tuple[tuple[str, ...], dict[str, Tensor]] = ((), {})
         self._empty: dict[str, Tensor] = {}
         self._family: Family | None = None

@@ -86,8 +86,10 @@ def run_quickstart(
         pretrain_iters (int, optional), distill_iters (int, optional): Default to the configs'.
         num_samples (int): Samples per measurement.
     """
-    teacher_dir, fgm_dir = osp.join(folder, 'teacher'), osp.join(folder, 'fgm')
-    teacher, fgm = _config_path('reflow/digits.py'), _config_path('fgm/digits.py')
+    teacher_dir = osp.join(folder, 'teacher')
+    fgm_dir = osp.join(folder, 'fgm')
+    teacher = _config_path('reflow/digits.py')
+    fgm = _config_path('fgm/digits.py')
     # the teacher is measured once, at the end
     pretrain = train_stage(teacher, teacher_dir, pretrain_iters, {'evaluations.fd.interval': 0})
     distill = train_stage(

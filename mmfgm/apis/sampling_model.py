@@ -81,8 +81,12 @@ class SamplingModel:
             )
         if precision not in ('fp32', 'bf16'):
             raise UsageError(f"precision must be 'fp32' or 'bf16', but is {precision!r}")
-        self.model, self.weights, self.export, self._null = model, weights, export, null
-        self.kind, self.distilled = kind, issubclass(kind, FGM)
+        self.model = model
+        self.weights = weights
+        self.export = export
+        self._null = null
+        self.kind = kind
+        self.distilled = issubclass(kind, FGM)
         self.device = torch.device(device)
         self.precision = bf16_autocast(self.device.type) if precision == 'bf16' else nullcontext
         self._preprocess = BaseDataPreprocessor().to(self.device)
@@ -167,7 +171,8 @@ class SamplingModel:
                 f'the {name} of the config makes samples of shape {part.event_shape}, but'
                 f' {self.weights!r} of shape {shape}: they do not belong together'
             )
-        self.event_shape, self.num_classes = part.event_shape, part.num_classes
+        self.event_shape = part.event_shape
+        self.num_classes = part.num_classes
         if name == 'teacher':
             return part.teacher
         trained = [network for other, network in part.networks.items() if other != 'teacher']

@@ -151,7 +151,9 @@ def cache_latents(
     # an open archive cannot be sent from one process to another
     archive = source.endswith('.zip')
     files = ImageFiles(source) if archive else on_main(lambda: ImageFiles(source))
-    names, texts, skipped = files.images, [''] * len(files.images), []
+    names = files.images
+    texts = [''] * len(files.images)
+    skipped = []
     side = resolution // latents.factor
     job: dict[str, Any] = dict(
         kind='latents',

@@ -114,7 +114,9 @@ class ImageFiles:
     """
 
     def __init__(self, path: str):
-        self.path, self.zip, self.tars = path, None, {}
+        self.path = path
+        self.zip = None
+        self.tars = {}
         try:
             if osp.isdir(path):
                 names = [
@@ -185,7 +187,8 @@ def read_image(content: bytes, resolution: int) -> Tensor:
         raise UsageError(f'cannot be read as an image ({e})') from e
     scale = resolution / min(image.size)
     width, height = (max(resolution, round(side * scale)) for side in image.size)
-    left, top = (width - resolution) // 2, (height - resolution) // 2
+    left = (width - resolution) // 2
+    top = (height - resolution) // 2
     image = image.resize((width, height), Image.Resampling.BICUBIC).crop(
         (left, top, left + resolution, top + resolution)
     )

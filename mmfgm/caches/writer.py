@@ -114,7 +114,9 @@ class ShardWriter:
 
     def finish(self, names: Sequence[str]) -> dict:
         """Write the manifest of these shards, on one process, and return it."""
-        done, start, shards = self.begin(), 0, []
+        done = self.begin()
+        start = 0
+        shards = []
         for name in names:
             entry = done[name]
             shards.append(dict(entry, start=start))
@@ -166,7 +168,8 @@ def write_shards(
     progress = Progress(sum(min(shard_size, count - number * shard_size) for number in mine), unit)
     for number in mine:
         items = list(range(number * shard_size, min(count, (number + 1) * shard_size)))
-        parts, skipped = [], []
+        parts = []
+        skipped = []
         for first in range(0, len(items), batch_size):
             batch = items[first : first + batch_size]
             tensors, bad = encode(batch)

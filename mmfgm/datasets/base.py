@@ -69,7 +69,8 @@ class TensorDataset(BatchDataset):
 
     def __init__(self, x_0: Tensor, **cond: Tensor):
         super().__init__()
-        self.x_0, self.cond = x_0, cond
+        self.x_0 = x_0
+        self.cond = cond
 
     def __len__(self) -> int:
         return len(self.x_0)
@@ -96,7 +97,9 @@ class GenerationDataset(BatchDataset):
         super().__init__()
         if num_samples < 1:
             raise UsageError(f'num_samples must be at least 1, but is {num_samples}')
-        self.num_samples, self.num_classes, self.seed = num_samples, num_classes, seed
+        self.num_samples = num_samples
+        self.num_classes = num_classes
+        self.seed = seed
 
     def __len__(self) -> int:
         return self.num_samples
@@ -142,7 +145,8 @@ class WithReal(BatchDataset):
 
     def __init__(self, conditions: dict, real: dict):
         super().__init__()
-        self.conditions, self.real = DATASETS.build(conditions), DATASETS.build(real)
+        self.conditions = DATASETS.build(conditions)
+        self.real = DATASETS.build(real)
 
     def __len__(self) -> int:
         return max(len(self.conditions), len(self.real))

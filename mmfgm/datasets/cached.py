@@ -257,7 +257,8 @@ class CachedPromptSamples(CachedPrompts):
 
     def __init__(self, path: str, num_samples: int, seed: int = 0, **kwargs):
         super().__init__(path, **kwargs)
-        self.num_samples, self.seed = num_samples, seed
+        self.num_samples = num_samples
+        self.seed = seed
 
     def __len__(self) -> int:
         return self.num_samples

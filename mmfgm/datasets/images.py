@@ -84,14 +84,10 @@ class CIFAR10(TensorDataset):
             )
         try:
             source = reader(root, train)
-            images, targets = (
-                torch.from_numpy(source.data.transpose(0, 3, 1, 2)),
-                torch.tensor(source.targets),
-            )
-            self.num_classes, self.event_shape = (
-                len(source.classes) if labels else None,
-                (3, 32, 32),
-            )
+            images = torch.from_numpy(source.data.transpose(0, 3, 1, 2))
+            targets = torch.tensor(source.targets)
+            self.num_classes = len(source.classes) if labels else None
+            self.event_shape = (3, 32, 32)
             if (
                 images.dtype != torch.uint8
                 or targets.dtype != torch.int64
@@ -178,8 +174,11 @@ class ImageFolder(BatchDataset):
         convert: bool = False,
     ):
         super().__init__()
-        self.path, self.cache, self.convert = Path(path).expanduser(), cache, convert
-        self._zips, self._decoded = {}, {}
+        self.path = Path(path).expanduser()
+        self.cache = cache
+        self.convert = convert
+        self._zips = {}
+        self._decoded = {}
         files = self._files()
         self.names = sorted(
             name

@@ -53,7 +53,8 @@ VOCABULARY = (
 # fractions of the canvas: radii by number of objects, free space between two boxes, and at the
 # border
 RADII = {1: (0.15, 0.25), 2: (0.14, 0.2), 3: (0.13, 0.17), 4: (0.13, 0.15)}
-GAP, BORDER = 2 / 32, 1 / 32
+GAP = 2 / 32
+BORDER = 1 / 32
 
 
 class Item(NamedTuple):
@@ -105,14 +106,16 @@ def sample_scene(rng: np.random.Generator, tag: str) -> Scene:
         raise UsageError(f'there is no task {tag!r}; choose from {list(TAGS)}')
     a, b = (SHAPES[i] for i in rng.permutation(len(SHAPES))[:2])
     colors = [list(COLORS)[i] for i in rng.integers(len(COLORS), size=max(COUNTS))]
-    count, relation = 1, None
+    count = 1
+    relation = None
     if tag == 'counting':
         count = int(rng.integers(min(COUNTS), max(COUNTS) + 1))
     elif tag == 'position':
         relation = list(RELATIONS)[rng.integers(len(RELATIONS))]
     elif tag == 'color_attr':
         colors = [list(COLORS)[i] for i in rng.permutation(len(COLORS))[:2]]
-    first, second = {'class': a, 'count': count}, {'class': b, 'count': 1}
+    first = {'class': a, 'count': count}
+    second = {'class': b, 'count': 1}
     row: dict[str, Any] = dict(tag=tag, include=[first])
     if tag in ('colors', 'color_attr'):
         first['color'] = colors[0]
@@ -154,7 +157,9 @@ def coverage(shape: str, x: np.ndarray, y: np.ndarray, r: np.ndarray) -> np.ndar
         y (np.ndarray): Pixels downwards; broadcast.
         r (np.ndarray): Half side of the shape's box, in pixels.
     """
-    dx, dy, arm = np.abs(x), np.abs(y), r / 3
+    dx = np.abs(x)
+    dy = np.abs(y)
+    arm = r / 3
     # distance to the edge, positive inside
     inside = dict(
         circle=lambda: r - np.hypot(x, y),
@@ -203,12 +208,12 @@ class WordEncoder:
                 -np.sqrt(3), np.sqrt(3), shape
             )  # variance 1, the same bits on every machine
 
-        self.max_words, self.index = max_words, {word: i for i, word in enumerate(VOCABULARY)}
-        self.words, self.positions = table(len(VOCABULARY), dim), table(max_words, dim)
-        self.pooled_words, self.pooled_positions = (
-            table(len(VOCABULARY), pooled_dim),
-            table(max_words, pooled_dim),
-        )
+        self.max_words = max_words
+        self.index = {word: i for i, word in enumerate(VOCABULARY)}
+        self.words = table(len(VOCABULARY), dim)
+        self.positions = table(max_words, dim)
+        self.pooled_words = table(len(VOCABULARY), pooled_dim)
+        self.pooled_positions = table(max_words, pooled_dim)
 
     def encode(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         """``prompt_embeds (N, max_words, dim)`` and ``pooled_embeds (N, pooled_dim)``, float32;
@@ -298,8 +303,12 @@ class Shapes(BatchDataset):
                 f'expected at least 1 item and tasks from {list(TAGS)}, but got {length} items'
                 f' and tags={list(tags)}'
             )
-        self.length, self.seed, self.tags, self.images = length, seed, tuple(tags), images
-        self.event_shape, self.encoder = (3, size, size), WordEncoder(**(encoder or {}))
+        self.length = length
+        self.seed = seed
+        self.tags = tuple(tags)
+        self.images = images
+        self.event_shape = (3, size, size)
+        self.encoder = WordEncoder(**(encoder or {}))
 
     def __len__(self) -> int:
         return self.length

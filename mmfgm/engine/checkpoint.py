@@ -237,7 +237,8 @@ class CheckpointMixin:
             self.load_optim_state_dict(checkpoint.pop('optimizer'))
         if resume_param_scheduler and hasattr(self, 'param_schedulers'):
             self.load_scheduler_state_dict(checkpoint.pop('param_schedulers'))
-        saved, current = checkpoint['meta']['seed'], self._randomness['seed']
+        saved = checkpoint['meta']['seed']
+        current = self._randomness['seed']
         if saved != current:
             raise UsageError(
                 f'{filename!r} comes from a run with randomness.seed={saved}, but the config says'

@@ -193,7 +193,8 @@ class AlternatingTrainLoop(IterBasedTrainLoop):
     def _update(self, phase: str, shared: dict | None) -> None:
         """One optimizer step of every network that ``phase`` trains, on ``shared`` samples or fresh
         ones."""
-        model, strategy = self.runner.model, self.runner.strategy
+        model = self.runner.model
+        strategy = self.runner.strategy
         spec = model.phases[phase]
         trained = [getattr(model, name) for name in spec.trains]
         with strategy.frozen(getattr(model, name) for name in spec.freezes):

@@ -56,7 +56,8 @@ class SingleDeviceStrategy(CheckpointMixin, _SingleDeviceStrategy):
             raise UsageError(
                 f'strategy.precision must be one of {PRECISIONS}, but is {precision!r}'
             )
-        self.precision, self.compile = precision, compile
+        self.precision = precision
+        self.compile = compile
         super().__init__(**kwargs)
 
     # networks

@@ -109,7 +109,8 @@ def frechet_distance(mu_1, cov_1, mu_2, cov_2) -> float:
         raise ValueError(
             'feature statistics are not finite; look at the samples before the distance'
         )
-    mu_2, cov_2 = mu_2.to(mu_1.device), cov_2.to(mu_1.device)
+    mu_2 = mu_2.to(mu_1.device)
+    cov_2 = cov_2.to(mu_1.device)
     values, vectors = torch.linalg.eigh(cov_1)
     root_1 = vectors * _roots(values) @ vectors.T
     trace_root = _roots(torch.linalg.eigvalsh(root_1 @ cov_2 @ root_1)).sum()

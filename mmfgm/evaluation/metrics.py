@@ -182,7 +182,8 @@ class GatheredMetric(SampleMetric):
                     *(idx for results in gathered for idx, _ in results),
                 ]
             )
-            counted, order = [len(idx.unique())], idx.argsort()
+            counted = [len(idx.unique())]
+            order = idx.argsort()
             if counted[0] == len(idx) == size:
                 values = [
                     self.compute(

@@ -111,7 +111,8 @@ def _compute(dataset, feature: Any, keep_features: bool) -> Reference:
     order."""
     rank, world_size = get_dist_info()
     mine = range(rank, len(dataset), world_size)
-    moments, kept = None, []
+    moments = None
+    kept = []
     start = last = time.time()
     for done, batch in enumerate(DataLoader(dataset, 500, sampler=mine, collate_fn=collate), 1):
         features = feature(batch['x_0'])

@@ -24,7 +24,8 @@ TOLERANCE = 0.4 * 255
 # fraction of the image; the smallest cross covers 0.037
 MIN_AREA = 0.01
 # of templates against the box of a mask, in pixels
-SHIFTS, GROWTHS = (-0.5, -0.25, 0, 0.25, 0.5), (-0.25, 0, 0.25, 0.5, 0.75, 1)
+SHIFTS = (-0.5, -0.25, 0, 0.25, 0.5)
+GROWTHS = (-0.25, 0, 0.25, 0.5, 0.75, 1)
 # of the IoU with the best template; shapes of 32 pixels reach 0.82 with noise of 10 of 255, and
 # 0.88 without
 THRESHOLD = 0.75
@@ -80,7 +81,8 @@ def detect(images: Tensor) -> list[Detections]:
 
 
 def _detect(images: np.ndarray) -> list[Detections]:
-    size, palette = images.shape[-2:], np.array(list(COLORS.values()), np.int16)
+    size = images.shape[-2:]
+    palette = np.array(list(COLORS.values()), np.int16)
     distance = np.abs(images[:, None].astype(np.int16) - palette[:, :, None, None]).max(2)
     # all images and colours at once: the structure connects eight neighbours, but no two planes
     masks = (distance <= TOLERANCE).reshape(-1, *size)
@@ -88,9 +90,11 @@ def _detect(images: np.ndarray) -> list[Detections]:
         masks, np.stack([np.zeros((3, 3)), np.ones((3, 3)), np.zeros((3, 3))])
     )
     areas = np.bincount(labels.ravel(), minlength=n + 1)
-    boxes, colors = [{} for _ in images], [{} for _ in images]
+    boxes = [{} for _ in images]
+    colors = [{} for _ in images]
     for label, (plane, rows, columns) in enumerate(ndimage.find_objects(labels), 1):
-        height, width = rows.stop - rows.start, columns.stop - columns.start
+        height = rows.stop - rows.start
+        width = columns.stop - columns.start
         # the boxes of shapes are square up to a pixel
         if (
             areas[label] < MIN_AREA * size[0] * size[1]
@@ -142,7 +146,8 @@ class ShapeScore(GatheredMetric):
 
     def __init__(self, prompts: dict, options: dict | None = None):
         super().__init__()
-        self.prompts, self.options = DATASETS.build(prompts), options
+        self.prompts = DATASETS.build(prompts)
+        self.options = options
 
     @property
     def value_names(self) -> Sequence[str]:

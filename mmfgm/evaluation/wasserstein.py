@@ -47,7 +47,8 @@ def sliced_wasserstein(x: Tensor, y: Tensor, num_projections: int = 128) -> floa
     if len(px) == len(py):
         return float((px - py).square().mean().sqrt())
     # the two quantile functions are step functions: integrate between all their steps
-    n, m = len(px), len(py)
+    n = len(px)
+    m = len(py)
     steps = torch.cat(
         [torch.arange(n + 1) * m, torch.arange(m + 1) * n]
     ).unique()  # in units of 1 / (n m)

@@ -38,7 +38,8 @@ class _Inert:
 
     def __new__(cls, *args):
         self = super().__new__(cls)
-        self.args, self.state = args, None
+        self.args = args
+        self.state = None
         return self
 
     # without it, pickle would let a file set attributes of the class itself
@@ -272,7 +273,9 @@ def _convert(content: Any, key: str) -> tuple[dict[str, Tensor], dict[str, Any]]
             else type(content).__name__
         )
         raise UsageError(f'has no {key!r}; it holds {found}; choose the key of the network')
-    network, tensors, states = content[key], {}, []
+    network = content[key]
+    tensors = {}
+    states = []
     _check_class(
         network,
         'EDMPrecond',
@@ -286,7 +289,8 @@ def _convert(content: Any, key: str) -> tuple[dict[str, Tensor], dict[str, Any]]
     tensors = {re.sub(r'^model\.', '', name): value for name, value in tensors.items()}
     _refuse_other_architectures(tensors)
 
-    sigma_data, dropout = _recorded(states, 'sigma_data', 0.5), _recorded(states, 'dropout', 0.0)
+    sigma_data = _recorded(states, 'sigma_data', 0.5)
+    dropout = _recorded(states, 'dropout', 0.0)
     if not 0 < sigma_data < math.inf or not 0 <= dropout < 1:
         raise UsageError(
             f'records sigma_data={sigma_data} and dropout={dropout}, which no network has; {ADVICE}'

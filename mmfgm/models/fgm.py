@@ -161,7 +161,8 @@ class FGM(FlowModel):
             return {**samples, 'x_0': self.generator(z, **samples['cond'])}
 
     def loss(self, phase: str, samples: dict[str, Any]) -> dict[str, Tensor]:
-        x_0, cond = samples['x_0'], samples['cond']
+        x_0 = samples['x_0']
+        cond = samples['cond']
         if phase == 'generator':
             return self.generator_loss(x_0, cond)
         losses = self.online_loss(x_0, cond)
@@ -181,7 +182,8 @@ class FGM(FlowModel):
     ) -> dict[str, Tensor]:
         """The head on noisy generated and real samples, both in one call of the online network
         (B.2)."""
-        x_0_sg, real_x_0 = x_0.detach(), real['x_0']
+        x_0_sg = x_0.detach()
+        real_x_0 = real['x_0']
         both = {name: torch.cat([real['cond'][name], cond[name]]) for name in cond}
         logits = self.gan.logits(
             self.online,

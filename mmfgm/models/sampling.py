@@ -172,7 +172,8 @@ class Sampler:
         self.check(sampling)
         check_labels(batch.get('cond', {}), self.num_classes)
         inputs = self.preprocess({**batch, 'z': self.noise(batch['seed'])})
-        z, cond = inputs['z'], inputs.get('cond', {})
+        z = inputs['z']
+        cond = inputs.get('cond', {})
         network = self.networks[sampling.network]
         training = network.training
         network.eval()

@@ -62,12 +62,11 @@ def fid_stats(argv: Sequence[str] | None = None) -> None:
     os.makedirs(osp.dirname(osp.abspath(args.out)), exist_ok=True)
     if args.config.endswith('.py'):
         metric = find_metric(load_config(args), args.evaluation, args.metric)
-        reference, feature = metric['reference'], metric.get('feature', dict(type='InceptionV3'))
+        reference = metric['reference']
+        feature = metric.get('feature', dict(type='InceptionV3'))
     else:
-        reference, feature = (
-            dict(type='ImageFolder', path=args.config, labels=False),
-            dict(type='InceptionV3'),
-        )
+        reference = dict(type='ImageFolder', path=args.config, labels=False)
+        feature = dict(type='InceptionV3')
     if args.weights:
         feature = {**feature, 'weights': args.weights}
     from mmengine.logging import MMLogger

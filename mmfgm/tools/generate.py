@@ -223,7 +223,8 @@ def generate(argv: Sequence[str] | None = None) -> None:
         raise UsageError(f'--batch-size must be at least 1, but is {args.batch_size}')
     condition = dict(labels='label', prompts='prompt').get(inferencer.condition)
     with whole_folder(args.out, args.force, MARKER) as folder:
-        panels, lines = {}, []
+        panels = {}
+        lines = []
         for suffix, sampling in samplings.items():
             panels[f'{sampling.network}, {sampling.nfe} NFE'] = generate_all(
                 inferencer, inputs, seeds, sampling, args.batch_size, folder, suffix

@@ -51,7 +51,8 @@ def choose_exporter(
     resolve(cfg)
     model = cfg.get('model') or {}
     named = str(model.get('network', {}).get('type'))
-    kind, part = MODELS.get(str(model.get('type'))), MODELS.get(named)
+    kind = MODELS.get(str(model.get('type')))
+    part = MODELS.get(named)
     if kind is None or not issubclass(kind, FGM) or part is None:
         raise UsageError(
             f'model.type is {model.get("type")!r}; only generators that FGM trains are exported:'

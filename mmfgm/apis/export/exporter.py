@@ -34,7 +34,8 @@ class Exporter(ABC):
     kind: str
 
     def __init__(self, cfg: Config, dtype: str):
-        self.cfg, self.dtype = cfg, dtype
+        self.cfg = cfg
+        self.dtype = dtype
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -74,7 +75,8 @@ class BaseExporter(Exporter):
 
     def __init__(self, cfg: Config, dtype: str, family: DiffusersFamily, base: str):
         super().__init__(cfg, dtype)
-        self.family, self.base = family, base
+        self.family = family
+        self.base = base
         self.local = family.open(base)
         self.step = family.step(self.local)
         self.bare = bare_generator(cfg)

@@ -54,11 +54,14 @@ class GeneratorExporter(Exporter):
 
     @staticmethod
     def _usage(generator: OneStepGenerator, encoder: dict | None) -> str:
-        name, inputs = 'num_images', '4'
+        name = 'num_images'
+        inputs = '4'
         if encoder:
-            name, inputs = 'prompt', "'A PROMPT'"
+            name = 'prompt'
+            inputs = "'A PROMPT'"
         elif getattr(generator.network, 'num_classes', None):
-            name, inputs = 'labels', '[0, 1, 2, 3]'
+            name = 'labels'
+            inputs = '[0, 1, 2, 3]'
         return f"""
 from mmfgm.apis import OneStepPipeline
 pipe = OneStepPipeline.from_pretrained('THIS FOLDER')

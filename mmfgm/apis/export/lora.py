@@ -25,7 +25,8 @@ class LoRAExporter(BaseExporter):
 
     def __init__(self, cfg: Config, dtype: str, family: DiffusersFamily, base: str):
         super().__init__(cfg, dtype, family, base)
-        generator, teacher = self.bare, cfg.model['teacher'].get('checkpoint')
+        generator = self.bare
+        teacher = cfg.model['teacher'].get('checkpoint')
         if not self.step.is_generator(generator):
             raise UsageError(
                 'adapters alone cannot hold what is folded into other weights:'
@@ -42,8 +43,10 @@ class LoRAExporter(BaseExporter):
     def write(
         self, generator: OneStepGenerator, folder: str, source: dict[str, Any]
     ) -> dict[str, Any]:
-        family, network = self.family, generator.network
-        layers, tensors = dict(network.named_modules()), {}
+        family = self.family
+        network = generator.network
+        layers = dict(network.named_modules())
+        tensors = {}
         for name, p in network.named_parameters():
             if '.lora_' in name:
                 layer, matrix, adapter, _ = name.rsplit('.', 3)

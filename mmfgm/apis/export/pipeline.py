@@ -23,7 +23,8 @@ class PipelineExporter(BaseExporter):
     def write(
         self, generator: OneStepGenerator, folder: str, source: dict[str, Any]
     ) -> dict[str, Any]:
-        family, network = self.family, generator.network
+        family = self.family
+        network = generator.network
         family.check_architecture(network, self.local, self.base)
         # before merging, which computes in float32
         trained_in = family.weights_dtype(network)

@@ -166,7 +166,8 @@ def curves_png(panels: dict[str, dict[str, Series]], columns: int = 2) -> bytes:
         _draw(ax, title, curves)
     for ax in axes[len(panels) :]:
         ax.axis('off')
-    drawn, small = BytesIO(), BytesIO()
+    drawn = BytesIO()
+    small = BytesIO()
     FigureCanvasAgg(figure).print_png(drawn)
     Image.open(drawn).convert('RGB').quantize(64).save(small, format='png', optimize=True)
     return small.getvalue()

@@ -107,7 +107,8 @@ def read_run(work_dir: str) -> Run:
         resumed = re.search(r'resumed epoch: \d+, iter: (\d+)', log)
         start = int(resumed.group(1)) if resumed else 0
         starts = [*(starts if start else []), (osp.basename(folder), start)]
-        scalars, pictures = _up_to(start, scalars), _up_to(start, pictures)
+        scalars = _up_to(start, scalars)
+        pictures = _up_to(start, pictures)
         for values in _read_scalars(osp.join(folder, 'vis_data', 'scalars.json')):
             for name, value in values.items():
                 if name not in COUNTERS and isinstance(value, (int, float)):

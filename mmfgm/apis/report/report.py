@@ -56,7 +56,8 @@ def write_report(
             )
         }
     else:
-        runs, sections = {'Run': read_run(work_dir)}, {}
+        runs = {'Run': read_run(work_dir)}
+        sections = {}
     packaged = (base, read_config(base)) if base else None
     others = [read_run(folder) for folder in beside]
     sections.update(

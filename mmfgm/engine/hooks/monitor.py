@@ -88,7 +88,8 @@ class MonitorHook(Hook):
     def _read(self, runner) -> None:
         if self._pending is None:
             return
-        (record, host, reached), self._pending = self._pending, None
+        record, host, reached = self._pending
+        self._pending = None
         if reached is not None:
             reached.synchronize()
         values = dict(zip(record.values, host.tolist()))

@@ -50,11 +50,9 @@ class GenEvalPrompts(CachedPrompts):
     ):
         if samples_per_prompt < 1:
             raise UsageError(f'samples_per_prompt must be at least 1, but is {samples_per_prompt}')
-        self.rows, self.samples_per_prompt, self.seed = (
-            metadata_rows(metadata),
-            samples_per_prompt,
-            seed,
-        )
+        self.rows = metadata_rows(metadata)
+        self.samples_per_prompt = samples_per_prompt
+        self.seed = seed
         super().__init__(path, **kwargs)
         prompts = [json.dumps(row['prompt']) for row in self.rows]
         source = self.manifest['source']

@@ -140,7 +140,8 @@ class _Images(Dataset):
     """``(entry, image or None, digest of the file, why it cannot be read)``."""
 
     def __init__(self, folder: str, entries: list[Entry]):
-        self.folder, self.entries = folder, entries
+        self.folder = folder
+        self.entries = entries
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -196,7 +197,8 @@ def score_folder(
     if rank == 0:
         about = f', {len(held):,} are judged already' if held else ''
         print(f'{folder}: {len(entries):,} images{about}, {len(missing):,} missing', flush=True)
-    rows, bad = [], {entry.name: 'missing' for entry in missing} if rank == 0 else {}
+    rows = []
+    bad = {entry.name: 'missing' for entry in missing} if rank == 0 else {}
     mine = todo[rank::world_size]
     progress = Progress(len(mine), 'image')
     for batch in DataLoader(

@@ -50,7 +50,8 @@ def publish(
         **about: What else is to be said in ``metrics.json``.
     """
     rows = sorted(rows, key=lambda row: row['filename'])
-    scores, sheets = summarize(rows), draw_sheets(rows, images, sheet_prompts)
+    scores = summarize(rows)
+    sheets = draw_sheets(rows, images, sheet_prompts)
     about = dict(
         detector=scorer.label,
         comparable=scorer.comparable,
@@ -105,7 +106,8 @@ class GenEval(SampleMetric):
     ):
         super().__init__()
         self.scorer = Scorer(detector, colors, options)
-        self.sheet_prompts, self.keep_images = sheet_prompts, keep_images
+        self.sheet_prompts = sheet_prompts
+        self.keep_images = keep_images
 
     def bind(self, dataset: Any) -> None:
         """Take the metadata rows from the dataset.
@@ -133,7 +135,9 @@ class GenEval(SampleMetric):
     ) -> None:
         super().reset(num_samples, out_dir, origin)
         self.rows: dict[int, dict] = {}
-        self.out_dir, self.log, done = out_dir, None, [{}]
+        self.out_dir = out_dir
+        self.log = None
+        done = [{}]
         self.sampling = (origin or {}).get('sampling', {})
         if out_dir:
             # images belong to their origin, so verdicts of another one do not count

@@ -68,14 +68,14 @@ class DiffusersPipeline:
                 f' {scheduler.get("type")!r}, which pipeline.scheduler.type names; choose'
                 ' another'
             )
-        self.pretrained, self.call, self.dtype, self.batch_size = (
-            pretrained,
-            dict(call),
-            dtype,
-            batch_size,
-        )
-        self.load_args, self.scheduler = dict(load_args or {}), scheduler
-        self.lora, self.peft = lora, peft
+        self.pretrained = pretrained
+        self.call = dict(call)
+        self.dtype = dtype
+        self.batch_size = batch_size
+        self.load_args = dict(load_args or {})
+        self.scheduler = scheduler
+        self.lora = lora
+        self.peft = peft
         self.nfe: int | None = None
 
     def load(self, device) -> 'DiffusersPipeline':
@@ -168,7 +168,8 @@ class DiffusersPipeline:
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         calls = []
         handle = self.network.register_forward_hook(lambda *args: calls.append(None))
-        scheduler, step = self.pipeline.scheduler, self.pipeline.scheduler.step
+        scheduler = self.pipeline.scheduler
+        step = self.pipeline.scheduler.step
         # SD3's pipeline lets a stochastic scheduler draw from the global generator
         if 'generator' in inspect.signature(step).parameters:
             scheduler.step = partial(step, generator=generators)

@@ -82,12 +82,11 @@ def load_or_explain(load: Callable[[], Any], model: str, kind: str) -> Any:
             )  # only new versions of diffusers call torch_dtype dtype
             return load()
     except Exception as e:  # whatever it is, it is about what is in the folder or on the hub
-        chain, error = '', e
+        chain = ''
+        error = e
         while error is not None:
-            chain, error = (
-                f'{chain} {type(error).__name__} {error}',
-                error.__cause__ or error.__context__,
-            )
+            chain = f'{chain} {type(error).__name__} {error}'
+            error = error.__cause__ or error.__context__
         reason = f'{type(e).__name__}: {str(e).strip()[:300]}'
         if osp.isdir(model):
             raise UsageError(

@@ -54,7 +54,8 @@ class PipelineStep(NamedTuple):
                 ).prev_sample
             )
 
-        skip, scale = step(1.0, 0.0), -step(0.0, 1.0)
+        skip = step(1.0, 0.0)
+        scale = -step(0.0, 1.0)
         return cls(float(scheduler.timesteps[0]), skip, scale)
 
     def check(self, generator: 'OneStepGenerator') -> None:
@@ -137,7 +138,8 @@ class DiffusersFamily(Family):
         return getattr(diffusers_module(), self.network_class)
 
     def without_weights(self, network: dict[str, Any]) -> dict[str, Any]:
-        cls, pretrained = self.network_type(), network['pretrained']
+        cls = self.network_type()
+        pretrained = network['pretrained']
         place = dict(
             subfolder=network.get('subfolder', self.subfolder), revision=network.get('revision')
         )

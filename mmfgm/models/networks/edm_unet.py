@@ -45,7 +45,8 @@ class Conv2d(nn.Conv2d):
         gain: float = 1.0,
     ):
         super().__init__(in_channels, out_channels, kernel, padding=kernel // 2)
-        self.up, self.down = up, down
+        self.up = up
+        self.down = down
         if up or down:
             self.register_buffer('resample_filter', torch.full((1, 1, 2, 2), 0.25))
         _xavier_(self, gain)
@@ -149,16 +150,12 @@ class EDMUNet(nn.Module):
     ):
         super().__init__()
         self._check(img_resolution, model_channels, channel_mult)
-        self.img_resolution, self.in_channels, self.out_channels = (
-            img_resolution,
-            in_channels,
-            out_channels,
-        )
-        self.label_dim, self.augment_dim, self.model_channels = (
-            label_dim,
-            augment_dim,
-            model_channels,
-        )
+        self.img_resolution = img_resolution
+        self.in_channels = in_channels
+        self.out_channels = out_channels
+        self.label_dim = label_dim
+        self.augment_dim = augment_dim
+        self.model_channels = model_channels
         emb_channels = 4 * model_channels
         block = dict(emb_channels=emb_channels, dropout=dropout)
 
@@ -173,7 +170,8 @@ class EDMUNet(nn.Module):
         self.enc = nn.ModuleDict(
             {f'{img_resolution}x{img_resolution}_conv': Conv2d(in_channels, model_channels, 3)}
         )
-        channels, skips = model_channels, [model_channels]
+        channels = model_channels
+        skips = [model_channels]
         for level, (r, mult) in enumerate(zip(resolutions, channel_mult)):
             if level > 0:
                 self.enc[f'{r}x{r}_down'] = UNetBlock(channels, channels, down=True, **block)

@@ -73,7 +73,8 @@ class EDMVelocity(_UNetFlow):
         none."""
         t = t.to(torch.promote_types(t.dtype, x_t.dtype))
         sigma = (t / (1 - t)).clamp(*self.sigma_range)  # 1 / 0 is inf, and clamped
-        s, variance = expand_t(t, x_t), self.sigma_data**2
+        s = expand_t(t, x_t)
+        variance = self.sigma_data**2
         r = (s.square() + variance * (1 - s).square()).sqrt()
         prediction = self.unet(x_t / r, sigma.log() / 4, labels)
         return (s - variance * (1 - s)) / r.square() * x_t - self.sigma_data / r * prediction

@@ -48,13 +48,15 @@ class Detected:
     def __init__(
         self, labels: np.ndarray, rows: np.ndarray, masks: np.ndarray, logits: Tensor, frame: Frame
     ):
-        self.boxes, self._masks = {}, {}
+        self.boxes = {}
+        self._masks = {}
         for label in np.unique(labels):
             self.boxes[OBJECT_NAMES[label]] = rows[labels == label]
             self._masks[OBJECT_NAMES[label]] = masks[labels == label]
         # small, unlike the masks; on the network's device, so that enlarging them again gives the
         # same
-        self._logits, self._frame = logits, frame
+        self._logits = logits
+        self._frame = frame
 
     @torch.inference_mode()
     def masks(self, class_name: str, rows: Sequence[int]) -> np.ndarray:
@@ -75,7 +77,8 @@ def measure(logits: Tensor, frame: Frame) -> tuple[Tensor, Tensor]:
         tuple[Tensor, Tensor]: Tight boxes ``(n, 4)`` of ``x1, y1, x2, y2`` in pixels, zero for an
         empty mask, and the mean probability inside each mask, ``(n,)`` in [0, 1].
     """
-    boxes, quality = [], []
+    boxes = []
+    quality = []
     for part in logits.split(CHUNK):
         part = frame.enlarge(part)
         inside = part > 0
@@ -117,7 +120,8 @@ def postprocess(
     scores, pairs = class_logits.softmax(-1)[:, :-1].flatten().topk(limit, sorted=False)
     if threshold is not None:
         possible = scores > threshold
-        scores, pairs = scores[possible], pairs[possible]
+        scores = scores[possible]
+        pairs = pairs[possible]
     queries, masks = (pairs // num_classes).unique(return_inverse=True)
     logits = mask_logits[queries]
     if len(queries):
@@ -188,7 +192,8 @@ class Mask2FormerDetector:
             )
         self.network = network.eval().requires_grad_(False)
         self.threshold = score_threshold if prefilter else None
-        self.batch_size, self.limit = batch_size, limit
+        self.batch_size = batch_size
+        self.limit = limit
         self.to(device or 'cpu')
 
     def to(self, device: str | torch.device) -> 'Mask2FormerDetector':

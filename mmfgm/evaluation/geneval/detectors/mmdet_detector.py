@@ -209,7 +209,8 @@ class MMDetMask2Former(Mask2FormerDetector):
             else _read_config(config)
         )
         with DefaultScope.overwrite_default_scope('mmdet'):
-            network, self.pipeline = build_network(cfg), build_pipeline(cfg)
+            network = build_network(cfg)
+            self.pipeline = build_pipeline(cfg)
         published = self._load(network, checkpoint, weights_only)
         self.comparable = config is None and published
         network.panoptic_head._forward_head = partial(forward_head, network.panoptic_head)

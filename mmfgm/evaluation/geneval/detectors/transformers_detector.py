@@ -17,7 +17,8 @@ from mmfgm.registry import TASK_UTILS
 from .base import Frame, Mask2FormerDetector
 
 # ImageNet's, with which all published Mask2Formers were trained
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+MEAN = (0.485, 0.456, 0.406)
+STD = (0.229, 0.224, 0.225)
 # of the features with the lowest resolution
 STRIDE = 32
 

@@ -24,7 +24,9 @@ from mmfgm.evaluation.geneval.judging.prompts import check_row
 from mmfgm.evaluation.geneval.scorer import Judged
 from mmfgm.files import sha256, write_file
 
-METADATA, SAMPLES, RESULTS = 'metadata.jsonl', 'samples', 'results.jsonl'
+METADATA = 'metadata.jsonl'
+SAMPLES = 'samples'
+RESULTS = 'results.jsonl'
 RESULT_KEYS = ('filename', 'tag', 'prompt', 'correct', 'reason', 'metadata', 'details')
 
 
@@ -125,7 +127,8 @@ def scan_folder(folder: str, num_samples: int = 4) -> tuple[list[Entry], list[En
             f' {osp.join(folder, "00000", METADATA)}, {osp.join(folder, image_name(0, 0))} and'
             ' so on'
         )
-    entries, missing = [], []
+    entries = []
+    missing = []
     for name in names:
         row = _read_metadata(osp.join(folder, name, METADATA))
         samples = osp.join(folder, name, SAMPLES)
@@ -216,7 +219,8 @@ class VerdictLog:
     """
 
     def __init__(self, folder: str, identity: dict, rank: int = 0):
-        self.folder, self.rank = osp.join(folder, 'verdicts'), rank
+        self.folder = osp.join(folder, 'verdicts')
+        self.rank = rank
         self.key = hashlib.sha256(
             json.dumps(identity, sort_keys=True, default=str).encode()
         ).hexdigest()[:16]

@@ -13,8 +13,12 @@ from mmfgm.errors import UsageError
 
 from .layout import read_image
 
-TILE, MARGIN, FONT_SIZE = 256, 8, 13
-RIGHT, WRONG, NEUTRAL = (24, 128, 56), (192, 32, 32), (96, 96, 96)
+TILE = 256
+MARGIN = 8
+FONT_SIZE = 13
+RIGHT = (24, 128, 56)
+WRONG = (192, 32, 32)
+NEUTRAL = (96, 96, 96)
 BOXES = ((230, 25, 75), (0, 130, 200), (60, 180, 75), (245, 130, 48), (145, 30, 180), (0, 160, 160))
 
 
@@ -22,7 +26,8 @@ def _tile(row: dict, folder: str) -> Image.Image:
     """One image with its boxes, scaled to ``TILE`` pixels, framed by its verdict."""
     color = RIGHT if row['correct'] else WRONG
     tile = Image.new('RGB', (TILE, TILE), NEUTRAL)
-    draw, font = ImageDraw.Draw(tile), ImageFont.load_default(FONT_SIZE)
+    draw = ImageDraw.Draw(tile)
+    font = ImageFont.load_default(FONT_SIZE)
     try:
         image = Image.fromarray(read_image(osp.join(folder, row['filename'])))
     except UsageError:
@@ -35,7 +40,8 @@ def _tile(row: dict, folder: str) -> Image.Image:
             Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS,
         )
         tile.paste(image)
-        metadata, details = json.loads(row['metadata']), json.loads(row['details'])
+        metadata = json.loads(row['metadata'])
+        details = json.loads(row['details'])
         asked = list(
             dict.fromkeys(
                 clause['class']
@@ -84,7 +90,8 @@ def draw_sheet(groups: Sequence[list[dict]], folder: str) -> np.ndarray:
     line = FONT_SIZE + 5
     height = MARGIN + line + TILE + 4 * line + MARGIN
     sheet = Image.new('RGB', (MARGIN + columns * (TILE + MARGIN), len(groups) * height), 'white')
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(FONT_SIZE)
+    draw = ImageDraw.Draw(sheet)
+    font = ImageFont.load_default(FONT_SIZE)
     for number, rows in enumerate(groups):
         top = number * height + MARGIN
         draw.text((MARGIN, top), rows[0]['prompt'], 'black', font)

@@ -122,7 +122,9 @@ def _boxes(name: str, rows: np.ndarray) -> np.ndarray:
 
 
 def _color_reason(clause: dict, colors: list[str]) -> str | None:
-    name, count, wanted = clause['class'], clause['count'], clause['color']
+    name = clause['class']
+    count = clause['count']
+    wanted = clause['color']
     found = colors.count(wanted)
     if found >= count:
         return None
@@ -133,7 +135,8 @@ def _color_reason(clause: dict, colors: list[str]) -> str | None:
 def _position_reason(
     clause: dict, boxes: np.ndarray, targets: np.ndarray | None, threshold: float
 ) -> str | None:
-    name, (wanted, _) = clause['class'], clause['position']
+    name = clause['class']
+    (wanted, _) = clause['position']
     if targets is None:
         return f'no target for {name} to be {wanted}'
     for box in boxes:
@@ -182,9 +185,11 @@ def judge(
     }
     kept = {name: rows for name, rows in kept.items() if rows}
 
-    reasons, groups = [], []
+    reasons = []
+    groups = []
     for clause in metadata['include']:
-        name, count = clause['class'], clause['count']
+        name = clause['class']
+        count = clause['count']
         rows = kept.get(name, [])[:count]
         reason = None
         if len(rows) < count:

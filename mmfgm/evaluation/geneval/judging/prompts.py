@@ -51,7 +51,8 @@ def _two_object(rng: np.random.Generator) -> dict:
 
 
 def _counting(rng: np.random.Generator) -> dict:
-    name, count = OBJECT_NAMES[rng.choice(80)], int(rng.integers(2, 5))
+    name = OBJECT_NAMES[rng.choice(80)]
+    count = int(rng.integers(2, 5))
     return dict(
         tag='counting',
         include=[_clause(name, count)],
@@ -62,7 +63,8 @@ def _counting(rng: np.random.Generator) -> dict:
 
 def _colors(rng: np.random.Generator) -> dict:
     # + 1 leaves out persons, whom no prompt colours
-    name, color = OBJECT_NAMES[rng.choice(79) + 1], COLORS[rng.choice(10)]
+    name = OBJECT_NAMES[rng.choice(79) + 1]
+    color = COLORS[rng.choice(10)]
     return dict(
         tag='colors', include=[_clause(name, color=color)], prompt=f'a photo of {_a(color)} {name}'
     )

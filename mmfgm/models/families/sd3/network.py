@@ -63,10 +63,8 @@ class SD3(nn.Module):
                 variant=variant,
                 torch_dtype=getattr(torch, dtype),
             )
-        patch, largest = (
-            self.transformer.config.patch_size,
-            self.transformer.config.pos_embed_max_size,
-        )
+        patch = self.transformer.config.patch_size
+        largest = self.transformer.config.pos_embed_max_size
         if latent_size % patch or latent_size // patch > largest:
             raise UsageError(
                 f'latent_size={latent_size} must be a multiple of the patch size {patch}, and at'
@@ -130,7 +128,8 @@ class SD3(nn.Module):
 
     def _features(self, inputs: dict[str, Any], layer: int, x_t: Tensor) -> Tensor:
         self.check_feature_layer(layer)
-        blocks, kept = self.transformer.transformer_blocks, []
+        blocks = self.transformer.transformer_blocks
+        kept = []
         # a block returns (text tokens, image tokens)
         handle = blocks[layer - 1].register_forward_hook(
             lambda module, args, output: kept.append(output[1])

@@ -90,7 +90,9 @@ class SD3TextEncoder(PromptEncoder):
                 TITLE,
             )
             self.pipeline.transformer = SimpleNamespace(config=SimpleNamespace(**config))
-        self.max_length, self.without_t5, self.device = max_length, without_t5, torch.device('cpu')
+        self.max_length = max_length
+        self.without_t5 = without_t5
+        self.device = torch.device('cpu')
         self.clip_length = self.pipeline.tokenizer_max_length
         self.settings = dict(
             max_length=max_length, drop_padding=drop_padding, without_t5=without_t5
@@ -172,7 +174,8 @@ class SD3TextEncoder(PromptEncoder):
 
     def store(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         encoded = {name: value.cpu() for name, value in self.encode(prompts).items()}
-        embeds, tensors = encoded['prompt_embeds'], dict(pooled=encoded['pooled_embeds'])
+        embeds = encoded['prompt_embeds']
+        tensors = dict(pooled=encoded['pooled_embeds'])
         length, channels = self.clip_shape
         for name, values, drop in (
             ('clip', embeds[:, :length, :channels], self.drop_clip),
