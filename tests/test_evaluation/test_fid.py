@@ -309,7 +309,7 @@ def test_statistics_of_a_folder_need_no_config(tmp_path, inception, monkeypatch)
     for i in range(3):
         Image.fromarray(images([i])[0].permute(1, 2, 0).numpy()).save(tmp_path / f'{i}.png')
     feature = InceptionV3(str(inception[0]), None)
-    monkeypatch.setattr(fid_stats, 'build_feature', lambda cfg: feature)
+    monkeypatch.setattr('mmfgm.evaluation.build_feature', lambda cfg: feature, raising=False)
     fid_stats.main([str(tmp_path), str(tmp_path / 'out.npz')])
     features = feature(images(range(3))).double().numpy()
     data = np.load(tmp_path / 'out.npz')
