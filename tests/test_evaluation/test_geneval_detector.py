@@ -12,12 +12,8 @@ import torch
 from mmengine.registry import DefaultScope
 
 from mmfgm.errors import UsageError
-from mmfgm.evaluation.geneval import (
-    MMDetMask2Former,
-    TransformersMask2Former,
-    mmdet_detector,
-    mmdet_speed,
-)
+from mmfgm.evaluation.geneval import MMDetMask2Former, TransformersMask2Former
+from mmfgm.evaluation.geneval.detectors import mmdet_detector, mmdet_speed
 from mmfgm.evaluation.geneval.detectors.base import Frame, measure, postprocess
 from mmfgm.evaluation.geneval.judging.prompts import OBJECT_NAMES
 from mmfgm.registry import TASK_UTILS

@@ -7,7 +7,8 @@ import pytest
 from mmengine.logging import MMLogger
 from mmengine.registry import DefaultScope
 
-from mmfgm.evaluation.geneval import MMDetMask2Former, Scorer, mmdet_detector
+from mmfgm.evaluation.geneval import MMDetMask2Former, Scorer
+from mmfgm.evaluation.geneval.detectors import mmdet_detector
 from tests.tiny_detector import (
     make_clip,
     make_mmdet_checkpoint,
