@@ -1,7 +1,10 @@
 # Copyright (c) mmfgm authors.
 """Several processes as one: starting them, doing something once, sharded tensors, and progress."""
 
+import ctypes
 import os
+import signal
+import threading
 import time
 from collections.abc import Callable
 from datetime import timedelta
@@ -15,10 +18,44 @@ from mmfgm.errors import EXIT_USAGE, UsageError
 
 T = TypeVar('T')
 
+# the number of this process, as torchrun, Slurm and Open MPI name it
+RANKS = dict(pytorch='RANK', slurm='SLURM_PROCID', mpi='OMPI_COMM_WORLD_RANK')
+PR_SET_PDEATHSIG = 1
+
+
+def is_first(launcher: str) -> bool:
+    """Whether this is the first of a launcher's processes, before they are connected."""
+    return launcher == 'none' or os.environ.get(RANKS[launcher], '0') == '0'
+
+
+def end_with_parent() -> None:
+    """Have this process killed when its launcher ends, however that ends.
+
+    A launcher that is killed cannot tell its processes, which would train on beside the run that is
+    started next. Linux kills them at the same moment; elsewhere they look once a second. It is
+    SIGKILL and not SIGTERM, after which they would go on until the next checkpoint: what a killed
+    launcher leaves must be gone when the user starts again.
+    """
+    parent = os.getppid()
+    try:
+        linked = ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL) == 0
+    except (OSError, AttributeError, TypeError):  # no such call here
+        linked = False
+    if os.getppid() != parent:  # it ended meanwhile
+        os.kill(os.getpid(), signal.SIGKILL)
+    if not linked:
+        threading.Thread(target=_watch, args=(parent,), daemon=True).start()
+
+
+def _watch(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(1)
+    os.kill(os.getpid(), getattr(signal, 'SIGKILL', signal.SIGTERM))
+
 
 def init_processes(launcher: str, backend: str | None = None, **kwargs: Any) -> None:
     """Connect the processes of a launcher, one per GPU, or with gloo where there is none; nothing
-    without a launcher.
+    without a launcher. From then on they end with it, see :func:`end_with_parent`.
 
     Args:
         launcher (str): ``'none'``, ``'pytorch'``, ``'slurm'`` or ``'mpi'``.
@@ -30,6 +67,7 @@ def init_processes(launcher: str, backend: str | None = None, **kwargs: Any) -> 
     """
     if launcher == 'none' or dist.is_initialized():
         return
+    end_with_parent()
     if not torch.cuda.is_available():
         # init_dist would call torch.cuda.set_device
         dist.init_process_group(backend='gloo')

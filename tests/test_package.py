@@ -19,6 +19,7 @@ LAYERS = [
     'version',
     'lazy',
     'files',
+    'locks',
     'config',
     'processes',
     'registry',

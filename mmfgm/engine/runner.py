@@ -85,9 +85,9 @@ class FlowRunner(FlexibleRunner):
     """FlexibleRunner with our strategies: one device, or DDP per network under a launcher, or what
     the config names."""
 
-    @classmethod
-    def from_cfg(cls, cfg: Config) -> 'FlowRunner':
-        """Check a config and build a runner from it.
+    @staticmethod
+    def check(cfg: Config) -> None:
+        """What can be said about a config before anything is built; makes the work dir.
 
         Raises:
             UsageError: See :func:`~mmfgm.config.resolve`, :func:`check_config` and
@@ -96,6 +96,11 @@ class FlowRunner(FlexibleRunner):
         resolve(cfg)
         check_config(cfg, REQUIRED_KEYS if cfg.get('train_cfg') else ('model',))
         check_work_dir(cfg.work_dir)
+
+    @classmethod
+    def from_cfg(cls, cfg: Config) -> 'FlowRunner':
+        """Check a config (:meth:`check`) and build a runner from it."""
+        cls.check(cfg)
         return super().from_cfg(cfg)
 
     def prepare(self) -> None:
