@@ -5,7 +5,7 @@
 EXIT_DOES_NOT_FIT = 1
 # a mistake of the user, with a message
 EXIT_USAGE = 2
-# a loss or a gradient became inf or nan
+# a loss, a gradient or a sample became inf or nan, or weights or data held one already
 EXIT_NON_FINITE = 3
 # EX_TEMPFAIL of sysexits.h: nothing is wrong, start it again (with --resume)
 EXIT_PREEMPTED = 75
@@ -20,4 +20,8 @@ class UsageError(ValueError):
 
 
 class NonFiniteError(ArithmeticError):
-    """A loss or a gradient became inf or nan; the command-line tools exit with code 3."""
+    """A loss, a gradient or a sample became inf or nan; the command-line tools exit with code 3."""
+
+
+class NonFiniteInputError(NonFiniteError, UsageError):
+    """Weights or data hold inf or nan already where they come in: the user can replace them."""

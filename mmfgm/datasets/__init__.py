@@ -11,6 +11,7 @@ __getattr__, __dir__, __all__ = attach(
             'PaddedSampler',
             'TensorDataset',
             'WithReal',
+            'check_finite_batch',
             'collate',
             'item_seed',
         ],

@@ -11,7 +11,8 @@ from mmengine.dist import get_dist_info
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler, default_collate
 
-from mmfgm.errors import UsageError
+from mmfgm.errors import NonFiniteInputError, UsageError
+from mmfgm.processes import is_finite
 from mmfgm.registry import DATA_SAMPLERS, DATASETS, FUNCTIONS
 
 Batch = dict[str, Any]
@@ -34,6 +35,41 @@ def item_seed(idx: Any, seed: int = 0) -> Any:
     return (idx + seed * 2654435761) % 2**32
 
 
+def check_finite_batch(batch: Batch, dataset: Any) -> None:
+    """Refuse training data with inf or nan, before a step on it ruins the weights.
+
+    Call it while the batch is on the CPU, where looking waits for nothing.
+
+    Args:
+        batch (dict): Of a training's loader; see :class:`BatchDataset`.
+        dataset: Where it comes from.
+
+    Raises:
+        NonFiniteInputError: Names the items.
+    """
+    for place, values in dict(data=batch, real=batch.get('real') or {}).items():
+        named = {'x_0': values.get('x_0'), **(values.get('cond') or {})}
+        for name, value in named.items():
+            if not isinstance(value, Tensor) or is_finite(value):
+                continue
+            rows = (
+                value.reshape(len(value), -1)
+                .isfinite()
+                .all(1)
+                .logical_not()
+                .nonzero()
+                .flatten()
+                .tolist()
+            )
+            items = [int(batch['idx'][row]) for row in rows[:4]]
+            where = '; '.join(map(getattr(dataset, 'where', 'item {}'.format), items))
+            raise NonFiniteInputError(
+                f'{name} of the training data ({type(dataset).__name__}, {place}) holds inf or nan'
+                f' in {len(rows)} of {len(value)} items of a batch: {where}. Nothing was trained on'
+                ' it; correct these, or make their cache again, and resume'
+            )
+
+
 def _first(batch: Batch) -> Batch:
     return {
         name: _first(value) if isinstance(value, dict) else value[0]
@@ -54,6 +90,10 @@ class BatchDataset(Dataset):
 
     def __getitems__(self, indices: Sequence[int]) -> Batch:
         raise NotImplementedError(f'{type(self).__name__} does not say what its batches are')
+
+    def where(self, index: int) -> str:
+        """What a user would look for to see an item, for messages."""
+        return f'item {index}'
 
     def __getitem__(self, index: int) -> Batch:
         return _first(self.__getitems__([index]))
@@ -150,6 +190,11 @@ class WithReal(BatchDataset):
 
     def __len__(self) -> int:
         return max(len(self.conditions), len(self.real))
+
+    def where(self, index: int) -> str:
+        real = self.real.where(*self._wrap([index], len(self.real)))
+        conditions = self.conditions.where(*self._wrap([index], len(self.conditions)))
+        return f'{conditions} of the conditions or {real} of the real samples'
 
     @staticmethod
     def _wrap(indices: Sequence[int], length: int) -> Sequence[int]:

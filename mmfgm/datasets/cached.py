@@ -182,6 +182,10 @@ class ShardedCache(BatchDataset):
             )
         _Shard(path)
 
+    def where(self, index: int) -> str:
+        number = bisect.bisect_right(self.starts, index % self.manifest['count']) - 1
+        return f'item {index} in {osp.join(self.path, self.shards[number]["file"])}'
+
     def _shard(self, name: str) -> _Shard:
         # by process, as a forked worker shares its parent's files
         opened = self._opened.setdefault(os.getpid(), OrderedDict())

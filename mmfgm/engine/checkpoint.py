@@ -18,12 +18,13 @@ from mmengine.dist import all_gather_object, barrier, is_main_process
 from mmengine.logging import HistoryBuffer
 from torch import nn
 
-from mmfgm.errors import UsageError
+from mmfgm.errors import NonFiniteInputError, UsageError
 from mmfgm.files import replace_folder, whole_file
 from mmfgm.models import (
     STATE_DICT,
     SafePlanner,
     SafeReader,
+    check_finite,
     fingerprint,
     read_pickle,
     read_state_dict,
@@ -118,6 +119,9 @@ class CheckpointMixin:
 
     def _take_fingerprints(self, model: nn.Module) -> None:
         """Of networks that checkpoints leave out, so that a resumed run notices another teacher."""
+        for name in model.pretrained:
+            if name in model.networks:
+                self._check_finite(model.networks[name].state_dict(), f'the {name}')
         self.fingerprints = {
             name: fingerprint(network)
             for name, network in model.networks.items()
@@ -162,6 +166,18 @@ class CheckpointMixin:
                 _save_file({**extras, **tensors}, filename)
             barrier()
 
+    @staticmethod
+    def _check_finite(state: dict, filename: str) -> None:
+        """:func:`check_finite`; where processes hold shards, all of them stop at what one found."""
+        error = None
+        try:
+            check_finite(state, filename)
+        except NonFiniteInputError as e:
+            error = e
+        found = next(filter(None, all_gather_object(error)), None)
+        if found is not None:
+            raise found
+
     def load_checkpoint(
         self,
         filename: str,
@@ -177,6 +193,7 @@ class CheckpointMixin:
         Raises:
             UsageError: If the file is missing or broken, of the other kind (file or directory), or
                 does not fit.
+            NonFiniteInputError: If a weight in it is inf or nan.
         """
         if not osp.exists(filename):
             raise UsageError(f'checkpoint {filename!r} does not exist; name an existing one')
@@ -213,6 +230,7 @@ class CheckpointMixin:
             checkpoint['state_dict'] = read_state_dict(filename)
         if with_optimizer:
             _require_optimizer(filename, 'optimizer' in checkpoint)
+        self._check_finite(checkpoint['state_dict'], filename)
         if 'message_hub' in checkpoint:
             checkpoint['message_hub'] = decode_message_hub(checkpoint['message_hub'])
         if callback is not None:

@@ -11,7 +11,7 @@ import torch
 from mmengine.runner import IterBasedTrainLoop
 from torch import Tensor
 
-from mmfgm.datasets import collate
+from mmfgm.datasets import check_finite_batch, collate
 from mmfgm.errors import UsageError
 from mmfgm.registry import LOOPS
 
@@ -188,7 +188,9 @@ class AlternatingTrainLoop(IterBasedTrainLoop):
     def _prepare(self, differentiable: bool) -> dict:
         model = self.runner.model
         with model.autocast():
-            return model.prepare(next(self._batches), differentiable)
+            batch = next(self._batches)
+            check_finite_batch(batch, self.dataloader.dataset)
+            return model.prepare(batch, differentiable)
 
     def _update(self, phase: str, shared: dict | None) -> None:
         """One optimizer step of every network that ``phase`` trains, on ``shared`` samples or fresh

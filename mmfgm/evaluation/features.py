@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mmfgm.errors import UsageError
 from mmfgm.files import sha256 as file_sha256
-from mmfgm.models import from_uint8, read_pickle
+from mmfgm.models import check_finite, from_uint8, read_pickle
 from mmfgm.registry import TASK_UTILS
 
 
@@ -108,7 +108,7 @@ class InceptionV3:
                 ' or say sha256=None'
             )
         # torch-fidelity would unpickle anything; after this the file is known to hold tensors only
-        read_pickle(path)
+        check_finite(read_pickle(path), path)
         try:
             self.network = port.FeatureExtractorInceptionV3(
                 self.name, ['2048', 'logits_unbiased'], path

@@ -27,6 +27,7 @@ __getattr__, __dir__, __all__ = attach(
             'STATE_DICT',
             'SafePlanner',
             'SafeReader',
+            'check_finite',
             'fingerprint',
             'latest_checkpoint',
             'load_network',

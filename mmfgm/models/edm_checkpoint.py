@@ -17,6 +17,7 @@ from torch import Tensor
 from mmfgm.errors import UsageError
 
 from .networks import EDMUNet
+from .weights import check_finite
 
 ADVICE = (
     "expected one of EDM's published networks, such as edm-cifar10-32x32-cond-vp.pkl; download it"
@@ -297,6 +298,7 @@ def _convert(content: Any, key: str) -> tuple[dict[str, Tensor], dict[str, Any]]
         )
     unet = dict(_infer_unet(tensors), dropout=dropout)
     _check_shapes(tensors, unet)
+    check_finite(tensors, key)
     return tensors, dict(unet=unet, sigma_data=sigma_data)
 
 
@@ -319,6 +321,7 @@ def read_edm_pickle(filename: str, key: str = 'ema') -> tuple[dict[str, Tensor],
         UsageError: If the file does not exist, is damaged, holds anything that could run code, or
             holds another network: an NCSN++ (``ve``), another model class or another
                 preconditioning.
+        NonFiniteInputError: If its weights hold inf or nan.
     """
     try:
         with open(filename, 'rb') as f:
@@ -331,7 +334,7 @@ def read_edm_pickle(filename: str, key: str = 'ema') -> tuple[dict[str, Tensor],
     try:
         return _convert(_open(data), key)
     except UsageError as e:
-        raise UsageError(f'{filename!r} {e}') from e
+        raise type(e)(f'{filename!r} {e}') from e
     # damaged and hostile bytes raise anything, MemoryError and RecursionError included
     except Exception as e:
         raise UsageError(

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmfgm.errors import UsageError
+from mmfgm.errors import NonFiniteError, UsageError
 from mmfgm.flow import ClassifierFreeGuidance, shifted_times, uniform_times
+from mmfgm.processes import is_finite, local
 from mmfgm.registry import FUNCTIONS
 
 Conditions = dict[str, Tensor]
@@ -168,6 +169,7 @@ class Sampler:
 
         Raises:
             UsageError: See :meth:`check` and :func:`check_labels`.
+            NonFiniteError: If a sample holds inf or nan, which pictures would show as black.
         """
         self.check(sampling)
         check_labels(batch.get('cond', {}), self.num_classes)
@@ -182,7 +184,40 @@ class Sampler:
                 samples = self._draw(network, z, cond, sampling)
         finally:
             network.train(training)
-        return samples if self.decoder is None else self.decoder(samples)
+        self._check_finite(samples, 'made', batch, cond, sampling)
+        if self.decoder is None:
+            return samples
+        images = self.decoder(samples)
+        self._check_finite(images, 'was decoded to', batch, cond, sampling)
+        return images
+
+    def _check_finite(
+        self, samples: Tensor, did: str, batch: dict, cond: Conditions, sampling: Sampling
+    ) -> None:
+        """Stop at samples with inf or nan, and say what they come from."""
+        if is_finite(samples):
+            return
+        network = self.networks[sampling.network]
+        rows = local(samples).flatten(1).isfinite().all(1).logical_not().nonzero().flatten()
+        weights = [name for name, value in network.state_dict().items() if not is_finite(value)]
+        given = [name for name, value in cond.items() if not is_finite(value)]
+        if weights:
+            why = (
+                f'Its weights hold them ({weights[0]!r}): take an earlier checkpoint, or download'
+                ' the file again'
+            )
+        elif given:
+            why = f'Its conditions hold them ({given[0]}): make the cache of the prompts again'
+        else:
+            why = (
+                'Its weights and conditions do not, so a value became too large on the way: compute'
+                ' with precision fp32, take more NFE or less guidance, or an earlier checkpoint'
+            )
+        seeds = [int(batch['seed'][int(row)]) for row in rows[:8]]
+        raise NonFiniteError(
+            f'{sampling.network} of {self.name}, {sampling.nfe} NFE, {did} samples with inf or nan:'
+            f' {len(rows)} of {len(samples)}, of the seeds {seeds}. {why}.'
+        )
 
     def _draw(self, network: nn.Module, z: Tensor, cond: Conditions, sampling: Sampling) -> Tensor:
         if sampling.network in self.one_step:

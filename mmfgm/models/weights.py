@@ -6,7 +6,7 @@ import pickle
 import re
 import zipfile
 import zlib
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from mmfgm.errors import UsageError
+from mmfgm.errors import NonFiniteInputError, UsageError
+from mmfgm.processes import is_finite
 
 # where a sharded checkpoint keeps the model
 STATE_DICT = 'state_dict.'
@@ -204,6 +205,29 @@ def fingerprint(network: nn.Module) -> str:
     return f'{crc:08x}'
 
 
+def check_finite(tensors: Mapping[str, Tensor], source: str) -> None:
+    """Refuse weights that would make every sample and every gradient nan; one pass over them.
+
+    Args:
+        tensors (Mapping[str, Tensor]): By name.
+        source (str): Where they come from, for the message.
+
+    Raises:
+        NonFiniteInputError: Names the first of those that hold inf or nan.
+    """
+    bad = [
+        name
+        for name, value in tensors.items()
+        if isinstance(value, Tensor) and not is_finite(value)
+    ]
+    if bad:
+        raise NonFiniteInputError(
+            f'{source!r} holds inf or nan in {len(bad)} of {len(tensors)} tensors, such as'
+            f' {bad[0]!r}: it is damaged, or was saved by a run that had diverged; name another'
+            ' file, or an earlier checkpoint of the run'
+        )
+
+
 def load_network(
     network: nn.Module,
     checkpoint: str,
@@ -249,6 +273,7 @@ def load_tensors(
     Raises:
         UsageError: Names the checkpoint and the first tensor that is missing, superfluous or of
             another shape.
+        NonFiniteInputError: If a tensor holds inf or nan.
     """
     expected = {
         key: value for key, value in part.state_dict().items() if names is None or key in names
@@ -271,4 +296,5 @@ def load_tensors(
                 f'{wrong}its tensor {key!r} has no place in the network; make the'
                 ' network settings agree'
             )
+    check_finite(state, checkpoint)
     part.load_state_dict(state, strict=names is None)

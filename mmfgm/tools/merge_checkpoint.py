@@ -43,13 +43,21 @@ def merge(argv: Sequence[str] | None = None) -> None:
     import torch
     from safetensors.torch import save
 
-    from mmfgm.models import read_state_dict
+    from mmfgm.models import check_finite, read_state_dict
+    from mmfgm.processes import is_finite
 
     dtype = getattr(torch, DTYPES[args.dtype])
+    state = read_state_dict(args.checkpoint, network=args.network)
+    check_finite(state, args.checkpoint)
     tensors = {
-        key: value.to(dtype) if value.is_floating_point() else value
-        for key, value in read_state_dict(args.checkpoint, network=args.network).items()
+        key: value.to(dtype) if value.is_floating_point() else value for key, value in state.items()
     }
+    large = [key for key, value in tensors.items() if not is_finite(value)]
+    if large:
+        raise UsageError(
+            f'{large[0]!r} of {args.checkpoint!r} holds numbers too large for {args.dtype}; use'
+            ' --dtype bfloat16 or float32'
+        )
     content = save(
         {key: value.contiguous() for key, value in tensors.items()},
         metadata=dict(format='pt', network=args.network),

@@ -4,6 +4,7 @@ one."""
 
 import hashlib
 import json
+import math
 import os
 import pickle
 import random
@@ -20,7 +21,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 
-from mmfgm.errors import UsageError
+from mmfgm.errors import NonFiniteInputError, UsageError
 from mmfgm.models import load_network
 from mmfgm.models.edm_checkpoint import GLOBALS, read_edm_pickle
 from mmfgm.models.networks import EDMUNet
@@ -482,3 +483,12 @@ def test_the_tool(edm_file, capsys):
         'out.json',
         'out.safetensors',
     ]
+
+
+@pytest.mark.parametrize('bad', [math.nan, math.inf])
+def test_non_finite_weights_are_refused(edm_file, bad):
+    state = random_state()
+    name = next(iter(state))
+    state[name].view(-1)[-1] = bad
+    with pytest.raises(NonFiniteInputError, match=f'inf or nan in 1 of .*{re.escape(name)}'):
+        read_edm_pickle(edm_file(state))

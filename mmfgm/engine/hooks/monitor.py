@@ -113,9 +113,21 @@ class MonitorHook(Hook):
         damaged = non_finite_networks(runner.model.networks)
         last = latest_checkpoint(runner.work_dir)
         same_phase = {k: v for k, v in values.items() if k.startswith(f'{phase}/')}
+        fixed = [name for name in damaged if name in runner.model.pretrained]
+        if fixed:
+            # they were whole when they were loaded, and no step changes them
+            fix = (
+                f'Training does not change {", ".join(fixed)}, so a device or its memory is at'
+                ' fault: resume on another'
+            )
+        else:
+            fix = (
+                f'The weights that were loaded and the data were finite: training diverged. Lower'
+                f' the learning rate of {trained}, or set clip_grad, and resume'
+            )
         raise NonFiniteError(
             f'iteration {iteration}, phase {phase!r} (trains {trained}): {what} is {values[name]}.'
             f' Values of the phase: {same_phase}. Networks with non-finite weights:'
             f' {damaged or "none yet"}. No checkpoint was written after it; the last good one is'
-            f' {last}. Lower the learning rate of {trained}, or set clip_grad, and resume.'
+            f' {last}. {fix}.'
         )

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from mmfgm.errors import UsageError
-from mmfgm.models import read_state_dict
+from mmfgm.models import check_finite, read_state_dict
 from mmfgm.registry import TASK_UTILS
 
 from ..features import full_precision
@@ -86,7 +86,7 @@ class ClipColors:
             raise UsageError(f'batch_size must be at least 1, but is {batch_size}')
         if osp.isfile(pretrained):
             # says what is wrong with a file that holds more than tensors
-            read_state_dict(pretrained)
+            check_finite(read_state_dict(pretrained), pretrained)
         try:
             self.network, _, self.transform = open_clip.create_model_and_transforms(
                 model, pretrained=pretrained

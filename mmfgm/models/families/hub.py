@@ -12,6 +12,8 @@ from torch import nn
 
 from mmfgm.errors import UsageError
 
+from ..weights import check_finite
+
 # what diffusers and the hub raise when weights cannot be had: no such folder, no network, a licence
 # not accepted
 LOADING_ERRORS = (OSError, ValueError, KeyError, RuntimeError)
@@ -33,6 +35,7 @@ def load_pretrained(cls: Any, pretrained: str, subfolder: str, **kwargs) -> nn.M
 
     Raises:
         UsageError: If the weights are missing, gated, or not of this class.
+        NonFiniteInputError: If they hold inf or nan.
     """
     try:
         found = cls.load_config(
@@ -55,6 +58,7 @@ def load_pretrained(cls: Any, pretrained: str, subfolder: str, **kwargs) -> nn.M
             f'{pretrained!r} holds a {found} in {subfolder!r}, not a {cls.__name__}; name a'
             " pipeline with one, in diffusers' format"
         )
+    check_finite(network.state_dict(), osp.join(pretrained, subfolder))
     return network
 
 

@@ -2,6 +2,7 @@
 """What latent models need around them: encoder and decoder of images, and the embedding of the
 empty prompt."""
 
+import os.path as osp
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch.nn.functional import pad
 from mmfgm.datasets import CachedPrompts
 from mmfgm.registry import TASK_UTILS
 
+from ..weights import check_finite
 from .base import LatentEncoder
 from .hub import diffusers_module, load_or_explain, load_pretrained
 
@@ -32,6 +34,7 @@ class KLEncoder(LatentEncoder):
         vae = load_or_explain(
             lambda: cls.from_pretrained(pretrained, subfolder='vae'), pretrained, kind
         )
+        check_finite(vae.state_dict(), osp.join(pretrained, 'vae'))
         self.vae = vae.float().eval()
         config = self.vae.config
         self.factor = 2 ** (len(config.block_out_channels) - 1)
