@@ -11,17 +11,24 @@ import json
 import os
 import os.path as osp
 import shutil
+import stat
 import tempfile
 import uuid
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from mmfgm.errors import UsageError
 
+# manifests, metadata and logs of the longest runs have some hundred MB
+MAX_TEXT = 1 << 30
+MAX_PICTURE = 1 << 28
+
 
 def sha256(path: str) -> str:
     """Hex digest of a file."""
+    check_regular(path)
     digest = hashlib.sha256()
     with open(path, 'rb') as f:
         for chunk in iter(lambda: f.read(1 << 20), b''):
@@ -29,21 +36,152 @@ def sha256(path: str) -> str:
     return digest.hexdigest()
 
 
-def read_json(path: str, fix: str) -> Any:
+def check_regular(path: str) -> None:
+    """Refuse a pipe, a device or a socket, before opening it waits for ever or never ends.
+
+    Raises:
+        UsageError: If there is something at ``path`` that is neither a file nor a folder.
+    """
+    try:
+        mode = os.stat(path).st_mode
+    except (OSError, ValueError):  # whoever opens it says what is wrong
+        return
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+        raise UsageError(f'{path!r} is a pipe, a device or a socket; name a regular file')
+
+
+def read_text(path: str, fix: str, limit: int = MAX_TEXT) -> str:
+    """The content of a text file in UTF-8, with or without a byte order mark.
+
+    Args:
+        path (str): The file.
+        fix (str): What the message tells the user to do where it cannot be read.
+        limit (int): Bytes that no such file has.
+
+    Raises:
+        UsageError: If it is no file, is too large, or is no text.
+    """
+    check_regular(path)
+    try:
+        if os.path.getsize(path) > limit:
+            raise ValueError(f'it has more than {limit:,} bytes')
+        with open(path, encoding='utf-8-sig') as f:
+            return f.read()
+    except (OSError, ValueError) as e:
+        raise UsageError(f'{path!r} cannot be read ({e!r}); {fix}') from e
+
+
+def parse_json(text: str | bytes, kind: type | tuple[type, ...] = object) -> Any:
+    """A JSON document; whatever is wrong with it is a ValueError.
+
+    Args:
+        text (str | bytes): The document.
+        kind (type | tuple[type, ...]): What it must be, such as ``dict``. Defaults to anything.
+
+    Raises:
+        ValueError: If it is no JSON, too deeply nested, or of another kind.
+    """
+    try:
+        content = json.loads(text)
+    except RecursionError as e:
+        raise ValueError('it is nested too deeply') from e
+    if not isinstance(content, kind):
+        kinds = kind if isinstance(kind, tuple) else (kind,)
+        names = ' or '.join(
+            dict(dict='an object', list='a list').get(k.__name__, k.__name__) for k in kinds
+        )
+        raise ValueError(f'it is {type(content).__name__} {str(content)[:40]!r}, expected {names}')
+    return content
+
+
+def read_json(path: str, fix: str, kind: type | tuple[type, ...] = object) -> Any:
     """The content of a JSON file.
 
     Args:
         path (str): The file.
         fix (str): What the message tells the user to do where it cannot be read.
+        kind (type | tuple[type, ...]): See :func:`parse_json`.
 
     Raises:
-        UsageError: If it cannot be read, or is not JSON.
+        UsageError: If it cannot be read, is not JSON, or of another kind.
     """
     try:
-        with open(path, encoding='utf-8') as f:
-            return json.load(f)
-    except (OSError, ValueError, RecursionError) as e:
+        return parse_json(read_text(path, fix), kind)
+    except UsageError:
+        raise
+    except ValueError as e:
         raise UsageError(f'{path!r} is damaged ({e!r}); {fix}') from e
+
+
+def read_json_lines(path: str, fix: str, torn: bool = False) -> Iterator[tuple[int, dict]]:
+    """The objects of a file with one JSON object a line, each with its line's number; blank lines
+    are left out.
+
+    Args:
+        path (str): The file.
+        fix (str): What the message tells the user to do where a line cannot be read.
+        torn (bool): Leave out a last line that is no object: a process was killed as it wrote it.
+
+    Raises:
+        UsageError: Names the line.
+    """
+    # not splitlines(): JSON may hold U+2028 as it is
+    lines = read_text(path, fix).split('\n')
+    last = max((number for number, line in enumerate(lines, 1) if line.strip()), default=0)
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = parse_json(line, dict)
+        except ValueError as e:
+            if torn and number == last:
+                return
+            raise UsageError(f'{path!r}, line {number} is not a JSON object ({e}); {fix}') from e
+        yield number, row
+
+
+def read_member(archive: zipfile.ZipFile, name: str, limit: int = MAX_PICTURE) -> bytes:
+    """A file out of an archive, unless it would fill the memory.
+
+    Raises:
+        UsageError: If it is damaged, encrypted, or larger than ``limit`` bytes by what the archive
+            says; no more than that is unpacked.
+    """
+    try:
+        size = archive.getinfo(name).file_size
+        if size > limit:
+            raise ValueError(f'it unpacks to {size:,} bytes, more than {limit:,}')
+        return archive.read(name)
+    # whatever the library raises is about the file; RuntimeError: it is encrypted
+    except Exception as e:
+        raise UsageError(
+            f'{name!r} in {archive.filename!r} cannot be unpacked ({e!r}); make the archive again'
+        ) from e
+
+
+def files_below(folder: str) -> list[str]:
+    """Relative names, with ``/``, of all that is below a folder and is no folder.
+
+    Links are followed, but not to a folder that they lie in, where a walk would not end.
+
+    Raises:
+        OSError: If a folder cannot be listed.
+    """
+    names = []
+    top = os.stat(folder)
+    waiting = [('', ((top.st_dev, top.st_ino),))]
+    while waiting:
+        prefix, above = waiting.pop()
+        with os.scandir(osp.join(folder, prefix)) as entries:
+            for entry in entries:
+                name = prefix + entry.name
+                if not entry.is_dir():
+                    names.append(name)
+                    continue
+                found = os.stat(entry.path)
+                if (found.st_dev, found.st_ino) not in above:
+                    waiting.append((f'{name}/', (*above, (found.st_dev, found.st_ino))))
+    return names
 
 
 def differences(expected: Any, found: Any, name: str = '') -> Iterator[str]:

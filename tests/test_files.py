@@ -57,7 +57,7 @@ def test_json_that_cannot_be_read_is_a_message(content, tmp_path):
     path = tmp_path / 'file.json'
     if content is not None:
         path.write_bytes(content)
-    with pytest.raises(UsageError, match="file.json' is damaged .*; delete it"):
+    with pytest.raises(UsageError, match="file.json' (is damaged|cannot be read) .*; delete it"):
         read_json(str(path), 'delete it')
 
 

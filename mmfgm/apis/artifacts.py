@@ -37,7 +37,7 @@ def read_export(path: str) -> dict:
             ' checkpoint)'
         )
     file = osp.join(path, EXPORT_FILE)
-    export = read_json(file, 'export again')
+    export = read_json(file, 'export again', dict)
     check_description(export, file)
     if export['kind'] == 'lora':
         raise UsageError(

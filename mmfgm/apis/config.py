@@ -11,6 +11,7 @@ from mmengine.config import Config
 import mmfgm
 from mmfgm.config import resolve
 from mmfgm.errors import UsageError
+from mmfgm.files import read_text
 
 T = TypeVar('T')
 
@@ -61,9 +62,10 @@ def read_dump(path: str) -> Config:
         UsageError: If the file cannot be read, or says anything else.
     """
     try:
-        with open(path, encoding='utf-8') as f:
-            tree = ast.parse(f.read())
+        tree = ast.parse(read_text(path, 'name the work dir of a run'))
         return Config({name: value for line in tree.body for name, value in _assignment(line)})
+    except UsageError:
+        raise
     except (OSError, SyntaxError, ValueError, TypeError, RecursionError, MemoryError) as e:
         raise UsageError(
             f'expected {path!r} to be the config that a run wrote, found a file that cannot be read'

@@ -13,8 +13,9 @@ from PIL import Image
 
 import mmfgm
 from mmfgm.datasets import Digits
+from mmfgm.errors import UsageError
 from mmfgm.evaluation import build_evaluations, draw_over_nfe, draw_panels
-from mmfgm.files import write_file
+from mmfgm.files import read_json, write_file
 from mmfgm.models import Sampling, latest_checkpoint, read_pickle
 
 from .config import read_config
@@ -34,9 +35,12 @@ def fresh_unless_same(folder: str, request: dict) -> bool:
     was."""
     note = osp.join(folder, 'request.json')
     if osp.isfile(note):
-        with open(note) as f:
-            if json.load(f) == request:
-                return True
+        try:
+            same = read_json(note, 'start afresh') == request
+        except UsageError:
+            same = False
+        if same:
+            return True
     shutil.rmtree(folder, ignore_errors=True)
     os.makedirs(folder)
     write_file(note, json.dumps(request))
@@ -103,8 +107,7 @@ def run_quickstart(
     paths = [osp.join(folder, name) for name in ('metrics.json', 'samples.png', 'fd_vs_nfe.png')]
     request = dict(made_from=distill['made_from'], num_samples=num_samples)
     if fresh_unless_same(osp.join(folder, 'test'), request) and all(map(osp.isfile, paths)):
-        with open(paths[0]) as f:
-            metrics = json.load(f)
+        metrics = read_json(paths[0], 'delete it and start again', dict)
     else:
         seconds = dict(pretrain=pretrain['seconds'], distill=distill['seconds'])
         metrics = measure(fgm, teacher_dir, folder, num_samples, distill['checkpoint'], seconds)

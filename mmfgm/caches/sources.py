@@ -3,8 +3,6 @@
 
 import csv
 import io
-import json
-import os
 import os.path as osp
 import tarfile
 import zipfile
@@ -18,6 +16,7 @@ from torch import Tensor
 
 from mmfgm.datasets import SUFFIXES
 from mmfgm.errors import UsageError
+from mmfgm.files import check_regular, files_below, parse_json, read_member
 
 
 def read_prompts(path: str, column: str) -> tuple[list[str], list[Any]]:
@@ -38,6 +37,7 @@ def read_prompts(path: str, column: str) -> tuple[list[str], list[Any]]:
             f'prompts come from {", ".join(readers)} files, but {path!r} is none of them;'
             ' convert it'
         )
+    check_regular(path)
     try:
         places, prompts = zip(*readers[extension](path, column))
     except OSError as e:
@@ -61,7 +61,7 @@ def _read_jsonl(path, column):
     with open(path, encoding='utf-8-sig') as f:
         for number, line in enumerate(f, 1):
             try:
-                items.append((f'line {number}', json.loads(line)[column]))
+                items.append((f'line {number}', parse_json(line, dict)[column]))
             except (ValueError, KeyError, TypeError) as e:
                 raise UsageError(
                     f'{path!r}, line {number}: expected an object with {column!r}, found '
@@ -117,13 +117,10 @@ class ImageFiles:
         self.path = path
         self.zip = None
         self.tars = {}
+        check_regular(path)
         try:
             if osp.isdir(path):
-                names = [
-                    osp.relpath(osp.join(root, name), path).replace(os.sep, '/')
-                    for root, _, files in os.walk(path, followlinks=True)
-                    for name in files
-                ]
+                names = files_below(path)
                 self.sizes = {name: osp.getsize(osp.join(path, name)) for name in names}
                 tars = [osp.join(path, name) for name in sorted(names) if name.endswith('.tar')]
                 if tars and not any(name.lower().endswith(SUFFIXES) for name in names):
@@ -162,12 +159,13 @@ class ImageFiles:
 
     def read(self, name: str) -> bytes:
         if self.zip is not None:
-            return self.zip.read(name)
+            return read_member(self.zip, name)
         if self.tars:
             tar, offset, size = self.tars[name]
             with open(tar, 'rb') as f:
                 f.seek(offset)
                 return f.read(size)
+        check_regular(osp.join(self.path, name))
         with open(osp.join(self.path, name), 'rb') as f:
             return f.read()
 
@@ -187,6 +185,11 @@ def read_image(content: bytes, resolution: int) -> Tensor:
         raise UsageError(f'cannot be read as an image ({e})') from e
     scale = resolution / min(image.size)
     width, height = (max(resolution, round(side * scale)) for side in image.size)
+    if width * height > Image.MAX_IMAGE_PIXELS:
+        raise UsageError(
+            f'is {image.width}x{image.height} pixels, so that {resolution} for its shorter side'
+            f' would make {width}x{height}; cut it'
+        )
     left = (width - resolution) // 2
     top = (height - resolution) // 2
     image = image.resize((width, height), Image.Resampling.BICUBIC).crop(

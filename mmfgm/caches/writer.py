@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mmfgm.datasets import NULL, read_manifest
+from mmfgm.datasets import NULL, checksums, manifest_checksum, read_manifest
 from mmfgm.errors import UsageError
 from mmfgm.files import differences, read_json, sha256, whole_file, write_file
 from mmfgm.processes import Progress, on_main, rank_and_size
@@ -56,7 +56,7 @@ class ShardWriter:
         if osp.exists(manifest):
             began = read_manifest(self.path)
         elif osp.exists(unfinished):
-            began = read_json(unfinished, 'delete it and run again')
+            began = read_json(unfinished, 'delete it and run again', dict)
             began.setdefault('conditions', self.job.get('conditions'))
         else:
             if os.listdir(self.path):
@@ -77,9 +77,17 @@ class ShardWriter:
                 )
         entries = [*began.get('shards', ()), *([began['null']] if began.get('null') else [])]
         entries += [
-            read_json(file, 'delete it and run again')
+            read_json(file, 'delete it and run again', dict)
             for file in glob.glob(osp.join(glob.escape(self.path), '*.safetensors.json'))
         ]
+        for entry in entries:
+            if not re.fullmatch(r'\w+\.safetensors', str(entry.get('file'))) or not all(
+                type(entry.get(key)) is int for key in ('count', 'size')
+            ):
+                raise UsageError(
+                    f'{self.path!r} has a damaged note of a finished shard: {str(entry)[:80]};'
+                    ' delete its *.safetensors.json files and run again'
+                )
         return {
             entry['file']: entry
             for entry in entries
@@ -95,6 +103,7 @@ class ShardWriter:
         """Write one shard, then the entry that says it is whole."""
         path = osp.join(self.path, name)
         tensors = {key: value.contiguous() for key, value in tensors.items()}
+        tensors.update(checksums(tensors))
         try:
             with whole_file(path) as unfinished:
                 # more than one key of metadata would be written in random order
@@ -122,6 +131,7 @@ class ShardWriter:
             shards.append(dict(entry, start=start))
             start += entry['count']
         manifest = dict(self.job, count=start, shards=shards, null=done.get(NULL))
+        manifest['checksum'] = manifest_checksum(manifest)
         _write_json(osp.join(self.path, 'manifest.json'), manifest)
         for file in [
             *glob.glob(osp.join(glob.escape(self.path), '*.safetensors.json')),

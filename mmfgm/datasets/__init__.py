@@ -20,6 +20,8 @@ __getattr__, __dir__, __all__ = attach(
             'CachedPromptSamples',
             'CachedPrompts',
             'NULL',
+            'checksums',
+            'manifest_checksum',
             'read_manifest',
             'verify_cache',
         ],

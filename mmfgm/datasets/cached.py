@@ -12,10 +12,15 @@ padding was dropped, ``t5`` is ``(tokens, D)``, the items' tokens one after the 
 """
 
 import bisect
+import hashlib
+import json
 import os
 import os.path as osp
+import re
+import zlib
 from collections import OrderedDict
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -23,7 +28,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from mmfgm.errors import UsageError
-from mmfgm.files import differences, read_json, sha256
+from mmfgm.files import check_regular, differences, read_json, sha256
 from mmfgm.registry import DATASETS
 
 from .base import Batch, BatchDataset, item_seed
@@ -51,19 +56,76 @@ def read_manifest(path: str, kind: str | None = None) -> dict:
                 else 'make one with tools/cache_prompts.py or tools/cache_latents.py'
             )
         )
+    manifest = read_json(file, 'make the cache again', dict)
     try:
-        manifest = read_json(file, 'make the cache again')
-        found = manifest['kind']
-        manifest.setdefault('conditions', CONDITIONS if 'clip' in manifest['layout'] else {})
-        manifest['identity'], manifest['layout'], [shard['sha256'] for shard in manifest['shards']]
-    except (KeyError, TypeError) as e:
+        _check_manifest(manifest)
+    except (KeyError, TypeError, AttributeError, ValueError) as e:
         raise UsageError(f'{file!r} is damaged ({e!r}); make the cache again') from e
+    found = manifest['kind']
     if kind is not None and found != kind:
         raise UsageError(
             f'{path!r} is a cache of {found}, expected one of {kind}; name another folder or'
             ' data set'
         )
     return manifest
+
+
+def manifest_checksum(manifest: dict) -> str:
+    """SHA-256 of all that a manifest says beside its own ``checksum``."""
+    content = {key: value for key, value in manifest.items() if key != 'checksum'}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _check_manifest(manifest: dict) -> None:
+    """Hold a manifest against what the tools write, and add what older ones leave out.
+
+    Raises:
+        KeyError | TypeError | AttributeError | ValueError: If it is none.
+    """
+    if manifest_checksum(manifest) != manifest.get('checksum', manifest_checksum(manifest)):
+        raise ValueError('its checksum is of another content')
+    layout = manifest['layout']
+    manifest.setdefault('conditions', CONDITIONS if 'clip' in layout else {})
+    manifest['identity'].keys()
+    if not isinstance(getattr(torch, str(manifest['settings']['dtype']), None), torch.dtype):
+        raise ValueError(f'settings.dtype is {manifest["settings"]["dtype"]!r}')
+    for name, shape in layout.items():
+        if not shape or not all(type(size) is int and 0 < size < 1 << 20 for size in shape):
+            raise ValueError(f'layout.{name} is {shape}')
+    for name, parts in manifest['conditions'].items():
+        if not parts or not set(parts) <= set(layout):
+            raise ValueError(f'conditions.{name} is {parts}')
+    start = 0
+    for entry in [*manifest['shards'], *([manifest['null']] if manifest.get('null') else [])]:
+        # a path would lead out of the folder
+        if not re.fullmatch(r'\w+\.safetensors', entry['file']):
+            raise ValueError(f'a file is called {entry["file"]!r}')
+        if type(entry['size']) is not int or not isinstance(entry['sha256'], str):
+            raise ValueError(f'{entry["file"]} has no size or no sha256')
+        if entry['file'] == NULL:
+            continue
+        if type(entry['count']) is not int or entry['count'] < 0 or entry['start'] != start:
+            raise ValueError(f'{entry["file"]} does not follow the one before it')
+        start += entry['count']
+    if manifest['count'] != start or not start:
+        raise ValueError(f'count is {manifest["count"]}, but the shards hold {start} items')
+
+
+def checksums(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """``NAME_crc (n,)``: the CRC-32 of each item's values of each tensor of a shard."""
+    result = {}
+    for name, values in tensors.items():
+        if name.endswith('_tokens'):
+            continue
+        rows: Sequence[Tensor] = values
+        if f'{name}_tokens' in tensors:
+            rows = values.split(tensors[f'{name}_tokens'].tolist())
+        result[f'{name}_crc'] = torch.tensor([_crc(row) for row in rows], dtype=torch.int64)
+    return result
+
+
+def _crc(values: Tensor) -> int:
+    return zlib.crc32(values.contiguous().flatten().view(torch.uint8).numpy())
 
 
 def verify_cache(path: str) -> None:
@@ -92,6 +154,8 @@ class _Shard:
     """An open shard; its values stay on the disk until they are read."""
 
     def __init__(self, path: str):
+        self.path = path
+        check_regular(path)
         try:
             self.file = safe_open(path, framework='pt')
             names = self.file.keys()
@@ -101,20 +165,60 @@ class _Shard:
                 if name.endswith('_tokens')
             }
             self.values = {name: self.file.get_slice(name) for name in names}
-        except (SafetensorError, OSError) as e:
+            self.crcs = {
+                name: self.file.get_tensor(f'{name}_crc')
+                for name in names
+                if f'{name}_crc' in names
+            }
+        # a damaged header, or token counts that are none
+        except (SafetensorError, OSError, ValueError, RuntimeError, TypeError) as e:
             raise UsageError(
                 f'{path!r} is missing or corrupted ({e}); delete it and run the tool that made it'
                 ' again, which makes only what is missing'
             ) from e
 
+    def check(self, layout: dict[str, tuple[int, ...]], count: int) -> None:
+        """Hold the header against the manifest.
+
+        Raises:
+            UsageError: If a value is missing or of another shape.
+        """
+        # a shard that lost all its items is empty
+        for name, shape in layout.items() if count else ():
+            found = tuple(self.values[name].get_shape()) if name in self.values else None
+            ends = self.offsets.get(name)
+            whole = (count, *shape)
+            if ends is not None and found is not None:
+                # at most as many tokens as the layout has, and all of them there
+                lengths = [after - before for before, after in pairwise(ends)]
+                within = len(lengths) == count and all(0 <= n <= shape[0] for n in lengths)
+                whole = (ends[-1] if within else -1, *shape[1:])
+            if found != whole or len(self.crcs.get(name, range(count))) != count:
+                raise UsageError(
+                    f'{self.path!r} is corrupted: {name} has shape {found}, expected {whole};'
+                    ' delete it and run the tool that made it again, which makes only what is'
+                    ' missing'
+                )
+
     def copy(self, name: str, row: int, out: Tensor) -> None:
-        """Copy one item's values into ``out``, whose rest stays as it is where padding was
-        dropped."""
+        """Copy one item's values into ``out``, whose rest stays as it is where padding was dropped.
+
+        Raises:
+            UsageError: If they are not as they were written.
+        """
         if name not in self.offsets:
-            out[:] = self.values[name][row]
-        elif self.offsets[name][row] < self.offsets[name][row + 1]:
-            tokens = self.values[name][self.offsets[name][row] : self.offsets[name][row + 1]]
-            out[: len(tokens)] = tokens
+            values = self.values[name][row]
+            out[:] = values
+        else:
+            values = self.values[name][self.offsets[name][row] : self.offsets[name][row + 1]]
+            out[: len(values)] = values
+        # caches of before have no checksums of items
+        if name in self.crcs and _crc(values) != int(self.crcs[name][row]):
+            raise UsageError(
+                f'{self.path!r} is corrupted: {name} of its item {row} has another checksum than'
+                ' when it was written; delete it and run the tool that made it again, which makes'
+                ' only what is missing'
+            )
 
 
 class ShardedCache(BatchDataset):
@@ -180,7 +284,14 @@ class ShardedCache(BatchDataset):
                 f' {entry["size"]}; delete it and run the tool that made it again, which makes only'
                 ' what is missing'
             )
-        _Shard(path)
+        _Shard(path).check(
+            self.layout if entry['file'] != NULL else self._null_layout(), entry.get('count', 1)
+        )
+
+    def _null_layout(self) -> dict[str, tuple[int, ...]]:
+        """Of the empty prompt, which has no latents."""
+        parts = {part for parts in self.manifest['conditions'].values() for part in parts}
+        return {name: shape for name, shape in self.layout.items() if name in parts}
 
     def where(self, index: int) -> str:
         number = bisect.bisect_right(self.starts, index % self.manifest['count']) - 1

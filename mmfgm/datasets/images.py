@@ -3,7 +3,6 @@
 W)`` uint8 and ``labels`` int64."""
 
 import io
-import json
 import math
 import os
 import zipfile
@@ -18,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from mmfgm.errors import UsageError
+from mmfgm.files import check_regular, files_below, parse_json, read_member
 from mmfgm.registry import DATASETS
 
 from .base import Batch, BatchDataset, TensorDataset
@@ -225,17 +225,14 @@ class ImageFolder(BatchDataset):
     def _zip(self) -> zipfile.ZipFile:
         # a forked worker shares its parent's file position, so each process opens its own
         if os.getpid() not in self._zips:
+            check_regular(str(self.path))
             self._zips[os.getpid()] = zipfile.ZipFile(self.path)
         return self._zips[os.getpid()]
 
     def _files(self) -> list[str]:
         """Paths of all files, relative to the top, with ``/`` between their parts."""
         if self.path.is_dir():
-            files = []
-            for root, _, names in os.walk(self.path, followlinks=True):
-                folder = Path(root).relative_to(self.path).as_posix()
-                files += names if folder == '.' else [f'{folder}/{name}' for name in names]
-            return files
+            return files_below(str(self.path))
         try:
             return self._zip().namelist()
         except (OSError, zipfile.BadZipFile) as error:
@@ -244,7 +241,10 @@ class ImageFolder(BatchDataset):
             ) from error
 
     def _read(self, name: str) -> bytes:
-        return (self.path / name).read_bytes() if self.path.is_dir() else self._zip().read(name)
+        if not self.path.is_dir():
+            return read_member(self._zip(), name)
+        check_regular(str(self.path / name))
+        return (self.path / name).read_bytes()
 
     def _image(self, index: int) -> np.ndarray:
         """Image ``(H, W, 3)`` uint8 after the pipeline."""
@@ -301,7 +301,7 @@ def _labels(
     """Labels ``(N,)`` int64 in the order of ``names``, and the number of classes, from a
     ``dataset.json``."""
     try:
-        entries = json.loads(content)['labels']
+        entries = parse_json(content, dict)['labels']
         table = dict(entries or {})
         if entries and len(table) != len(entries):
             raise ValueError('a name comes twice')

@@ -156,13 +156,13 @@ class Evaluation:
     ) -> dict[str, float]:
         self._reset(model, sampling, out_dir, config)
         finished = len(self.loader.sampler.skip)
-        start = last = time.time()
+        start = last = time.monotonic()
         for i, batch in enumerate(self.loader):
             samples = model.sample(batch, sampling)
             for metric in self.built.values():
                 metric.process(batch, samples)
-            if is_main_process() and time.time() - last > 30:
-                last = time.time()
+            if is_main_process() and time.monotonic() - last > 30:
+                last = time.monotonic()
                 eta = (last - start) / (i + 1) * (len(self.loader) - i - 1)
                 done = min(
                     finished + (i + 1) * self.batch_size * get_world_size(), self.num_samples

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 
 from mmfgm.datasets import collate
 from mmfgm.errors import UsageError
-from mmfgm.files import whole_file
+from mmfgm.files import check_regular, whole_file
 from mmfgm.registry import DATASETS
 
 from .frechet import StreamingMoments
@@ -55,20 +55,10 @@ def load_reference(reference: str | dict, feature: Any, keep_features: bool = Fa
     """
     if not isinstance(reference, str):
         return _compute(DATASETS.build(reference), feature, keep_features)
-    try:
-        with np.load(reference) as content:
-            data = {key: content[key] for key in content.files}
-    except (OSError, ValueError, zipfile.BadZipFile, EOFError) as e:
-        raise UsageError(
-            f'reference statistics {reference!r} cannot be read as a .npz file: {e}; make them with'
-            ' tools/fid_stats.py'
-        ) from e
-    if not {'mu', 'sigma'} <= set(data):
-        raise UsageError(
-            f'reference statistics {reference!r} must hold mu and sigma, but hold {sorted(data)}'
-        )
-    mean, cov = (torch.from_numpy(data[key].astype(np.float64)) for key in ('mu', 'sigma'))
-    dim = getattr(feature, 'dim', None) or len(mean)
+    dim = getattr(feature, 'dim', None)
+    data = _read_npz(reference, dim, keep_features)
+    mean, cov = (torch.from_numpy(data[key]) for key in ('mu', 'sigma'))
+    dim = dim or len(mean)
     if mean.shape != (dim,) or cov.shape != (dim, dim):
         raise UsageError(
             f'reference statistics {reference!r} are of dimension {tuple(mean.shape)}, covariance '
@@ -87,7 +77,53 @@ def load_reference(reference: str | dict, feature: Any, keep_features: bool = Fa
             ' compare; make them with tools/fid_stats.py --features'
         )
     features = torch.from_numpy(data['features']) if keep_features else None
-    return Reference(mean, cov, int(data['n']) if 'n' in data else None, features)
+    return Reference(mean, cov, data.get('n'), features)
+
+
+def _read_npz(path: str, dim: int | None, keep_features: bool) -> dict[str, Any]:
+    """``mu``, ``sigma``, and where they are there ``n``, ``feature`` and ``features``; nothing else
+    of the file is unpacked."""
+    check_regular(path)
+    square = max(8 * (dim or 0) ** 2, 1 << 28)
+    limits = dict(mu=square, sigma=square, n=8, feature=1 << 12)
+    if keep_features:
+        limits['features'] = 1 << 34
+    data: dict[str, Any] = {}
+    try:
+        with zipfile.ZipFile(path) as archive:
+            sizes = {info.filename: info.file_size for info in archive.infolist()}
+        found = sorted(name.removesuffix('.npy') for name in sizes)
+        for name in limits.keys() & set(found):
+            # a header of numpy's takes some hundred bytes
+            if sizes.get(f'{name}.npy', 0) > limits[name] + (1 << 12):
+                raise ValueError(f'{name} takes {sizes[f"{name}.npy"]:,} bytes')
+        with np.load(path) as content:
+            data = {name: content[name] for name in limits.keys() & set(found)}
+        for name in data.keys() & {'mu', 'sigma', 'features'}:
+            kind = np.float32 if name == 'features' else np.float64
+            data[name] = data[name].astype(kind)
+            if not np.isfinite(data[name]).all():
+                raise ValueError(f'{name} holds inf or nan')
+        if data.keys() >= {'mu', 'sigma'} and (data['mu'].ndim, data['sigma'].ndim) != (1, 2):
+            raise ValueError(f'mu has shape {data["mu"].shape}, sigma {data["sigma"].shape}')
+        if 'features' in data and (data['features'].ndim != 2 or not len(data['features'])):
+            raise ValueError(f'features have shape {data["features"].shape}')
+        if 'n' in data:
+            data['n'] = int(data['n'])
+            if data['n'] < 2:
+                raise ValueError(f'n is {data["n"]}')
+    # damaged and hostile bytes raise anything, MemoryError included
+    except Exception as e:
+        raise UsageError(
+            f'reference statistics {path!r} cannot be read as a .npz file: {e!r}; make them with'
+            ' tools/fid_stats.py'
+        ) from e
+    if not {'mu', 'sigma'} <= set(data):
+        raise UsageError(
+            f'reference statistics {path!r} must hold mu and sigma, but hold {found}; make them'
+            ' with tools/fid_stats.py'
+        )
+    return data
 
 
 def save_reference(path: str, reference: Reference, feature: Any) -> None:
@@ -113,15 +149,15 @@ def _compute(dataset, feature: Any, keep_features: bool) -> Reference:
     mine = range(rank, len(dataset), world_size)
     moments = None
     kept = []
-    start = last = time.time()
+    start = last = time.monotonic()
     for done, batch in enumerate(DataLoader(dataset, 500, sampler=mine, collate_fn=collate), 1):
         features = feature(batch['x_0'])
         moments = moments or StreamingMoments(features.shape[1])
         moments.update(features)
         if keep_features:
             kept.append(features.float().cpu())
-        if is_main_process() and time.time() - last > 30:
-            last = time.time()
+        if is_main_process() and time.monotonic() - last > 30:
+            last = time.monotonic()
             left = max(len(mine) - 500 * done, 0)
             MMLogger.get_current_instance().info(
                 f'Reference features: {500 * done}/{len(mine)}, eta'

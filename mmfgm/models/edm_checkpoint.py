@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from mmfgm.errors import UsageError
+from mmfgm.files import check_regular
 
 from .networks import EDMUNet
 from .weights import check_finite
@@ -323,6 +324,7 @@ def read_edm_pickle(filename: str, key: str = 'ema') -> tuple[dict[str, Tensor],
                 preconditioning.
         NonFiniteInputError: If its weights hold inf or nan.
     """
+    check_regular(filename)
     try:
         with open(filename, 'rb') as f:
             data = f.read()

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from mmfgm.errors import NonFiniteInputError, UsageError
+from mmfgm.files import check_regular
 from mmfgm.processes import is_finite
 
 # where a sharded checkpoint keeps the model
@@ -58,6 +59,7 @@ def read_state_dict(
     checkpoint = latest_checkpoint(checkpoint) or checkpoint
     if osp.isdir(checkpoint):
         return _read_sharded(checkpoint, network)
+    check_regular(checkpoint)
     if checkpoint.endswith('.safetensors'):
         try:
             state = load_file(checkpoint)
@@ -86,6 +88,7 @@ def _select(keys: Iterable[str], network: str, checkpoint: str) -> dict[str, str
 
 def read_pickle(filename: str, weights_only: bool = True) -> dict:
     """``torch.load`` to the CPU, with errors that say what to do; see :func:`read_state_dict`."""
+    check_regular(filename)
     try:
         return torch.load(
             filename,

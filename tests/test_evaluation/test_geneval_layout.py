@@ -199,7 +199,7 @@ def test_images_that_are_not_there(tmp_path):
     with pytest.raises(UsageError, match="00000/samples' has 3 images, expected 2.*--num-samples"):
         scan_folder(str(tmp_path), 2)
     (tmp_path / '00002' / 'metadata.jsonl').unlink()
-    with pytest.raises(UsageError, match='00002/metadata.jsonl cannot be read'):
+    with pytest.raises(UsageError, match="00002/metadata.jsonl' cannot be read"):
         scan_folder(str(tmp_path))
     with pytest.raises(UsageError, match='holds no folders named by digits'):
         scan_folder(str(tmp_path / '00000'))
@@ -229,7 +229,7 @@ def test_bad_results(tmp_path):
     for text, message in (
         ('', 'has no rows'),
         (good + '\n{"tag": "x"}', 'line 2: lacks filename, prompt'),
-        (good + '\n{', 'line 2: not a JSON object'),
+        (good + '\n{', 'line 2 is not a JSON object'),
     ):
         (tmp_path / 'results.jsonl').write_text(text)
         with pytest.raises(UsageError, match=message):

@@ -193,7 +193,7 @@ BAD = {
     ),
     'broken scalars': (
         lambda path: start(path, '20260101_000000', [], torn='{"a\n{}\n'),
-        'line 1 of',
+        'line 1 is not a JSON object',
     ),
 }
 

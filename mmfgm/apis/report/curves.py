@@ -117,7 +117,8 @@ def _draw(ax: Axes, title: str, curves: dict[str, Series]) -> None:
             list(series.values()),
             color=colour,
             linewidth=1.4,
-            label=label,
+            # a $ in a name is no formula, and one alone would end the report
+            label=label.replace('$', r'\$'),
             marker='o' if len(series) < 15 else None,
             markersize=3,
         )
@@ -128,7 +129,7 @@ def _draw(ax: Axes, title: str, curves: dict[str, Series]) -> None:
         ax.set_ylim(0, 1.1 * max(values) or 1)
     elif min(values) > 0 and max(values) > 10 * min(values):
         ax.set_yscale('log')
-    ax.set_title(title, fontsize=10, loc='left')
+    ax.set_title(title, fontsize=10, loc='left', parse_math=False)
     ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     ax.set_xlabel('iteration', fontsize=8)
     ax.tick_params(labelsize=8, which='both')

@@ -1,7 +1,6 @@
 # Copyright (c) mmfgm authors.
 """Read what a training run left in its work dir: scalars, pictures, config, environment."""
 
-import json
 import os.path as osp
 import re
 from collections.abc import Iterator
@@ -16,7 +15,7 @@ from mmengine.config import Config
 import mmfgm
 from mmfgm.apis.config import read_config, read_dump
 from mmfgm.errors import UsageError
-from mmfgm.files import read_json
+from mmfgm.files import check_regular, read_json, read_json_lines
 
 Series = dict[int, float]  # iteration -> value
 
@@ -24,6 +23,7 @@ Series = dict[int, float]  # iteration -> value
 NOT_COMPARED = ('work_dir', 'launcher', 'resume', 'load_from', 'experiment_name')
 # columns of scalars.json that are no curve of their own
 COUNTERS = ('iter', 'step', 'epoch')
+MAX_LOG = 1 << 30  # characters of one start's log that are looked at
 
 
 @dataclass
@@ -111,12 +111,16 @@ def read_run(work_dir: str) -> Run:
         pictures = _up_to(start, pictures)
         for values in _read_scalars(osp.join(folder, 'vis_data', 'scalars.json')):
             for name, value in values.items():
-                if name not in COUNTERS and isinstance(value, (int, float)):
+                # true and 10**400 are no values of a curve
+                if name not in COUNTERS and _is_number(value):
                     scalars.setdefault(name, {})[values['step']] = float(value)
         for path in glob(osp.join(glob_escape(folder), 'vis_data', 'vis_image', '*.png')):
             if named := re.fullmatch(r'(.+)_(\d+)\.png', osp.basename(path)):
                 pictures.setdefault(named.group(1), {})[int(named.group(2))] = path
     tested = osp.join(work_dir, 'test', 'metrics.json')
+    tables = {}
+    if osp.isfile(tested):
+        tables = _check_tables(read_json(tested, 'delete it, or measure again', dict), tested)
     return Run(
         work_dir=work_dir,
         starts=starts,
@@ -124,9 +128,28 @@ def read_run(work_dir: str) -> Run:
         pictures=_in_order(pictures),
         cfg=read_dump(osp.join(folders[-1], 'vis_data', 'config.py')),
         environment=read_environment(log),
-        tables=read_json(tested, 'delete it, or measure again') if osp.isfile(tested) else {},
+        tables=tables,
         plots=sorted(glob(osp.join(glob_escape(work_dir), 'test', '*.png'))),
     )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, float) or (type(value) is int and abs(value) < 2**1023)
+
+
+def _check_tables(tables: dict, path: str) -> dict:
+    """``{metric: {network: {NFE: value}}}``, as ``tools/test.py`` writes it."""
+    for metric, networks in tables.items():
+        rows = networks.values() if isinstance(networks, dict) else [None]
+        for row in rows:
+            if not isinstance(row, dict) or not all(
+                nfe.isdecimal() and _is_number(value) for nfe, value in row.items()
+            ):
+                raise UsageError(
+                    f'{path!r} holds {str(networks)[:80]!r} for {metric!r}, expected numbers by'
+                    ' network and NFE; delete it, or measure again'
+                )
+    return tables
 
 
 def _up_to(start: int, series: dict[str, dict]) -> dict[str, dict]:
@@ -168,21 +191,21 @@ def _no_work_dir(folder: str) -> str:
 def _read_log(folder: str) -> str:
     text = ''
     for path in sorted(glob(osp.join(glob_escape(folder), '*.log'))):
+        check_regular(path)
         with open(path, errors='replace') as f:
-            text += f.read()
+            text += f.read(MAX_LOG)
     return text
 
 
 def _read_scalars(path: str) -> Iterator[dict[str, Any]]:
-    with open(path) as f:
-        lines = f.read().splitlines()
-    for number, line in enumerate(lines, 1):
-        try:
-            yield json.loads(line)
-        except json.JSONDecodeError as e:
-            # a process that was killed may leave half a line
-            if number < len(lines):
-                raise UsageError(f'line {number} of {path!r} is not JSON ({e}); delete it') from e
+    for number, values in read_json_lines(path, 'delete that line', torn=True):
+        step = values.get('step')
+        if type(step) is not int or step < 0:
+            raise UsageError(
+                f"{path!r}, line {number}: 'step' must be the number of an iteration, but is"
+                f' {str(step)[:80]!r}; delete that line'
+            )
+        yield values
 
 
 def read_environment(log: str) -> dict[str, str]:

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from mmfgm.datasets import item_seed
 from mmfgm.errors import UsageError
-from mmfgm.files import check_work_dir, differences, sha256, write_file
+from mmfgm.files import check_work_dir, differences, read_json, sha256, write_file
 from mmfgm.processes import Progress, on_main
 
 from .folder.layout import (
@@ -61,8 +61,7 @@ def _read_origin(folder: str, origin: dict) -> dict:
                     ' score'
                 )
             write_file(path, json.dumps(origin, indent=1).encode())
-        with open(path, encoding='utf-8') as f:
-            found = json.load(f)
+        found = read_json(path, 'name another folder with --work-dir', dict)
     except (OSError, ValueError) as e:
         if isinstance(e, UsageError):
             raise

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mmfgm.errors import UsageError
-from mmfgm.files import differences
+from mmfgm.files import differences, read_json
 
 from .base import FAMILIES, Family
 from .hub import diffusers_module, load_or_explain, quiet
@@ -316,8 +316,7 @@ class DiffusersFamily(Family):
         )
 
     def _index(self, folder: str) -> dict[str, Any]:
-        with open(osp.join(folder, INDEX_FILE)) as f:
-            return json.load(f)
+        return read_json(osp.join(folder, INDEX_FILE), 'download the pipeline again', dict)
 
 
 def _is_part(value: Any) -> bool:

@@ -10,6 +10,7 @@ import glob
 import hashlib
 import io
 import json
+import math
 import os
 import os.path as osp
 import re
@@ -22,7 +23,7 @@ from PIL import Image, ImageOps
 from mmfgm.errors import UsageError
 from mmfgm.evaluation.geneval.judging.prompts import check_row
 from mmfgm.evaluation.geneval.scorer import Judged
-from mmfgm.files import sha256, write_file
+from mmfgm.files import parse_json, read_json_lines, read_text, sha256, write_file
 
 METADATA = 'metadata.jsonl'
 SAMPLES = 'samples'
@@ -82,18 +83,17 @@ def read_image(path: str) -> np.ndarray:
 
 def _read_metadata(path: str) -> dict:
     try:
-        with open(path, encoding='utf-8') as f:
-            row = json.load(f)
+        row = parse_json(read_text(path, f'it belongs beside the folder {SAMPLES}'))
+    except UsageError:
+        raise
+    except ValueError as e:
+        place = f', line {e.lineno}' if isinstance(e, json.JSONDecodeError) else ''
+        raise UsageError(
+            f'{path}{place}: expected one JSON object in this file, but: {e}; write one'
+        ) from e
+    try:
         check_row(row)
         return row
-    except json.JSONDecodeError as e:
-        raise UsageError(
-            f'{path}, line {e.lineno}: expected one JSON object in this file, but: {e.msg}'
-        ) from e
-    except (OSError, UnicodeDecodeError) as e:
-        raise UsageError(
-            f'{path} cannot be read: {e}; expected it beside the folder {SAMPLES}'
-        ) from e
     except UsageError as e:
         raise UsageError(f'{path}, line 1: {e}') from None
 
@@ -186,24 +186,41 @@ def read_results(path: str) -> list[dict]:
         UsageError: Names file and line of a row that is not JSON or lacks a key.
     """
     rows = []
-    try:
-        with open(path, encoding='utf-8') as f:
-            for number, line in enumerate(f, 1):
-                if line.strip():
-                    rows.append(json.loads(line))
-                    lacking = [key for key in RESULT_KEYS if key not in rows[-1]]
-                    if lacking:
-                        raise UsageError(
-                            f'{path}, line {number}: lacks {", ".join(lacking)}; expected the'
-                            ' results of GenEval, a row for each image'
-                        )
-    except (OSError, UnicodeDecodeError) as e:
-        raise UsageError(f'{path} cannot be read: {e}') from e
-    except (json.JSONDecodeError, TypeError) as e:
-        raise UsageError(f'{path}, line {number}: not a JSON object: {e}') from e
+    for number, row in read_json_lines(path, 'score the images again'):
+        lacking = [key for key in RESULT_KEYS if key not in row]
+        if lacking:
+            raise UsageError(
+                f'{path}, line {number}: lacks {", ".join(lacking)}; expected the'
+                ' results of GenEval, a row for each image'
+            )
+        wrong = _wrong_value(row)
+        if wrong:
+            raise UsageError(f'{path}, line {number}: {wrong}; score the images again')
+        rows.append(row)
     if not rows:
         raise UsageError(f'{path} has no rows; score the images again')
     return rows
+
+
+def _wrong_value(row: dict) -> str | None:
+    """What is not as :func:`result_row` writes it. A text counts as true, whatever it says."""
+    if not isinstance(row.get('correct'), bool):
+        return f"'correct' must be true or false, but is {str(row.get('correct'))[:80]!r}"
+    for key in ('filename', 'tag', 'prompt', 'reason'):
+        if not isinstance(row.get(key, ''), str):
+            return f'{key!r} must be a text, but is {str(row[key])[:80]!r}'
+    for key in ('metadata', 'details'):
+        try:
+            content = parse_json(row.get(key, '{}'), dict)
+            if key == 'details':
+                # boxes of each object: four corners and a score
+                for *box, score in (found for boxes in content.values() for found in boxes):
+                    left, upper, right, lower = (float(value) for value in box)
+                    if not left <= right or not upper <= lower or not math.isfinite(score):
+                        raise ValueError(f'a box is {box}')
+        except (TypeError, ValueError) as e:
+            return f'{key!r} must be the text of a JSON object ({e})'
+    return None
 
 
 class VerdictLog:
@@ -230,16 +247,16 @@ class VerdictLog:
         ``images``."""
         logged = {}
         for file in sorted(glob.glob(osp.join(glob.escape(self.folder), '*.jsonl'))):
-            with open(file, encoding='utf-8') as f:
-                for line in f:
-                    try:
-                        record = json.loads(line)
-                    except json.JSONDecodeError:
-                        continue  # the process was killed while it wrote this line
-                    if record['key'] == self.key:
-                        logged[
-                            record['row']['filename'], record['sha256'], record['row']['metadata']
-                        ] = record['row']
+            for line in read_text(file, 'delete it; its images are judged again').split('\n'):
+                try:
+                    record = parse_json(line, dict)
+                    row = record['row']
+                    key = row['filename'], record['sha256'], row['metadata']
+                    usable = record['key'] == self.key and _wrong_value(row) is None
+                    if usable:
+                        logged[key] = row
+                except (ValueError, KeyError, TypeError, AttributeError):
+                    continue  # the process was killed while it wrote this line, or it is not ours
         held = {}
         for entry in entries:
             path = osp.join(images, entry.name)

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from mmfgm.errors import UsageError
+from mmfgm.files import parse_json, read_text
 
 # COCO's classes in order, but for the names of 64, 65 and 66: match a detector's classes by index,
 # not by name
@@ -223,21 +224,18 @@ def read_metadata(path: str | Path) -> list[dict]:
             JSON, lacks a key or has a class, colour, relation, count or target that GenEval does
             not know.
     """
-    try:
-        lines = Path(path).read_text(encoding='utf-8').split('\n')
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f'cannot read the GenEval prompts {path}: {error}') from error
+    lines = read_text(str(path), "name a file of GenEval's prompts").split('\n')
     rows = []
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
-            rows.append(json.loads(line))
+            rows.append(parse_json(line))
             check_row(rows[-1])
-        except json.JSONDecodeError as error:
-            raise UsageError(f'{path}, line {number}: not a JSON object: {error}') from error
         except UsageError as error:
             raise UsageError(f'{path}, line {number}: {error}') from None
+        except ValueError as error:
+            raise UsageError(f'{path}, line {number}: not a JSON object: {error}') from error
     if not rows:
         raise UsageError(f'{path} has no GenEval prompts; expected one JSON object a line')
     return rows
