@@ -5,6 +5,7 @@ beside it."""
 import functools
 import os
 import secrets
+import tempfile
 import time
 from collections.abc import Callable
 from types import ModuleType
@@ -12,12 +13,19 @@ from typing import Any
 
 from PIL import Image
 
-from mmfgm.errors import UsageError
+from mmfgm.errors import NonFiniteError, UsageError
+from mmfgm.files import read_text
 
 from .config import read_config
 from .inferencer import FGMInferencer
 
 SHOWN_SIZE = 320  # pixels; smaller pictures are enlarged by a whole factor
+QUEUE = 32  # visitors who wait for a picture; the next one is told to come back
+KEPT = 3600  # seconds until a picture is removed from the disk
+# The page takes no files, but gradio's server would take any that is sent to it.
+UPLOAD_LIMIT = 1 << 10  # bytes
+AUTH_VARIABLE = 'MMFGM_DEMO_AUTH'
+WHOLE_NUMBER = 'fill in every field with a whole number'
 STYLE = """
 .gradio-container { width: 100% !important; max-width: 1120px !important; margin: 0 auto; }
 .gradio-container img { image-rendering: pixelated; }
@@ -137,23 +145,43 @@ class Demo:
         def checked(*args):
             try:
                 if None in args:
-                    raise UsageError('fill in every field with a whole number')
+                    raise UsageError(WHOLE_NUMBER)
                 return action(*args)
-            except UsageError as e:
+            except (UsageError, NonFiniteError) as e:
                 raise self.gradio.Error(str(e), print_exception=False) from e
 
         return checked
 
+    def _number(self, value: int, **kwargs: Any):
+        """``gradio.Number`` for whole numbers, which also tells programs that call the page what is
+        wrong: gradio compares a text with the bounds, which ends in a traceback."""
+        number = self.gradio.Number(value, precision=0, **kwargs)
+        bounded = number.preprocess
+
+        def preprocess(payload: Any) -> Any:
+            whole = type(payload) is int or (type(payload) is float and payload.is_integer())
+            low, high = kwargs['minimum'], kwargs['maximum']
+            if payload is not None and not (whole and low <= payload <= high):
+                raise self.gradio.Error(
+                    f'{WHOLE_NUMBER} from {low} to {high}: {kwargs["label"]} is'
+                    f' {str(payload)[:40]!r}',
+                    print_exception=False,
+                )
+            return bounded(payload)
+
+        number.preprocess = preprocess
+        return number
+
     def build(self, about: str):
         """The page, as ``gradio.Blocks``."""
         gr = self.gradio
-        with gr.Blocks(title='mmfgm', analytics_enabled=False) as blocks:
+        with gr.Blocks(title='mmfgm', analytics_enabled=False, delete_cache=(KEPT, KEPT)) as blocks:
             gr.Markdown(f'# One-step generation\n{about}')
             with gr.Row():
                 with gr.Column(scale=2, min_width=260):
                     condition = self._condition_input()
-                    seed = gr.Number(
-                        0, label='Seed', precision=0, minimum=0, maximum=2**32 - 1, elem_id='seed'
+                    seed = self._number(
+                        0, label='Seed', minimum=0, maximum=2**32 - 1, elem_id='seed'
                     )
                     other = gr.Button('Another seed', size='sm', elem_id='another')
                     with_teacher = gr.Checkbox(
@@ -165,10 +193,9 @@ class Demo:
                     steps = (
                         self.inferencer.default_sampling(self.teacher).nfe if self.teacher else 1
                     )
-                    nfe = gr.Number(
+                    nfe = self._number(
                         steps,
                         label="Teacher's network calls (NFE)",
-                        precision=0,
                         minimum=1,
                         maximum=1000,
                         visible=self.teacher is not None,
@@ -217,7 +244,7 @@ class Demo:
             )
             show.click(self._checked(self.gallery), condition, gallery, api_name='gallery')
         # one call at a time: networks share the machine, and a latency is of one call alone
-        return blocks.queue(default_concurrency_limit=1)
+        return blocks.queue(max_size=QUEUE, default_concurrency_limit=1)
 
     def _condition_input(self):
         gr = self.gradio
@@ -227,10 +254,9 @@ class Demo:
                 label='Prompt', lines=2, max_lines=4, submit_btn=False, elem_id='condition'
             )
         last = self.inferencer.num_classes - 1
-        return gr.Number(
+        return self._number(
             0,
             label=f'Class, 0 to {last}',
-            precision=0,
             minimum=0,
             maximum=max(last, 0),
             visible=kind == 'labels',
@@ -258,6 +284,9 @@ def serve(
     gallery: int = 8,
     server_name: str = '127.0.0.1',
     port: int = 7860,
+    auth_file: str | None = None,
+    share: bool = False,
+    without_password: bool = False,
 ) -> None:
     """Serve the page until it is interrupted.
 
@@ -269,10 +298,21 @@ def serve(
             Defaults to the config's.
         gallery (int): Number of seeds in the gallery.
         server_name (str), port (int): Where to listen.
+        auth_file (str, optional): See :func:`read_auth`.
+        share (bool): Also give the page a public address through gradio's tunnel.
+        without_password (bool): Do so without a password.
 
     Raises:
-        UsageError: If something does not fit the model, or nothing can listen there.
+        UsageError: If something does not fit the model, nothing can listen there, or a page is to
+            be shared without a password.
     """
+    auth = read_auth(auth_file)
+    if share and not auth and not without_password:
+        raise UsageError(
+            'a shared page has a public address, where anybody could use this machine: set a'
+            f' password with --auth-file or {AUTH_VARIABLE}, or insist with'
+            ' --share-without-password'
+        )
     gradio = import_gradio()
     model = config
     if not os.path.isdir(model):
@@ -290,12 +330,52 @@ def serve(
     about = (
         f'`{config}`' + (f' with `{weights}`' if weights else '') + f' on {page.inferencer.device}'
     )
-    blocks = page.build(about)
+    # gradio's own folder is one for all of the machine's pages, and stays
+    with tempfile.TemporaryDirectory(prefix='mmfgm_demo_') as folder:
+        os.environ['GRADIO_TEMP_DIR'] = folder
+        _launch(page.build(about), gradio, server_name, port, auth, share)
+
+
+def read_auth(file: str | None) -> list[tuple[str, str]]:
+    """Names and passwords of those who may open the page; none if everybody may.
+
+    Neither is an argument of the command: every user of a machine sees those of all processes.
+
+    Args:
+        file (str, optional): Has a line ``USER:PASSWORD`` for each. Defaults to the environment
+            variable ``MMFGM_DEMO_AUTH``, which holds such lines too.
+
+    Raises:
+        UsageError: If the file cannot be read, or holds something else.
+    """
+    source = file or AUTH_VARIABLE
+    fix = 'write a line USER:PASSWORD for each who may open the page'
+    text = read_text(file, fix) if file else os.environ.get(AUTH_VARIABLE, '')
+    pairs = [line.partition(':') for line in text.splitlines() if line.strip()]
+    # the message does not repeat what may be a password
+    if not all(user.strip() and password.strip() for user, _, password in pairs):
+        raise UsageError(f'a line of {source} is not USER:PASSWORD; {fix}')
+    if file and not pairs:
+        raise UsageError(f'{file!r} is empty; {fix}')
+    return [(user.strip(), password.strip()) for user, _, password in pairs]
+
+
+def _launch(
+    blocks: Any,
+    gradio: ModuleType,
+    server_name: str,
+    port: int,
+    auth: list[tuple[str, str]],
+    share: bool,
+) -> None:
+    """Serve until it is interrupted."""
     try:
         blocks.launch(
             server_name=server_name,
             server_port=port,
-            share=False,
+            share=share,
+            auth=auth or None,
+            max_file_size=UPLOAD_LIMIT,
             ssr_mode=False,
             quiet=True,
             prevent_thread_lock=True,
@@ -308,5 +388,8 @@ def serve(
             f'cannot listen on {server_name}:{port}, perhaps because another program'
             ' does; choose another --port'
         ) from e
-    print(f'Open http://{server_name}:{port} in a browser; Ctrl-C ends this', flush=True)
+    if not auth and not server_name.startswith(('127.', 'localhost')):
+        print(f'Everybody who reaches {server_name} may use it: no password is set', flush=True)
+    address = blocks.share_url or f'http://{server_name}:{port}'
+    print(f'Open {address} in a browser; Ctrl-C ends this', flush=True)
     blocks.block_thread()

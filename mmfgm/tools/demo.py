@@ -42,6 +42,20 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         help='address to listen on; 0.0.0.0 lets other machines in (default: %(default)s)',
     )
     parser.add_argument('--port', type=int, default=7860, help='default: %(default)s')
+    parser.add_argument(
+        '--auth-file',
+        metavar='FILE',
+        help='a line USER:PASSWORD for each who may open the page; without it, the environment'
+        ' variable MMFGM_DEMO_AUTH (an argument would show in the list of processes)',
+    )
+    parser.add_argument(
+        '--share',
+        action='store_true',
+        help="a public address through gradio's tunnel; needs a password",
+    )
+    parser.add_argument(
+        '--share-without-password', action='store_true', help='--share for everybody'
+    )
     return parser.parse_args(argv)
 
 
@@ -64,6 +78,9 @@ def demo(argv: Sequence[str] | None = None) -> None:
         args.gallery,
         args.server_name,
         args.port,
+        args.auth_file,
+        args.share or args.share_without_password,
+        args.share_without_password,
     )
 
 
