@@ -162,7 +162,9 @@ def test_a_resumed_evaluation_counts_what_was_there(tmp_path, monkeypatch):
             evaluation.run(Echo(fail_after), SAMPLING, str(tmp_path))
     assert StandInDetector.devices == ['cuda', 'cpu'] * 2 and len(emptied) == 2
     assert sum(len(batch['idx']) for batch in evaluation.loader) == 18
-    monkeypatch.setattr('mmfgm.evaluation.evaluate.time', SimpleNamespace(time=lambda: next(clock)))
+    monkeypatch.setattr(
+        'mmfgm.evaluation.evaluate.time', SimpleNamespace(monotonic=lambda: next(clock))
+    )
     monkeypatch.setattr(MMLogger.get_current_instance(), 'info', lines.append)
     evaluation.run(Echo(), SAMPLING, str(tmp_path))
     assert [line.split(',')[0] for line in lines if 'samples' in line] == [

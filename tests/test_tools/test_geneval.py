@@ -385,7 +385,7 @@ def test_prompts_and_summary(config, images, tmp_path, capsys):
         (['run', 'CONFIG', '--num-samples', '0'], '--num-samples must be at least 1'),
         (
             ['run', 'CONFIG', '--prompts', 'IMAGES/00000/samples/0000.png'],
-            'cannot read the GenEval prompts',
+            'cannot be read',
         ),
         (['run', 'CONFIG', '--cfg-options', 'pipeline=None'], 'describes no pipeline'),
         (
