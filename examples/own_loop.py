@@ -80,7 +80,7 @@ def main():
     guided = ClassifierFreeGuidance(
         4.0, lambda cond: {name: empty[name].expand_as(value) for name, value in cond.items()}
     )
-    online_loss, loss = FlowMatchingLoss(), FGMLoss(l1_weight=0.0, loss_scale=100.0)
+    online_loss, loss = FlowMatchingLoss(), FGMLoss(l1_weight=0.0)
     online_times, generator_times = LogitNormal(-1.0, 2.0), LogitNormal(2.4, 1.0)
 
     for step in range(1, args.iters + 1):
@@ -100,7 +100,7 @@ def main():
         x_0 = generator(torch.randn(shape), **cond)
         path = LinearPath.sample(x_0, generator_times(args.batch_size))
         u, v = guided(teacher, path.x_t, path.t, cond), online(path.x_t, path.t, **cond)
-        fgm = loss(u, v, path)['loss_fgm']
+        fgm = 100 * loss(u, v, path)['loss_fgm']  # (B.2), the scale of the loss
         generator_optimizer.zero_grad()
         fgm.backward()
         generator_optimizer.step()

@@ -71,10 +71,11 @@ class AlternatingTrainLoop(IterBasedTrainLoop):
             ``skip``.
         max_iters (int): Iterations (cycles) of the run.
         accumulation (int): Micro-batches summed into each update. Defaults to 1.
-        share_samples (bool): Generate once a cycle and reuse the samples in every phase, instead of
-            drawing fresh noise for each update as Algorithm 1 is written. The generator does not
-            change in between, so only the noise is shared, and a generator forward is saved.
-            Defaults to False.
+        share_samples (bool): Generate once a cycle and use the samples for the first update of
+            every phase, which saves a generator forward, instead of drawing fresh noise for each
+            update as Algorithm 1 is written. The phase that differentiates them then comes first: a
+            gradient on samples that the online network was just fitted to is biased. Further
+            updates of a phase draw fresh samples. Defaults to False.
         **updates (int): ``PHASE_updates`` is how often a phase of the model runs in a cycle, for
             example ``online_updates=5``. Defaults to 1 each.
 
@@ -124,16 +125,18 @@ class AlternatingTrainLoop(IterBasedTrainLoop):
     @property
     def schedule(self) -> list[str]:
         """Names of the phases of one cycle, in order."""
-        return [
-            name
-            for name in self.runner.model.phases
-            for _ in range(self.updates.get(f'{name}_updates', 1))
-        ]
+        phases = self.runner.model.phases
+        order = list(phases)
+        if self.share_samples:
+            order.sort(key=lambda name: not phases[name].differentiable)
+        return [name for name in order for _ in range(self.updates.get(f'{name}_updates', 1))]
 
     @property
     def batches_per_iter(self) -> int:
         """Batches that one iteration takes from the loader of each process."""
-        return 1 if self.share_samples else len(self.schedule) * self.accumulation
+        if self.share_samples:
+            return 1 + len(self.schedule) - len(self.runner.model.phases)
+        return len(self.schedule) * self.accumulation
 
     def check_updates(self) -> None:
         """Compare the settings with the phases of the model, which is built after the loop.
@@ -177,10 +180,12 @@ class AlternatingTrainLoop(IterBasedTrainLoop):
         """One cycle."""
         self.runner.call_hook('before_train_iter', batch_idx=self._iter)
         self.record = CycleRecord(self._iter + 1)
+        self.runner.model.iteration = self._iter
         shared = self._prepare(differentiable=True) if self.share_samples else None
         for phase in self.schedule:
             start = self.clock.mark()
-            self._update(phase, shared)
+            first = phase not in self.record.marks
+            self._update(phase, shared if first else None)
             self.record.marks.setdefault(phase, []).append((start, self.clock.mark()))
         self.runner.call_hook('after_train_iter', batch_idx=self._iter)
         self._iter += 1

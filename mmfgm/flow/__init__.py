@@ -1,20 +1,30 @@
 # Copyright (c) mmfgm authors.
 from .guidance import ClassifierFreeGuidance, NullLabel
-from .ode import CountNFE, euler, heun, shifted_times, uniform_times
+from .ode import CountNFE, edm_times, euler, heun, shifted_times, uniform_times
 from .path import LinearPath, PathSample, expand_t
-from .time_samplers import LogitNormal, Uniform
+from .time_samplers import Beta, EDMGrid, LogitNormal, Uniform
+from .weights import SMALLEST_ERROR, PowerWeight, SiDWeight, Weight, mean_over_event, weight_named
 
 __all__ = [
+    'SMALLEST_ERROR',
+    'Beta',
     'ClassifierFreeGuidance',
     'CountNFE',
+    'EDMGrid',
     'LinearPath',
     'LogitNormal',
     'NullLabel',
     'PathSample',
+    'PowerWeight',
+    'SiDWeight',
     'Uniform',
+    'Weight',
+    'edm_times',
     'euler',
     'expand_t',
     'heun',
+    'mean_over_event',
     'shifted_times',
     'uniform_times',
+    'weight_named',
 ]

@@ -61,6 +61,33 @@ def shifted_times(steps: int, shift: float, device: Device = None) -> Tensor:
     return torch.cat([times, times.new_zeros(1)]).float().to(device)
 
 
+def edm_times(
+    steps: int,
+    device: Device = None,
+    sigma_min: float = 0.002,
+    sigma_max: float = 80.0,
+    rho: float = 7.0,
+) -> Tensor:
+    """The ``steps + 1`` float32 times of EDM's sampler (Karras et al., 2022, Eq. 5): ``t = sigma /
+    (1 + sigma)``.
+
+    It starts at 1 instead of 0.988, sigma_max, since our noise has no data in it. Euler's method
+    takes the same steps in both parameterisations: between times, data and noise are held
+    constant in either.
+    """
+    if steps < 1 or not 0 < sigma_min < sigma_max:
+        raise ValueError(
+            f'needs at least 1 step and 0 < sigma_min < sigma_max, but got steps={steps},'
+            f' sigma_min={sigma_min}, sigma_max={sigma_max}'
+        )
+    ramp = torch.linspace(0, 1, steps, dtype=torch.float64)
+    low, high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
+    sigma = (high + ramp * (low - high)) ** rho
+    times = torch.cat([sigma / (1 + sigma), sigma.new_zeros(1)])
+    times[0] = 1
+    return times.float().to(device)
+
+
 def _check_times(times: Tensor) -> None:
     if times.ndim != 1 or len(times) < 2:
         raise ValueError(

@@ -46,6 +46,8 @@ class FlowModel(BaseModel):
     one_step: tuple[str, ...] = ()
     event_shape: tuple[int, ...]
     num_classes: int | None
+    # iterations that training has finished; the loop says so, for what begins later
+    iteration: int = 0
 
     def __init__(self, data_preprocessor: dict | None = None, decoder: dict | None = None):
         super().__init__(data_preprocessor)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from mmfgm.errors import UsageError
-from mmfgm.flow import LinearPath
+from mmfgm.flow import ClassifierFreeGuidance, LinearPath, PathSample
 from mmfgm.registry import MODELS, TASK_UTILS
 
 from .base import FlowModel, Phase
@@ -43,12 +43,16 @@ class FGM(FlowModel):
         generator (dict): Config of the map from noise to samples around the network. Its ``type``
             defaults to :class:`OneStepGenerator`, which takes ``t_star, c_skip, c_out, c_in``.
         loss (dict): Config of the generator's loss, called as ``loss(u, v, path)``. Defaults to
-            ``dict(type='FGMLoss')``.
+            ``dict(type='FGMLoss')``; :mod:`mmfgm.models.losses` has the methods beside it.
+        loss_scale (float): Multiplies the generator's whole loss, its GAN term included; the paper
+            uses 100 for SD3. Defaults to 1.
         online_loss (dict): Config of the online network's loss, called as ``loss(None, v, path)``.
             Defaults to ``dict(type='FlowMatchingLoss')``.
-        guidance (dict, optional): Classifier-free guidance of the teacher in the FGM loss, for
-            example ``dict(type='ClassifierFreeGuidance', scale=4., null=dict(type='NullLabel',
+        guidance (dict, optional): Classifier-free guidance of the teacher in the generator's loss,
+            for example ``dict(type='ClassifierFreeGuidance', scale=4., null=dict(type='NullLabel',
             label=10))``.
+        online_guidance (dict, optional): The same of the online network, which is then also
+            trained on its guided velocity: long and short guidance (Zhou et al., 2024).
         gan (dict, optional): Arguments of :class:`~mmfgm.models.discriminator.GAN`.
         lora (dict, optional): Arguments of :class:`~mmfgm.models.lora.LoRA`. The online network and
             the generator then share the teacher's weights and train only adapters; checkpoints hold
@@ -76,8 +80,10 @@ class FGM(FlowModel):
         fgm_time_sampler: dict,
         generator: dict | None = None,
         loss: dict | None = None,
+        loss_scale: float = 1.0,
         online_loss: dict | None = None,
         guidance: dict | None = None,
+        online_guidance: dict | None = None,
         gan: dict | None = None,
         lora: dict | None = None,
         data_preprocessor: dict | None = None,
@@ -111,14 +117,29 @@ class FGM(FlowModel):
         self.loss_online = MODELS.build(online_loss or dict(type='FlowMatchingLoss'))
         self.fm_time_sampler = TASK_UTILS.build(fm_time_sampler)
         self.fgm_time_sampler = TASK_UTILS.build(fgm_time_sampler)
+        self.loss_scale = loss_scale
+        self._check_density()
         self.guidance = TASK_UTILS.build(guidance) if guidance else None
-        self.null = self.guidance.null if self.guidance else None
+        self.online_guidance = TASK_UTILS.build(online_guidance) if online_guidance else None
+        guided = self.guidance or self.online_guidance
+        self.null = guided.null if guided else None
 
     @classmethod
     def network_names(cls, cfg: dict) -> list[str]:
         averages = EMA if cfg.get('ema') is None else cfg['ema']
         trained = ['online', 'generator', *(['discriminator'] if cfg.get('gan') else [])]
         return ['teacher', *trained, *averages]
+
+    def _check_density(self) -> None:
+        order = getattr(self.loss_fgm, 'order_at_0', 0.0)
+        low = getattr(self.fgm_time_sampler, 'low', 0.0)
+        if order < 0 and low <= 0:
+            raise UsageError(
+                f'{type(self.loss_fgm).__name__} with these weights goes like t^{order:g} and is'
+                f' not defined at t = 0, but model.fgm_time_sampler ({self.fgm_time_sampler}) has no'
+                ' lower end; set its low, for example low=0.02, or a weight with a higher power of'
+                ' t'
+            )
 
     def _make_networks(
         self, wanted: list[str], network: dict, teacher: dict, generator: dict, lora: LoRA | None
@@ -153,40 +174,81 @@ class FGM(FlowModel):
 
     def prepare(self, batch: dict[str, Any], differentiable: bool) -> dict[str, Any]:
         """Add ``x_0 = g(z)``, fresh noise ``z ~ N(0, I)``; with its graph only if
-        ``differentiable``."""
+        ``differentiable``.
+
+        Raises:
+            UsageError: If a loss needs real samples and the batch has none.
+        """
         samples = super().prepare(batch, differentiable)
+        if self._needs_real and 'real' not in samples:
+            who = 'discriminator' if self.gan else type(self.loss_online).__name__
+            raise UsageError(
+                f'the {who} learns from real samples too, but the batches of train_dataloader hold'
+                f" {sorted(samples)}; use dataset=dict(type='WithReal', conditions=..., real=...)"
+            )
         device = next(self.generator.parameters()).device
         z = torch.randn(len(samples['idx']), *self.event_shape, device=device)
         with torch.set_grad_enabled(differentiable):
             return {**samples, 'x_0': self.generator(z, **samples['cond'])}
+
+    @property
+    def _needs_real(self) -> bool:
+        return self.gan is not None or getattr(self.loss_online, 'needs_real', False)
 
     def loss(self, phase: str, samples: dict[str, Any]) -> dict[str, Tensor]:
         x_0 = samples['x_0']
         cond = samples['cond']
         if phase == 'generator':
             return self.generator_loss(x_0, cond)
-        losses = self.online_loss(x_0, cond)
+        losses = self.online_loss(x_0, cond, samples.get('real'))
         if self.gan is not None:
             losses.update(self.discriminator_loss(x_0, cond, samples['real']))
         return losses
 
-    def online_loss(self, x_0: Tensor, cond: Conditions) -> dict[str, Tensor]:
-        """``L_FM(psi)`` of Algorithm 1: flow matching on what the generator makes now."""
+    def _velocity(
+        self,
+        network: nn.Module,
+        guidance: ClassifierFreeGuidance | None,
+        path: PathSample,
+        cond: Conditions,
+    ) -> Tensor:
+        if guidance is None:
+            return network(path.x_t, path.t, **cond)
+        return guidance(network, path.x_t, path.t, cond)
+
+    def online_loss(
+        self, x_0: Tensor, cond: Conditions, real: dict[str, Any] | None = None
+    ) -> dict[str, Tensor]:
+        """``L_FM(psi)`` of Algorithm 1: flow matching on what the generator makes now; on ``real``
+        samples too, in the same network call, if the loss says so."""
         x_0_sg = x_0.detach()
         path = LinearPath.sample(x_0_sg, self.fm_time_sampler(len(x_0), x_0.device))
-        v = self.online(path.x_t, path.t, **cond)
-        return self.loss_online(None, v, path)
+        if not getattr(self.loss_online, 'needs_real', False):
+            v = self._velocity(self.online, self.online_guidance, path, cond)
+            return self.loss_online(None, v, path)
+        n = len(x_0)
+        path_real = LinearPath.sample(
+            real['x_0'], self.fm_time_sampler(len(real['x_0']), x_0.device)
+        )
+        both = {name: torch.cat([cond[name], real['cond'][name]]) for name in cond}
+        paths = LinearPath.sample(
+            torch.cat([path.x_0, path_real.x_0]),
+            torch.cat([path.t, path_real.t]),
+            torch.cat([path.eps, path_real.eps]),
+        )
+        v = self._velocity(self.online, self.online_guidance, paths, both)
+        return self.loss_online(None, v[:n], path, v[n:], path_real)
 
     def discriminator_loss(
         self, x_0: Tensor, cond: Conditions, real: dict[str, Any]
     ) -> dict[str, Tensor]:
-        """The head on noisy generated and real samples, both in one call of the online network
-        (B.2)."""
+        """The head on noisy generated and real samples, both in one call of the network that gives
+        the features (B.2)."""
         x_0_sg = x_0.detach()
         real_x_0 = real['x_0']
         both = {name: torch.cat([real['cond'][name], cond[name]]) for name in cond}
         logits = self.gan.logits(
-            self.online,
+            self.networks[self.gan.features],
             self.discriminator,
             torch.cat([real_x_0, x_0_sg]),
             both,
@@ -198,16 +260,38 @@ class FGM(FlowModel):
         return dict(loss_d=self.gan.discriminator_weight * loss, d_accuracy=accuracy)
 
     def generator_loss(self, x_0: Tensor, cond: Conditions) -> dict[str, Tensor]:
-        """``L_FGM(theta) = L_1 + L_2`` (Eq. 4.10 to 4.12), psi frozen by the loop; with a GAN, its
-        term beside it."""
-        path = LinearPath.sample(x_0, self.fgm_time_sampler(len(x_0), x_0.device))
-        if self.guidance is None:
-            u = self.teacher(path.x_t, path.t, **cond)
-        else:
-            u = self.guidance(self.teacher, path.x_t, path.t, cond)
-        v = self.online(path.x_t, path.t, **cond)
-        losses = self.loss_fgm(u, v, path)
-        if self.gan is not None:
-            fake = self.gan.logits(self.online, self.discriminator, x_0, cond, train_features=True)
+        """``L_FGM(theta) = L_1 + L_2`` (Eq. 4.10 to 4.12), or the loss of another method, psi
+        frozen by the loop; with a GAN, its term beside it."""
+        losses: dict[str, Tensor] = {}
+        x_0_fgm = _measured(x_0, 'fgm', losses)
+        path = LinearPath.sample(x_0_fgm, self.fgm_time_sampler(len(x_0), x_0.device))
+        through = getattr(self.loss_fgm, 'through_networks', True)
+        with torch.set_grad_enabled(through and torch.is_grad_enabled()):
+            u = self._velocity(self.teacher, self.guidance, path, cond)
+            v = self._velocity(self.online, self.online_guidance, path, cond)
+        losses.update(self.loss_fgm(u, v, path))
+        if self.gan is not None and self.iteration >= self.gan.start:
+            fake = self.gan.logits(
+                self.networks[self.gan.features],
+                self.discriminator,
+                _measured(x_0, 'gan', losses),
+                cond,
+                train_features=True,
+            )
             losses['loss_g'] = self.gan.generator_weight * generator_gan_loss(fake).mean()
-        return losses
+        return {k: self.loss_scale * v if 'loss' in k else v for k, v in losses.items()}
+
+
+def _measured(x_0: Tensor, term: str, values: dict[str, Tensor]) -> Tensor:
+    """A branch of ``x_0`` for one term of the loss; the norm of the gradient that comes back
+    through it stands in ``values['grad_x_0_TERM']`` after the backward pass."""
+    if not x_0.requires_grad:
+        return x_0
+    norm = values[f'grad_x_0_{term}'] = x_0.new_zeros(())
+    branch = x_0.view_as(x_0)
+
+    def keep(grad: Tensor) -> None:
+        norm.copy_(grad.norm())
+
+    branch.register_hook(keep)
+    return branch

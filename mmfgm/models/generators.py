@@ -9,7 +9,8 @@ class OneStepGenerator(nn.Module):
 
     The defaults are the usual choice ``t* = 1``; the paper's SD3 generator (Eq. B.2) is
     ``t_star=0.97, c_in=0.8``, and its ablation C.1 is ``c_out=1`` with ``t_star`` in [0, 1]. Eq.
-    5.1, printed in the opposite sign convention, is ``c_skip = 1 - t*, c_out = -t*, c_in = t*``.
+    5.1 is printed for the opposite sign of the velocity; in ours it is ``c_skip = c_out = c_in =
+    t*``, one denoising step of the teacher from ``t*``.
 
     Args:
         network (nn.Module): The velocity network, usually a copy of the teacher's.

@@ -5,21 +5,47 @@
 too. Everything else registers itself where it is defined.
 """
 
-from mmfgm.flow import ClassifierFreeGuidance, LogitNormal, NullLabel, Uniform, euler, heun
+from typing import Any
+
+from mmfgm.flow import (
+    Beta,
+    ClassifierFreeGuidance,
+    EDMGrid,
+    LogitNormal,
+    NullLabel,
+    Uniform,
+    euler,
+    heun,
+)
 from mmfgm.registry import FUNCTIONS, MODELS, TASK_UTILS
 
 from .generators import OneStepGenerator
-from .losses import FGMLoss, FlowMatchingLoss
+from .losses import (
+    DiffInstructLoss,
+    DMDLoss,
+    FGMLoss,
+    FlowMatchingLoss,
+    RealUIDLoss,
+    RealUIDOnlineLoss,
+)
 
-for part in (LogitNormal, Uniform, NullLabel):
+for part in (Beta, EDMGrid, LogitNormal, Uniform, NullLabel):
     TASK_UTILS.register_module(module=part)
 for solver in (euler, heun):
     FUNCTIONS.register_module(module=solver)
-for module in (FGMLoss, FlowMatchingLoss, OneStepGenerator):
+for module in (
+    DMDLoss,
+    DiffInstructLoss,
+    FGMLoss,
+    FlowMatchingLoss,
+    OneStepGenerator,
+    RealUIDLoss,
+    RealUIDOnlineLoss,
+):
     MODELS.register_module(module=module)
 
 
 @TASK_UTILS.register_module(name='ClassifierFreeGuidance')
-def build_guidance(scale: float, null: dict) -> ClassifierFreeGuidance:
+def build_guidance(scale: float, null: dict, **options: Any) -> ClassifierFreeGuidance:
     """Build guidance from a config in which ``null`` is a config too."""
-    return ClassifierFreeGuidance(scale, TASK_UTILS.build(null))
+    return ClassifierFreeGuidance(scale, TASK_UTILS.build(null), **options)

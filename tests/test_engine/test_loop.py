@@ -69,12 +69,17 @@ def test_fresh_samples_for_every_update(cfg):
     assert all(p.requires_grad for p in runner.model.online.parameters())
 
 
-def test_shared_samples_are_drawn_once_a_cycle(cfg):
+def test_shared_samples_go_to_the_generator_first(cfg):
+    """Then to the first online update; a further one draws fresh samples."""
     cfg.train_cfg.update(online_updates=2, share_samples=True)
     runner, events = events_of(cfg)
-    assert [e[0] for e in events] == ['prepare', 'online', 'online', 'generator'] * 2
-    assert runner.train_loop.batches_per_iter == 1
-    assert events[0][2] == events[1][1] == events[3][1] != events[4][2]
+    one = ['prepare', 'generator', 'online', 'prepare', 'online']
+    assert [e[0] for e in events] == one * 2
+    assert runner.train_loop.batches_per_iter == 2
+    shared, generator, online, fresh, second = events[:5]
+    assert shared[2] == generator[1] == online[1]
+    assert fresh[2] == second[1] != shared[2]
+    assert (shared[1], fresh[1]) == (True, False)  # with the generator's graph, without
 
 
 def test_accumulation_is_the_mean_over_micro_batches(cfg):

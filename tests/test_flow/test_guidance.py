@@ -1,4 +1,5 @@
 # Copyright (c) mmfgm authors.
+import pytest
 import torch
 
 from mmfgm.flow import ClassifierFreeGuidance, NullLabel
@@ -41,3 +42,26 @@ def test_gradient_flows_through_both_halves():
     )
     (grad,) = torch.autograd.grad(v.sum(), x_t)
     torch.testing.assert_close(grad, torch.full((4, 2), 4 + 2 * (1.0 - 4.0)))
+
+
+def test_rescaling_keeps_the_norm_of_the_conditional_velocity():
+    x_t, t, cond = torch.randn(6, 2), torch.rand(6), dict(labels=torch.arange(6) % 3)
+    network, null = Network(), NullLabel(3)
+    guided = ClassifierFreeGuidance(4.0, null)(network, x_t, t, cond)
+    rescaled = ClassifierFreeGuidance(4.0, null, rescale=True)(network, x_t, t, cond)
+    torch.testing.assert_close(rescaled.norm(dim=1), network(x_t, t, **cond).norm(dim=1))
+    cosine = torch.nn.functional.cosine_similarity(rescaled, guided)
+    torch.testing.assert_close(cosine, torch.ones(6))
+
+
+def test_outside_of_its_interval_nothing_is_guided():
+    x_t, cond = torch.randn(5, 2), dict(labels=torch.arange(5) % 3)
+    t = torch.tensor([0.0, 0.2, 0.5, 0.7, 1.0])
+    network, null = Network(), NullLabel(3)
+    found = ClassifierFreeGuidance(4.0, null, low=0.2, high=0.7)(network, x_t, t, cond)
+    guided = ClassifierFreeGuidance(4.0, null)(network, x_t, t, cond)
+    inside = torch.tensor([False, True, True, True, False])
+    assert torch.equal(found[inside], guided[inside])
+    torch.testing.assert_close(found[~inside], network(x_t, t, **cond)[~inside])
+    with pytest.raises(ValueError, match='0 <= low <= high <= 1'):
+        ClassifierFreeGuidance(4.0, null, low=0.7, high=0.2)

@@ -5,6 +5,7 @@ from mmengine.registry import DefaultScope
 
 import mmfgm.models  # noqa: F401
 from mmfgm.errors import UsageError
+from mmfgm.flow import LinearPath
 from mmfgm.models import FGM, FlowMatching, Sampling
 from tests.batches import rows
 from tests.conftest import NETWORK
@@ -173,3 +174,98 @@ def test_condition_must_match_the_network(fgm):
 def scope():
     with DefaultScope.overwrite_default_scope('mmfgm'):
         yield
+
+
+def guided_fgm(**kwargs):
+    torch.manual_seed(0)
+    uniform = dict(type='Uniform')
+    options = dict(fm_time_sampler=uniform, fgm_time_sampler=uniform, teacher=dict(checkpoint=None))
+    model = FGM(NETWORK, **{**options, **kwargs})
+    for name in ('teacher', 'online', 'generator'):
+        randomise(getattr(model, name))
+    return model
+
+
+GUIDANCE = dict(type='ClassifierFreeGuidance', scale=3.0, null=dict(type='NullLabel', label=10))
+
+
+def test_long_and_short_guidance():
+    """The online network is trained on its guided velocity and guided in the generator's loss."""
+    model = guided_fgm(guidance=GUIDANCE, online_guidance=GUIDANCE)
+    samples = model.prepare(batch(8), differentiable=True)
+    x_0, cond = samples['x_0'], samples['cond']
+    null = dict(labels=torch.full((8,), 10))
+
+    def guided(network, path):
+        v_null = network(path.x_t, path.t, **null)
+        return v_null + 3 * (network(path.x_t, path.t, **cond) - v_null)
+
+    torch.manual_seed(1)
+    found = model.loss('online', samples)['loss_fm']
+    torch.manual_seed(1)
+    path = LinearPath.sample(x_0.detach(), model.fm_time_sampler(8))
+    expected = (guided(model.online, path) - path.velocity).square().mean()
+    torch.testing.assert_close(found, expected)
+
+    torch.manual_seed(2)
+    found = model.loss('generator', samples)['loss_fgm']
+    torch.manual_seed(2)
+    path = LinearPath.sample(x_0, model.fgm_time_sampler(8))
+    u, v = guided(model.teacher, path), guided(model.online, path)
+    expected = ((u - path.velocity).square() - (v - path.velocity).square()).mean()
+    torch.testing.assert_close(found, expected)
+
+
+def test_real_samples_train_the_online_network_with_realuid():
+    """One call of the network for both, and the formula of the loss on each."""
+    loss = dict(type='RealUIDOnlineLoss', alpha=0.9, beta=0.95)
+    model = guided_fgm(online_loss=loss, loss=dict(type='RealUIDLoss', alpha=0.9, beta=0.95))
+    real = dict(x_0=torch.randn(8, *model.event_shape), cond=dict(labels=torch.arange(8)))
+    samples = model.prepare(batch(8, real=real), differentiable=False)
+    torch.manual_seed(1)
+    found = model.loss('online', samples)['loss_fm']
+    torch.manual_seed(1)
+    path = LinearPath.sample(samples['x_0'], model.fm_time_sampler(8))
+    other = LinearPath.sample(real['x_0'], model.fm_time_sampler(8))
+    v = model.online(path.x_t, path.t, **samples['cond'])
+    v_real = model.online(other.x_t, other.t, **real['cond'])
+    expected = 0.9 * (v - 0.95 / 0.9 * path.velocity).square().mean()
+    expected = expected + 0.1 * (v_real - 0.05 / 0.1 * other.velocity).square().mean()
+    torch.testing.assert_close(found, expected)
+    with pytest.raises(UsageError, match='learns from real samples too.*WithReal'):
+        model.prepare(batch(8), differentiable=False)
+
+
+@pytest.mark.parametrize('loss', [dict(type='DMDLoss'), dict(type='DiffInstructLoss')])
+def test_losses_given_by_a_gradient_keep_no_graph_of_the_networks(loss):
+    uniform = dict(type='Uniform', low=0.02)
+    model = guided_fgm(loss=loss, fgm_time_sampler=uniform)
+    seen = []
+    model.online.register_forward_hook(lambda *args: seen.append(args[-1].requires_grad))
+    samples = model.prepare(batch(8), differentiable=True)
+    losses = model.loss('generator', samples)
+    sum(value for name, value in losses.items() if 'loss' in name).backward()
+    assert seen == [False]
+    assert all(p.grad is None for p in model.online.parameters())
+    assert any(p.grad is not None for p in model.generator.parameters())
+
+
+def test_a_weight_that_is_not_defined_at_0_needs_a_density_that_ends_above():
+    with pytest.raises(UsageError, match='not defined at t = 0.*low=0.02'):
+        guided_fgm(loss=dict(type='DiffInstructLoss'))
+    with pytest.raises(UsageError, match='not defined at t = 0'):
+        guided_fgm(loss=dict(type='FGMLoss', weight=dict(t=-0.5)))
+    guided_fgm(loss=dict(type='DiffInstructLoss', weight=dict(t=1.0)))
+    for density in (dict(type='LogitNormal', low=0.01), dict(type='EDMGrid')):
+        guided_fgm(loss=dict(type='DiffInstructLoss'), fgm_time_sampler=density)
+
+
+def test_one_scale_for_the_whole_loss():
+    losses = []
+    for scale in (1.0, 50.0):
+        model = guided_fgm(loss_scale=scale)
+        samples = model.prepare(batch(8), differentiable=True)
+        torch.manual_seed(1)
+        losses.append(model.loss('generator', samples))
+    torch.testing.assert_close(losses[1]['loss_fgm'], 50 * losses[0]['loss_fgm'])
+    torch.testing.assert_close(losses[1]['l_2'], losses[0]['l_2'])

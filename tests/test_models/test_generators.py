@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 from mmfgm.models import OneStepGenerator
+from tests.gaussians import GaussianVelocity
 
 
 class Probe(nn.Module):
@@ -26,9 +27,9 @@ def z():
         (dict(t_star=0.97, c_in=0.8), lambda z: z - 0.97 * (0.8 * z + 1)),  # B.2
         (dict(t_star=0.25, c_out=1.0), lambda z: z - (z + 1)),  # C.1
         (
-            dict(t_star=0.7, c_skip=0.3, c_out=-0.7, c_in=0.7),
-            lambda z: 0.3 * z + 0.7 * (0.7 * z + 1),
-        ),  # 5.1 as printed
+            dict(t_star=0.7, c_skip=0.7, c_in=0.7),
+            lambda z: 0.7 * z - 0.7 * (0.7 * z + 1),
+        ),  # 5.1, in our sign
     ],
 )
 def test_parameterisations_of_the_paper(z, settings, expected):
@@ -40,6 +41,22 @@ def test_parameterisations_of_the_paper(z, settings, expected):
         and network.cond == dict(labels=1)
     )
     assert network.t[0].item() == pytest.approx(settings.get('t_star', 1))
+
+
+@pytest.mark.parametrize('t_star', [0.5, 0.8, 1.0])
+def test_equation_5_1_starts_at_the_mean_of_the_data(t_star):
+    """For the flow of N(0.3, 0.5^2) one denoising step from t* z is centred where the data are, as
+    far as t* z is a noisy sample; with the printed sign of c_out it is centred at the other side."""
+    flow = GaussianVelocity(0.5, 0.3)
+    z = torch.linspace(-2, 2, 101, dtype=torch.float64)[:, None]
+    denoised = t_star * z - t_star * flow(t_star * z, torch.full((101,), t_star))
+    ours = OneStepGenerator(flow, t_star=t_star, c_skip=t_star, c_in=t_star)
+    torch.testing.assert_close(ours(z), denoised, rtol=1e-6, atol=1e-7)
+    printed = OneStepGenerator(flow, t_star=t_star, c_skip=1 - t_star, c_out=-t_star, c_in=t_star)
+    assert ours(z).mean() > 0 > printed(z).mean()
+    if t_star == 1:
+        torch.testing.assert_close(ours(z).mean().item(), 0.3)
+        torch.testing.assert_close(printed(z).mean().item(), -0.3)
 
 
 def test_bad_settings():

@@ -159,7 +159,8 @@ def build_fgm(**kwargs):
         fm_time_sampler=dict(type='LogitNormal', mean=-1.0, std=2.0),
         fgm_time_sampler=dict(type='LogitNormal', mean=2.4, std=1.0),
         generator=dict(t_star=0.97, c_in=0.8),
-        loss=dict(type='FGMLoss', l1_weight=0.0, loss_scale=100.0),
+        loss=dict(type='FGMLoss', l1_weight=0.0),
+        loss_scale=100.0,
         gan=dict(
             time_sampler=dict(type='LogitNormal', mean=-1.0, std=1.0),
             head=dict(type='ConvDiscriminator', channels=8),
@@ -199,7 +200,7 @@ def test_the_cycle_is_what_the_paper_writes():
     torch.manual_seed(1)
     x_0 = generate(reference).detach()
     x_t, target, t = noised(x_0, reference.fm_time_sampler)
-    loss = (reference.online(x_t, t, **cond) - target).square().sum((1, 2, 3)).mean()
+    loss = (reference.online(x_t, t, **cond) - target).square().mean()
     both = {name: torch.cat([real_cond[name], cond[name]]) for name in cond}
     x_t, _, t = noised(torch.cat([real_x_0, x_0]), reference.gan.sampler)
     logits = reference.discriminator(reference.online(x_t, t, **both, feature_layer=2)).flatten(1)
@@ -229,10 +230,16 @@ def test_the_cycle_is_what_the_paper_writes():
     null = null_of(cond)
     u = 4 * reference.teacher(x_t, t, **cond) - 3 * reference.teacher(x_t, t, **null)
     v = reference.online(x_t, t, **cond)
-    loss = 100 * (2 * (u - v) * (v - target)).sum((1, 2, 3)).mean()  # (4.12)
+    fgm = (2 * (u - v) * (v - target)).mean()  # (4.12)
+    on_x_0 = [torch.autograd.grad(100 * fgm, x_0, retain_graph=True)[0].norm()]
     x_t, _, t = noised(x_0, reference.gan.sampler)
     logits = reference.discriminator(reference.online(x_t, t, **cond, feature_layer=2))
-    loss = loss + 1e-2 * -F.logsigmoid(logits).mean()
+    gan = 1e-2 * -F.logsigmoid(logits).mean()
+    on_x_0.append(torch.autograd.grad(100 * gan, x_0, retain_graph=True)[0].norm())
+    # what the log says about the size of each term
+    measured = [losses['grad_x_0_fgm'], losses['grad_x_0_gan']]
+    torch.testing.assert_close(measured, on_x_0, rtol=1e-6, atol=0)
+    loss = 100 * (fgm + gan)
     gradients = torch.autograd.grad(loss, list(reference.generator.parameters()))
     for p, expected in zip(model.generator.parameters(), gradients):
         torch.testing.assert_close(p.grad, expected, rtol=1e-6, atol=1e-9)
@@ -246,6 +253,45 @@ def test_the_online_network_can_be_left_to_flow_matching():
     model.loss('online', samples)['loss_d'].backward()
     assert all(p.grad is None for p in model.online.parameters())
     assert all(p.grad is not None for p in model.discriminator.parameters())
+
+
+def test_features_of_several_layers():
+    """One call gives what one call each gives; each layer has a head of its own."""
+    network, cond = random_sd3(), conditions(2)
+    x_t, t = torch.randn(2, 16, 8, 8, dtype=torch.float64), torch.rand(2)
+    several = network(x_t, t, **cond, feature_layer=(3, 1))
+    for layer, features in zip((3, 1), several):
+        torch.testing.assert_close(features, network(x_t, t, **cond, feature_layer=layer))
+    head = build_fgm(feature_layer=[3, 1]).discriminator
+    logits = [one(features).flatten(1) for one, features in zip(head.heads, several)]
+    torch.testing.assert_close(head(several), torch.cat(logits, 1))
+    assert not torch.equal(logits[0], logits[1])
+
+
+def test_the_teacher_can_give_the_features():
+    """It is not trained, and the generator's gradient passes through it."""
+    model = build_fgm(features='teacher')
+    samples = dict(cond=conditions(2), real=dict(x_0=torch.randn(2, 16, 8, 8).double()))
+    samples['real']['cond'] = conditions(2)
+    samples['x_0'] = torch.randn(2, 16, 8, 8).double().requires_grad_(True)
+    losses = model.loss('online', samples)
+    assert all(p.grad is None for p in model.teacher.parameters())
+    (grad,) = torch.autograd.grad(losses['loss_d'], next(model.discriminator.parameters()))
+    assert grad.abs().sum() > 0
+    torch.nn.init.zeros_(next(model.online.parameters()))  # plays no part
+    model.loss('generator', samples)['loss_g'].backward()
+    assert samples['x_0'].grad.abs().sum() > 0
+
+
+def test_the_adversarial_term_begins_at_its_iteration():
+    model = build_fgm(start=3)
+    samples = dict(cond=conditions(2), real=dict(x_0=torch.randn(2, 16, 8, 8).double()))
+    samples['real']['cond'] = conditions(2)
+    samples['x_0'] = torch.randn(2, 16, 8, 8).double().requires_grad_(True)
+    for iteration, begun in ((0, False), (2, False), (3, True)):
+        model.iteration = iteration
+        assert ('loss_g' in model.loss('generator', samples)) is begun
+        assert 'loss_d' in model.loss('online', samples)
 
 
 def test_checkpointing_changes_nothing():
@@ -273,6 +319,12 @@ def test_bad_input(folder, tmp_path):
         SD3(8)
     with pytest.raises(UsageError, match='layers 1 to 4'):
         build_fgm(feature_layer=5)
+    with pytest.raises(UsageError, match='layers 1 to 4'):
+        build_fgm(feature_layer=(2, 5))
+    with pytest.raises(UsageError, match="use 'online' or 'teacher'"):
+        build_fgm(features='generator')
+    with pytest.raises(UsageError, match='would train the teacher'):
+        build_fgm(features='teacher', train_features=True)
     with pytest.raises(UsageError, match='guidance=4.0 of network needs'):
         model = FlowMatching(dict(type='SD3', latent_size=8, config=CONFIG), dict(type='Uniform'))
         model.check(Sampling('network', guidance=4.0))

@@ -218,14 +218,14 @@ GAN = dict(
 
 
 @pytest.mark.parametrize(
-    'network, share, more',
-    [(UNET, False, {}), (UNET, True, {}), (SD3, False, {}), (SD3, False, GAN)],
-    ids=['U-Net', 'shared samples', 'SD3', 'SD3 with a GAN'],
+    'network, more',
+    [(UNET, {}), (SD3, {}), (SD3, GAN)],
+    ids=['U-Net', 'SD3', 'SD3 with a GAN'],
 )
-def test_activations_are_what_autograd_keeps(network, share, more):
+def test_activations_are_what_autograd_keeps(network, more):
     cfg = fgm(network, **more)
     init_default_scope('mmfgm')
-    found = kept_bytes(build_on_meta(cfg), 6, bf16=False, sharded=False, share_samples=share)
+    found = kept_bytes(build_on_meta(cfg), 6, bf16=False, sharded=False)
     cfg.model.teacher.checkpoint = None
     model = MODELS.build(cfg.model)
     batch = dummy_batch(model.teacher, 6)
@@ -236,7 +236,7 @@ def test_activations_are_what_autograd_keeps(network, share, more):
             getattr(model, name).requires_grad_(False)
         saved = Saved([*model.parameters(), *model.buffers()])
         with saved:
-            losses = model.loss(phase, model.prepare(batch, spec.differentiable or share))
+            losses = model.loss(phase, model.prepare(batch, spec.differentiable))
         assert losses and found[phase] == (pytest.approx(saved.bytes(), rel=0.15), 0)
 
 

@@ -79,15 +79,15 @@ class BareLoop:
     def fm_loss(self, x_0, cond):
         t = self.t_fm(len(x_0), self.device)
         x_t, target = self.diffuse(x_0, t)
-        return (self.online(x_t, t, **cond) - target).square().flatten(1).sum(1).mean()
+        return (self.online(x_t, t, **cond) - target).square().mean()
 
     def fgm_loss(self, x_0, cond):
         t = self.t_fgm(len(x_0), self.device)
         x_t, target = self.diffuse(x_0, t)
         u, v = self.teacher(x_t, t, **cond), self.online(x_t, t, **cond)
-        loss = 2 * ((u - v) * (v - target)).flatten(1).sum(1).mean()
+        loss = 2 * ((u - v) * (v - target)).mean()
         if self.l1_weight:
-            loss = loss + self.l1_weight * (u - v).square().flatten(1).sum(1).mean()
+            loss = loss + self.l1_weight * (u - v).square().mean()
         return loss
 
     def update(self, name, loss):
@@ -98,17 +98,26 @@ class BareLoop:
 
     def step(self):
         z, cond = self.draw()
-        with torch.set_grad_enabled(self.shared):
+        if self.shared:
             x_0 = self.generator(z, **cond)
-        losses = [self.update('online', self.fm_loss(x_0.detach(), cond))]
-        self.online.requires_grad_(False)
-        if not self.shared:
+            losses = [self.generator_update(x_0, cond), self.online_update(x_0, cond)]
+        else:
+            with torch.no_grad():
+                x_0 = self.generator(z, **cond)
+            losses = [self.online_update(x_0, cond)]
             z, cond = self.draw()
-            x_0 = self.generator(z, **cond)
-        losses.append(self.update('generator', self.fgm_loss(x_0, cond)))
-        self.online.requires_grad_(True)
+            losses.append(self.generator_update(self.generator(z, **cond), cond))
         self.average()
         return losses
+
+    def online_update(self, x_0, cond):
+        return self.update('online', self.fm_loss(x_0.detach(), cond))
+
+    def generator_update(self, x_0, cond):
+        self.online.requires_grad_(False)
+        loss = self.update('generator', self.fgm_loss(x_0, cond))
+        self.online.requires_grad_(True)
+        return loss
 
     @torch.no_grad()
     def average(self):

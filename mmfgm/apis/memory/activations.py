@@ -173,7 +173,7 @@ def _recomputed(model: FlowModel, weights: Sequence[Tensor]):
 
 
 def kept_bytes(
-    model: FlowModel, batch_size: int, bf16: bool, sharded: bool, share_samples: bool
+    model: FlowModel, batch_size: int, bf16: bool, sharded: bool
 ) -> dict[str, tuple[int, int]]:
     """Phase to bytes of activations and of bf16 copies of weights that its backward pass needs at
     once.
@@ -184,7 +184,6 @@ def kept_bytes(
         batch_size (int): Of one process.
         bf16 (bool): Compute in bf16: with autocast, or with bf16 weights if ``sharded``.
         sharded (bool): Whether the strategy is FSDP2, whose gathered weights are not counted.
-        share_samples (bool): Whether every phase holds the generator's graph.
 
     Raises:
         UsageError: If the network does not say which conditions it takes, or needs values to be
@@ -212,9 +211,7 @@ def kept_bytes(
                     model.autocast(),
                 ):
                     # held, as the training loop does
-                    losses = model.loss(
-                        phase, model.prepare(batch, spec.differentiable or share_samples)
-                    )
+                    losses = model.loss(phase, model.prepare(batch, spec.differentiable))
             except (RuntimeError, TypeError, ValueError) as e:
                 raise UsageError(
                     f'phase {phase!r} cannot be run on tensors without values: {str(e)[:300]}'

@@ -248,7 +248,6 @@ def estimate(cfg: Config, gpus: int, batch_size: int | None = None) -> Memory:
         batch_size,
         plan.precision == 'bf16',
         plan.sharded,
-        (cfg.get('train_cfg') or {}).get('share_samples', False),
     )
     memory.phase = max(kept, key=lambda phase: sum(kept[phase]))
     memory.totals['activations'], casts = kept[memory.phase]

@@ -1,20 +1,7 @@
 # Copyright (c) mmfgm authors.
 from torch import Tensor, nn
 
-from mmfgm.flow import PathSample
-
-
-def flow_matching_loss(v: Tensor, path: PathSample) -> Tensor:
-    """``|| v - (eps - x_0) ||^2`` of each sample (Eq. 3.6).
-
-    Args:
-        v (Tensor): Predicted velocity ``v(x_t, t)``, shape ``(N, *event)``.
-        path (PathSample): Where it was predicted; its velocity is ``eps - x_0``.
-
-    Returns:
-        Tensor: Summed over the event dimensions, shape ``(N,)``.
-    """
-    return (v - path.velocity).square().flatten(1).sum(1)
+from mmfgm.flow import PathSample, mean_over_event
 
 
 class FlowMatchingLoss(nn.Module):
@@ -24,6 +11,16 @@ class FlowMatchingLoss(nn.Module):
     it and may be None.
     """
 
+    def terms(self, u: Tensor | None, v: Tensor, path: PathSample) -> Tensor:
+        """``|| v - (eps - x_0) ||^2`` of each sample (Eq. 3.6), a mean over its elements: ``(N,)``.
+
+        Args:
+            u: Not used.
+            v (Tensor): Predicted velocity ``v(x_t, t)``, shape ``(N, *event)``.
+            path (PathSample): Where it was predicted; its velocity is ``eps - x_0``.
+        """
+        return mean_over_event((v - path.velocity).square())
+
     def forward(self, u: Tensor | None, v: Tensor, path: PathSample) -> dict[str, Tensor]:
         """Returns ``loss_fm``, the mean over the batch."""
-        return dict(loss_fm=flow_matching_loss(v, path).mean())
+        return dict(loss_fm=self.terms(u, v, path).mean())

@@ -1,6 +1,8 @@
 # Copyright (c) mmfgm authors.
 """Stable Diffusion 3 and 3.5 as a velocity network: our contract over diffusers' stock MM-DiT."""
 
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -98,8 +100,8 @@ class SD3(nn.Module):
         t: Tensor,
         prompt_embeds: Tensor,
         pooled_embeds: Tensor,
-        feature_layer: int | None = None,
-    ) -> Tensor:
+        feature_layer: int | Sequence[int] | None = None,
+    ) -> Tensor | list[Tensor]:
         """Velocity ``(N, C, h, w)``, or the image tokens after a layer as a map ``(N, D, h / p, w /
         p)``.
 
@@ -108,8 +110,9 @@ class SD3(nn.Module):
             t (Tensor): ``(N,)`` in [0, 1].
             prompt_embeds (Tensor): ``(N, L, joint_attention_dim)``.
             pooled_embeds (Tensor): ``(N, pooled_projection_dim)``.
-            feature_layer (int, optional): Return the features after this layer, counted from 1,
-                instead of the velocity; later layers are not run.
+            feature_layer (int | Sequence[int], optional): Return the features after this layer,
+                counted from 1, or a list of those after several, instead of the velocity; later
+                layers are not run.
 
         Raises:
             UsageError: If there is no such layer.
@@ -124,20 +127,27 @@ class SD3(nn.Module):
         )
         if feature_layer is None:
             return self.transformer(**inputs)[0].to(x_t.dtype)
+        if isinstance(feature_layer, int):
+            return self._features(inputs, [feature_layer], x_t)[0]
         return self._features(inputs, feature_layer, x_t)
 
-    def _features(self, inputs: dict[str, Any], layer: int, x_t: Tensor) -> Tensor:
-        self.check_feature_layer(layer)
+    def _features(self, inputs: dict[str, Any], layers: Sequence[int], x_t: Tensor) -> list[Tensor]:
+        for layer in layers:
+            self.check_feature_layer(layer)
         blocks = self.transformer.transformer_blocks
-        kept = []
-        # a block returns (text tokens, image tokens)
-        handle = blocks[layer - 1].register_forward_hook(
-            lambda module, args, output: kept.append(output[1])
-        )
+        kept: dict[int, Tensor] = {}
+
+        def keep(layer: int, module: nn.Module, args: Any, output: tuple) -> None:
+            kept[layer] = output[1]  # a block returns (text tokens, image tokens)
+
+        handles = [
+            blocks[layer - 1].register_forward_hook(partial(keep, layer)) for layer in layers
+        ]
         try:
-            self.transformer(**inputs, skip_layers=list(range(layer, len(blocks))))
+            self.transformer(**inputs, skip_layers=list(range(max(layers), len(blocks))))
         finally:
-            handle.remove()
+            for handle in handles:
+                handle.remove()
         height, width = (side // self.transformer.config.patch_size for side in x_t.shape[-2:])
-        features = kept[0].transpose(1, 2).unflatten(2, (height, width))
-        return features.to(x_t.dtype)
+        maps = (kept[layer].transpose(1, 2).unflatten(2, (height, width)) for layer in layers)
+        return [features.to(x_t.dtype) for features in maps]
