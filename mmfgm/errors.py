@@ -25,3 +25,16 @@ class NonFiniteError(ArithmeticError):
 
 class NonFiniteInputError(NonFiniteError, UsageError):
     """Weights or data hold inf or nan already where they come in: the user can replace them."""
+
+    """A loss or a gradient became inf or nan; the command-line tools exit with code 3."""
+
+
+class Interrupted(SystemExit):
+    """SIGTERM or Ctrl-C ended something between two of its steps; the exit code is 75."""
+
+    def __init__(self, message: str):
+        super().__init__(EXIT_PREEMPTED)
+        self.message = message
+
+    def __str__(self) -> str:
+        return self.message

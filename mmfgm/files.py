@@ -235,7 +235,9 @@ def write_file(path: str, content: bytes | str) -> None:
         with whole_file(path) as unfinished, open(unfinished, 'wb') as f:
             f.write(content.encode() if isinstance(content, str) else content)
     except OSError as e:
-        raise UsageError(f'{path!r} cannot be written: {e}') from e
+        raise UsageError(
+            f'{path!r} cannot be written: {e}; make room, or choose another place'
+        ) from e
 
 
 def replace_folder(unfinished: str, out: str) -> None:
@@ -302,6 +304,48 @@ def whole_folder(out: str, force: bool, marker: str) -> Iterator[str]:
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
+@contextmanager
+def disk_errors(folder: str, then: str) -> Iterator[None]:
+    """One message for a disk that fills up, or a folder that is deleted, while the block writes.
+
+    Args:
+        folder (str): Where the block writes.
+        then (str): What the user does after making room.
+
+    Raises:
+        UsageError: Instead of the errors that each library has for it.
+    """
+    existed = osp.isdir(folder)
+    try:
+        yield
+    except UsageError:
+        raise
+    except Exception as e:  # each library that writes has errors of its own
+        lost = existed and not osp.isdir(folder)
+        if lost and isinstance(e, (OSError, RuntimeError)):
+            raise UsageError(
+                f'{folder!r} was deleted or unmounted while it was written to ({_words(e)}); put it'
+                ' back if you can, and start again'
+            ) from e
+        if not is_disk_error(e):
+            raise
+        raise UsageError(
+            f'{folder!r} cannot be written: {_words(e)}; make room, then {then}'
+        ) from e
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _words(error: BaseException) -> str:
+    """What the system said, where it is not hidden by what a library made of it."""
+    said = [e.strerror for e in _causes(error) if isinstance(e, OSError) and e.strerror]
+    return said[0] if said else str(error)[:200]
+
+
 def check_work_dir(work_dir: str) -> None:
     """Make the work directory and write in it.
 
@@ -330,15 +374,21 @@ def _check_replaceable(out: str, force: bool, marker: str) -> None:
         )
 
 
-def _is_about_writing(error: Exception, out: str) -> bool:
-    """Whether the disk is full or read-only, or the file is ``out`` or one of those written in its
-    place."""
-    # safetensors and shutil hand on the system's words, but not its number
-    disk = any(
-        os.strerror(code) in str(error)
-        for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+def is_disk_error(error: BaseException) -> bool:
+    """Whether the disk, or a quota, is full, or has become read-only."""
+    codes = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+    # safetensors and shutil hand on the system's words, but not its number; torch's writer of zip
+    # files only notices that it is not where it should be
+    words = (*map(os.strerror, codes), 'inline_container')
+    return any(
+        getattr(e, 'errno', None) in codes or any(word in str(e) for word in words)
+        for e in _causes(error)
     )
-    return disk or str(getattr(error, 'filename', None) or '').startswith(out)
+
+
+def _is_about_writing(error: Exception, out: str) -> bool:
+    """Whether it is about the disk, or the file is ``out`` or one of those written in its place."""
+    return is_disk_error(error) or str(getattr(error, 'filename', None) or '').startswith(out)
 
 
 def _flush(path: str) -> None:

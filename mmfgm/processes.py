@@ -83,6 +83,60 @@ def init_processes(launcher: str, backend: str | None = None, **kwargs: Any) -> 
     init_dist(launcher, backend or 'nccl', **kwargs)
 
 
+def ignore_stop_signals(worker_id: int = 0) -> None:
+    """For loader workers: torchrun's SIGTERM and a terminal's Ctrl-C reach them too, but the
+    process that they work for decides when to stop. It must end them itself."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+class StopSignals:
+    """SIGTERM and Ctrl-C as a wish to stop at the next good moment, on which all processes agree.
+
+    A second Ctrl-C ends the process at once, also where Python cannot run a handler.
+    """
+
+    def __init__(self) -> None:
+        self._name = ''
+        self._group: Any = None
+        self._before: dict[int, Any] = {}
+
+    @property
+    def name(self) -> str:
+        """What asked to stop; ``'SIGTERM'`` where only another process knows."""
+        return self._name or 'SIGTERM'
+
+    def begin(self) -> None:
+        """Notice signals from now on; call on all processes."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._before[number] = signal.signal(number, self._notice)
+        if self._group is None and rank_and_size()[1] > 1:
+            # on the CPU, so that asking costs no wait for the GPU
+            self._group = dist.new_group(backend='gloo')
+
+    def end(self) -> None:
+        """Leave signals to whoever had them before."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before = {}
+
+    def _notice(self, number: int, frame: Any) -> None:
+        self._name = 'SIGTERM' if number == signal.SIGTERM else 'Ctrl-C'
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            # print is not for signal handlers: it may have been interrupted itself
+            os.write(2, b'\nCtrl-C: saving and stopping; a second Ctrl-C stops at once\n')
+
+    def agreed(self) -> bool:
+        """Whether any process was asked to stop; the same answer on all of them, which all call
+        it."""
+        if self._group is None:
+            return bool(self._name)
+        flag = torch.tensor(int(bool(self._name)))
+        dist.all_reduce(flag, dist.ReduceOp.MAX, group=self._group)
+        return bool(flag)
+
+
 def connect(launcher: str, local_rank: int = 0) -> None:
     """Connect processes that meet only at the start and at the end of long parts, hours apart.
 

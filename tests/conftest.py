@@ -2,6 +2,7 @@
 """Tiny problems that train in seconds, and ways to run the tools as a user would."""
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -52,13 +53,40 @@ def run_module(module, *args, nproc=0, cwd=ROOT, codes=(0,), env=None, timeout=L
     return result
 
 
-def train(config, work_dir, *options, nproc=0, resume=False, **kwargs):
-    """Run the training tool; ``options`` are config overrides ``key=value``."""
-    args = [config, '--work-dir', work_dir]
+def train(config, work_dir, *options, nproc=0, resume=False, extra=(), **kwargs):
+    """Run the training tool; ``options`` are config overrides ``key=value``,
+    ``extra`` its other arguments."""
+    args = [config, '--work-dir', work_dir, *extra]
     args += ['--resume'] if resume else []
     args += ['--launcher', 'pytorch'] if nproc else []
     args += ['--cfg-options', *options] if options else []
     return run_module('mmfgm.tools.train', *args, nproc=nproc, **kwargs)
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        return s.getsockname()[1]
+
+
+def started(*args, lines, word='Iter(train)', cwd=ROOT):
+    """A process that runs, after so many of the lines that it prints had ``word`` in them."""
+    process = subprocess.Popen(
+        [*map(str, args)],
+        cwd=cwd,
+        env=tool_env(PYTHON=sys.executable, PORT=str(free_port())),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    seen = []
+    for line in process.stdout:
+        seen.append(line)
+        lines -= word in line
+        if lines <= 0:
+            return process
+    pytest.fail(''.join(seen)[-4000:])
 
 
 def pytest_addoption(parser):

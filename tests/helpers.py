@@ -2,7 +2,10 @@
 """Hooks and models that tests name in configs (``custom_imports``)."""
 
 import os
+import resource
+import shutil
 import signal
+import time
 from contextlib import contextmanager
 from unittest import mock
 
@@ -31,6 +34,31 @@ class KillHook(Hook):
     def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
         if runner.iter + 1 == self.at and get_rank() == self.rank:
             os.kill(os.getpid(), signal.SIGKILL)
+
+
+@HOOKS.register_module()
+class DiskHook(Hook):
+    """The disk is full from an iteration on (a limit on the size of files stands for it), or the
+    work dir is deleted."""
+
+    def __init__(self, at, deleted=False, limit=20000):
+        self.at, self.deleted, self.limit = at, deleted, limit
+
+    def before_train_iter(self, runner, batch_idx, data_batch=None):
+        if runner.iter + 1 != self.at:
+            return
+        if self.deleted:
+            shutil.rmtree(runner.work_dir)
+        else:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (self.limit, self.limit))
+
+
+@HOOKS.register_module()
+class SayHook(Hook):
+    """Say when an iteration begins."""
+
+    def before_train_iter(self, runner, batch_idx, data_batch=None):
+        print('iteration begins', flush=True)
 
 
 @HOOKS.register_module()
@@ -90,6 +118,20 @@ class SmallConvFeatures:
             .relu()
             .mean((2, 3))
         )
+
+
+@TASK_UTILS.register_module()
+class SlowPixels:
+    """Pixels of a generated image, one in a tenth of a second, each said aloud."""
+
+    name = 'slow pixels'
+    dim = 64
+
+    def __call__(self, samples):
+        if len(samples) == 1:  # the reference comes in larger batches
+            print('measuring', flush=True)
+            time.sleep(0.1)
+        return samples.flatten(1)
 
 
 @contextmanager

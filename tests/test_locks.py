@@ -14,7 +14,7 @@ import pytest
 from mmfgm.errors import UsageError
 from mmfgm.locks import LOCK, locked, start_of
 from mmfgm.models import latest_checkpoint
-from tests.conftest import LIMIT, ROOT, tool_env, train
+from tests.conftest import LIMIT, ROOT, started, tool_env, train
 
 HOLD = """
 import sys, time
@@ -164,32 +164,6 @@ child.wait()
     parent.kill()
     parent.wait()
     gone(pid)
-
-
-def free_port():
-    with socket.socket() as s:
-        s.bind(('127.0.0.1', 0))
-        return s.getsockname()[1]
-
-
-def started(*args, lines, cwd=ROOT):
-    """A training that runs, after it has logged so many iterations."""
-    process = subprocess.Popen(
-        [*map(str, args)],
-        cwd=cwd,
-        env=tool_env(PYTHON=sys.executable, PORT=str(free_port())),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    seen = []
-    for line in process.stdout:
-        seen.append(line)
-        lines -= 'Iter(train)' in line
-        if lines <= 0:
-            return process
-    pytest.fail(''.join(seen)[-4000:])
 
 
 ENDLESS = (

@@ -1,17 +1,16 @@
 # Copyright (c) mmfgm authors.
 """Reading configs, and what goes wrong in building them."""
 
-import ast
 import os.path as osp
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 from mmengine.config import Config
 
 import mmfgm
-from mmfgm.config import resolve
+from mmfgm.config import parse_dump, resolve
 from mmfgm.errors import UsageError
-from mmfgm.files import read_text
+from mmfgm.files import is_disk_error, read_text
 
 T = TypeVar('T')
 
@@ -62,8 +61,7 @@ def read_dump(path: str) -> Config:
         UsageError: If the file cannot be read, or says anything else.
     """
     try:
-        tree = ast.parse(read_text(path, 'name the work dir of a run'))
-        return Config({name: value for line in tree.body for name, value in _assignment(line)})
+        return Config(parse_dump(read_text(path, 'name the work dir of a run')))
     except UsageError:
         raise
     except (OSError, SyntaxError, ValueError, TypeError, RecursionError, MemoryError) as e:
@@ -71,35 +69,6 @@ def read_dump(path: str) -> Config:
             f'expected {path!r} to be the config that a run wrote, found a file that cannot be read'
             f' as one ({str(e)[:200]}); name the work dir of a run'
         ) from e
-
-
-def _assignment(line: ast.stmt) -> Iterator[tuple[str, Any]]:
-    if not isinstance(line, ast.Assign) or len(line.targets) != 1:
-        raise ValueError(f'line {line.lineno} is not an assignment')
-    (target,) = line.targets
-    if not isinstance(target, ast.Name):
-        raise ValueError(f'line {line.lineno} assigns to something else than a name')
-    yield target.id, _literal(line.value)
-
-
-def _literal(node: ast.expr) -> Any:
-    if isinstance(node, ast.Call):
-        # dict(a=1), and dict({'a b': 1}) for keys that are no names
-        named = isinstance(node.func, ast.Name) and node.func.id == 'dict'
-        if not named or len(node.args) > 1 or any(word.arg is None for word in node.keywords):
-            raise ValueError(f'line {node.lineno} calls something')
-        values = _literal(node.args[0]) if node.args else {}
-        if not isinstance(values, dict):
-            raise ValueError(f'line {node.lineno} makes a dict of something else')
-        return {**values, **{word.arg: _literal(word.value) for word in node.keywords}}
-    if isinstance(node, ast.Dict):
-        if None in node.keys:
-            raise ValueError(f'line {node.lineno} unpacks something')
-        return {_literal(key): _literal(value) for key, value in zip(node.keys, node.values)}
-    if isinstance(node, (ast.List, ast.Tuple, ast.Set)):
-        kind = {ast.List: list, ast.Tuple: tuple, ast.Set: set}[type(node)]
-        return kind(_literal(value) for value in node.elts)
-    return ast.literal_eval(node)
 
 
 def building(build: Callable[[], T]) -> T:
@@ -112,5 +81,7 @@ def building(build: Callable[[], T]) -> T:
     except UsageError:
         raise
     except (KeyError, TypeError, ValueError, AssertionError, RuntimeError, OSError) as e:
+        if is_disk_error(e):
+            raise
         cause = e.__cause__ if isinstance(e.__cause__, UsageError) else e
         raise UsageError(f'the config cannot be built: {str(cause).strip(chr(34))}') from e

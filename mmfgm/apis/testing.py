@@ -12,10 +12,11 @@ from mmengine.dist import is_main_process
 from PIL import Image
 
 from mmfgm.engine import FlowRunner
-from mmfgm.errors import UsageError
+from mmfgm.errors import Interrupted, UsageError
 from mmfgm.evaluation import build_evaluations, draw_over_nfe, draw_panels
-from mmfgm.files import write_file
+from mmfgm.files import disk_errors, write_file
 from mmfgm.models import Sampling
+from mmfgm.processes import StopSignals
 
 from .config import building
 
@@ -122,26 +123,32 @@ def measure(
         raise UsageError(f'testing {networks} needs a checkpoint; give its path after the config')
     # a folder of its own: the training's config in the work dir stays as it was
     cfg.work_dir = out or osp.join(cfg.work_dir, 'test')
+    with disk_errors(cfg.work_dir, 'start the same command again'):
+        return _measure(
+            cfg, entries, networks, checkpoint, nfe, solver, guidance=guidance, shift=shift
+        )
+
+
+def _measure(
+    cfg: Config, entries: dict, networks, checkpoint, nfe, solver, **settings: float | None
+) -> Table:
     runner = build_for_sampling(cfg, networks, checkpoint)
-    samplings = samplings_of(runner.model, networks, nfe, solver, guidance=guidance, shift=shift)
+    samplings = samplings_of(runner.model, networks, nfe, solver, **settings)
     for sampling in samplings:
         runner.model.check(sampling)
     evaluations = building(lambda: build_evaluations(entries))
-    table: Table = {}
-    for sampling in samplings:
-        for measured in evaluations.values():
-            out_dir = osp.join(cfg.work_dir, measured.name, folder_name(sampling))
-            values = measured.run(
-                runner.model,
-                sampling,
-                out_dir,
-                dict(model=cfg.model, precision=runner.strategy.precision),
-            )
-            for metric, value in values.items():
-                table.setdefault(metric, {}).setdefault(sampling.network, {})[sampling.nfe] = value
-                runner.logger.info(
-                    f'{sampling.network} at {sampling.nfe} NFE: {metric} = {value:.4f}'
-                )
+    signals = StopSignals()
+    signals.begin()
+    try:
+        table = _tabulate(runner, cfg, samplings, evaluations, signals)
+    except Interrupted as e:
+        runner.logger.warning(
+            f'{signals.name}: {e}; start the same command again, which goes on with what metrics'
+            f' keep of finished items in {cfg.work_dir}'
+        )
+        raise
+    finally:
+        signals.end()
     # on every process: sharded networks sample together
     batch = next(iter(next(iter(evaluations.values())).loader))
     best = {sampling.network: sampling for sampling in sorted(samplings, key=lambda s: s.nfe)}
@@ -151,6 +158,26 @@ def measure(
     }
     if is_main_process():
         _write(cfg.work_dir, table, panels)
+    return table
+
+
+def _tabulate(runner, cfg: Config, samplings, evaluations, signals: StopSignals) -> Table:
+    table: Table = {}
+    for sampling in samplings:
+        for measured in evaluations.values():
+            out_dir = osp.join(cfg.work_dir, measured.name, folder_name(sampling))
+            values = measured.run(
+                runner.model,
+                sampling,
+                out_dir,
+                dict(model=cfg.model, precision=runner.strategy.precision),
+                signals.agreed,
+            )
+            for metric, value in values.items():
+                table.setdefault(metric, {}).setdefault(sampling.network, {})[sampling.nfe] = value
+                runner.logger.info(
+                    f'{sampling.network} at {sampling.nfe} NFE: {metric} = {value:.4f}'
+                )
     return table
 
 

@@ -8,7 +8,8 @@ tensors and plain containers, so it loads with ``weights_only=True``.
 import os.path as osp
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import mmengine
@@ -17,9 +18,10 @@ import torch.distributed.checkpoint as dcp
 from mmengine.dist import all_gather_object, barrier, is_main_process
 from mmengine.logging import HistoryBuffer
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
 
-from mmfgm.errors import NonFiniteInputError, UsageError
-from mmfgm.files import replace_folder, whole_file
+from mmfgm.errors import EXIT_USAGE, NonFiniteInputError, UsageError
+from mmfgm.files import disk_errors, replace_folder, whole_file
 from mmfgm.models import (
     STATE_DICT,
     SafePlanner,
@@ -30,7 +32,10 @@ from mmfgm.models import (
     read_state_dict,
     sharded_shapes,
 )
+from mmfgm.processes import on_main
 from mmfgm.version import __version__
+
+from .resuming import reschedule, settings
 
 PLAIN = (bool, int, float, str, type(None))
 EXTRAS = 'extras.pth'
@@ -97,11 +102,30 @@ def _save_directory(tensors: dict, extras: dict, directory: str) -> None:
     if is_main_process():
         shutil.rmtree(unfinished, ignore_errors=True)
     barrier()
-    dcp.save(tensors, checkpoint_id=unfinished)
-    if is_main_process():
-        _save_file(extras, osp.join(unfinished, EXTRAS))
-        replace_folder(unfinished, directory)
-    barrier()
+    try:
+        dcp.save(tensors, checkpoint_id=unfinished)
+        if is_main_process():
+            _save_file(extras, osp.join(unfinished, EXTRAS))
+            replace_folder(unfinished, directory)
+    except CheckpointException as e:
+        # it is no Exception, and holds those of all processes, on all of them
+        first = next(iter(e.failures.values()))[0]
+        raise RuntimeError(str(first)) from first
+    finally:
+        if is_main_process():
+            shutil.rmtree(unfinished, ignore_errors=True)
+
+
+@contextmanager
+def _writing(filename: str) -> Iterator[None]:
+    """Around a block of all processes: the first of them says what was wrong, for all."""
+    try:
+        with disk_errors(osp.dirname(filename), 'go on with --resume'):
+            yield
+    except UsageError:
+        if is_main_process():
+            raise
+        raise SystemExit(EXIT_USAGE) from None
 
 
 def _require_optimizer(filename: str, there: bool) -> None:
@@ -116,6 +140,11 @@ class CheckpointMixin:
     """Saving, loading and resuming for a strategy; see the module's docstring."""
 
     sharded_checkpoints = False
+
+    def compare_config(self, filename: str, meta: dict) -> bool:
+        """Whether the optimizers' settings and the schedules come from the config, not from the
+        checkpoint; the runner, who knows the config, puts its own in place."""
+        return False
 
     def _take_fingerprints(self, model: nn.Module) -> None:
         """Of networks that checkpoints leave out, so that a resumed run notices another teacher."""
@@ -160,11 +189,16 @@ class CheckpointMixin:
         if save_optimizer and hasattr(self, 'optim_wrapper'):
             tensors['optimizer'] = self.optim_state_dict()
         if self.sharded_checkpoints:
-            _save_directory(tensors, extras, filename)
-        else:
-            if is_main_process():
-                _save_file({**extras, **tensors}, filename)
+            with _writing(filename):
+                _save_directory(tensors, extras, filename)
             barrier()
+        else:
+            on_main(lambda: self._save_whole({**extras, **tensors}, filename))
+
+    @staticmethod
+    def _save_whole(content: dict, filename: str) -> None:
+        with _writing(filename):
+            _save_file(content, filename)
 
     @staticmethod
     def _check_finite(state: dict, filename: str) -> None:
@@ -206,6 +240,8 @@ class CheckpointMixin:
             )
         self.logger.info(f'Load checkpoint from {filename}')
         checkpoint = read_pickle(osp.join(filename, EXTRAS) if sharded else filename)
+        # before shapes are compared: a changed config is the better explanation
+        from_config = with_optimizer and self.compare_config(filename, checkpoint['meta'])
         if self.sharded_checkpoints:
             # filled in place: every process reads only its own shards
             checkpoint['state_dict'] = self.model_state_dict()
@@ -233,6 +269,7 @@ class CheckpointMixin:
         self._check_finite(checkpoint['state_dict'], filename)
         if 'message_hub' in checkpoint:
             checkpoint['message_hub'] = decode_message_hub(checkpoint['message_hub'])
+        checkpoint['from_config'] = from_config
         if callback is not None:
             callback(checkpoint)
         self.load_model_state_dict(checkpoint.pop('state_dict'))
@@ -248,12 +285,15 @@ class CheckpointMixin:
         callback: Callable | None = None,
     ) -> dict:
         """Load everything that an interrupted run needs to go on as if it had not stopped."""
+        fresh = settings(self.optim_wrapper)
         checkpoint = self.load_checkpoint(
             filename, callback=callback, with_optimizer=resume_optimizer
         )
         if resume_optimizer:
             self.load_optim_state_dict(checkpoint.pop('optimizer'))
-        if resume_param_scheduler and hasattr(self, 'param_schedulers'):
+        if checkpoint.pop('from_config'):
+            self._reschedule(fresh, checkpoint['meta']['iter'])
+        elif resume_param_scheduler and hasattr(self, 'param_schedulers'):
             self.load_scheduler_state_dict(checkpoint.pop('param_schedulers'))
         saved = checkpoint['meta']['seed']
         current = self._randomness['seed']
@@ -269,3 +309,15 @@ class CheckpointMixin:
                 ' teacher it was started with, or start afresh in another work dir'
             )
         return checkpoint
+
+    def _reschedule(self, fresh: dict[str, list[dict]], iteration: int) -> None:
+        saved = settings(self.optim_wrapper)
+        reschedule(self.optim_wrapper, getattr(self, 'param_schedulers', None), fresh, iteration)
+        for name, groups in settings(self.optim_wrapper).items():
+            for i, (old, new) in enumerate(zip(saved[name], groups)):
+                for key in old.keys() & new.keys():
+                    if old[key] != new[key]:
+                        self.logger.warning(
+                            f'{name}, parameter group {i}, {key} at iteration {iteration}:'
+                            f' {old[key]} -> {new[key]}'
+                        )

@@ -1,6 +1,5 @@
 # Copyright (c) mmfgm authors.
 import copy
-import signal
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from mmfgm.datasets import check_finite_batch, collate
 from mmfgm.errors import UsageError
+from mmfgm.processes import ignore_stop_signals
 from mmfgm.registry import LOOPS
 
 
@@ -35,7 +35,7 @@ class _Clock:
 
 
 def _init_worker(inner: Callable[[int], None] | None, worker_id: int) -> None:
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    ignore_stop_signals()
     if inner is not None:
         inner(worker_id)
 
@@ -114,7 +114,7 @@ class AlternatingTrainLoop(IterBasedTrainLoop):
                 'train_dataloader.sampler must be an InfiniteSampler, which can resume at any'
                 f' sample, but is {type(self.dataloader.sampler).__name__}'
             )
-        # torchrun sends SIGTERM to loader workers too; the training process ends them when it stops
+        # signals reach loader workers too; the training process ends them when it stops
         self.dataloader.worker_init_fn = partial(_init_worker, self.dataloader.worker_init_fn)
         self.updates = updates
         self.accumulation = accumulation

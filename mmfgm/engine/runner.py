@@ -5,12 +5,14 @@ from collections.abc import Sequence
 from mmengine.config import Config
 from mmengine.runner import FlexibleRunner
 
-from mmfgm.config import SHARED_KEYS, resolve
+from mmfgm.config import SHARED_KEYS, parse_dump, resolve
 from mmfgm.errors import UsageError
 from mmfgm.files import check_work_dir
 from mmfgm.models import latest_checkpoint
 from mmfgm.registry import RUNNERS, STRATEGIES
 
+from .hooks import PreemptionHook
+from .resuming import APPLIED, REFUSED, changes
 from .strategies import ProcessGroupStrategy, default_strategy
 
 # top-level keys that FlexibleRunner.from_cfg and our tools read
@@ -83,7 +85,14 @@ def check_config(cfg: Config, required: Sequence[str] = REQUIRED_KEYS) -> None:
 @RUNNERS.register_module()
 class FlowRunner(FlexibleRunner):
     """FlexibleRunner with our strategies: one device, or DDP per network under a launcher, or what
-    the config names."""
+    the config names.
+
+    Attributes:
+        allow_changes (bool): Resume even where the config describes another run than the
+            checkpoint's.
+    """
+
+    allow_changes = False
 
     @staticmethod
     def check(cfg: Config) -> None:
@@ -140,7 +149,14 @@ class FlowRunner(FlexibleRunner):
     def train(self):
         """Train to the end; returns the model."""
         self.prepare()
-        model = self.train_loop.run()
+        try:
+            model = self.train_loop.run()
+        except Exception:
+            # whoever called this goes on, perhaps in a notebook, and has Ctrl-C back
+            for hook in self.hooks:
+                if isinstance(hook, PreemptionHook):
+                    hook.signals.end()
+            raise
         self.call_hook('after_run')
         return model
 
@@ -182,4 +198,49 @@ class FlowRunner(FlexibleRunner):
                 self.logger.info(
                     f'Nothing to resume in {self.work_dir}: starting from the beginning.'
                 )
+        self.strategy.compare_config = self._compare_config
         super().load_or_resume()
+
+    def _compare_config(self, filename: str, meta: dict) -> bool:
+        """Hold the config against the one that a checkpoint was written with.
+
+        Returns:
+            bool: Whether optimizers and schedules follow the config, as something in it differs
+            that concerns them.
+
+        Raises:
+            UsageError: Names what would make it another run.
+        """
+        try:
+            old = parse_dump(meta['cfg'])
+            new = parse_dump(self.cfg.pretty_text)
+        except (KeyError, SyntaxError, ValueError, TypeError, RecursionError, MemoryError) as e:
+            self.logger.warning(
+                f'The config of {filename} cannot be compared with this one ({str(e)[:80]}):'
+                ' whether this is the same run is not checked, and learning rates are those of the'
+                ' checkpoint.'
+            )
+            return False
+        found = list(changes(old, new))
+        refused = [str(change) for change in found if change.rule == REFUSED]
+        if refused and not self.allow_changes:
+            raise UsageError(
+                f'{filename!r} comes from another run than this config describes'
+                f' ({"; ".join(refused)}); set these as they were, start afresh in another work'
+                ' dir, or insist with --allow-changes'
+            )
+        for change in found:
+            if change.rule == APPLIED:
+                self.logger.warning(f'Changed since the checkpoint, applied: {change}')
+            else:
+                self.logger.warning(
+                    f'Changed since the checkpoint: {change}. The run does not repeat the one that'
+                    ' it goes on from.'
+                )
+        longer = next((c for c in found if c.name == 'train_cfg.max_iters'), None)
+        if longer and meta['iter'] >= longer.old and self.param_schedulers:
+            self.logger.warning(
+                f'The run had finished its {longer.old} iterations, and with them its learning rate'
+                f' schedules; these now are those of {longer.new} iterations.'
+            )
+        return any(change.rule == APPLIED or change is longer for change in found)

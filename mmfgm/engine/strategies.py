@@ -5,8 +5,11 @@ The model itself stays a plain module, so the loop can call its phases; the math
 wrapper.
 """
 
+import logging
+import sys
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -35,6 +38,11 @@ from .checkpoint import CheckpointMixin, check_shapes
 PRECISIONS = ('fp32', 'tf32', 'bf16')
 
 
+def _on_log_error(handler: logging.Handler, record: logging.LogRecord) -> None:
+    if not isinstance(sys.exc_info()[1], OSError):
+        logging.Handler.handleError(handler, record)
+
+
 @STRATEGIES.register_module()
 class SingleDeviceStrategy(CheckpointMixin, _SingleDeviceStrategy):
     """Every network whole on one device.
@@ -59,6 +67,15 @@ class SingleDeviceStrategy(CheckpointMixin, _SingleDeviceStrategy):
         self.precision = precision
         self.compile = compile
         super().__init__(**kwargs)
+
+    def build_logger(self, *args, **kwargs):
+        """As MMEngine's, but a full disk is not told by a traceback for each line of the log: what
+        must not be lost, checkpoints and results, says it once."""
+        logger = super().build_logger(*args, **kwargs)
+        for handler in logger.handlers:
+            if isinstance(handler, logging.FileHandler):
+                handler.handleError = partial(_on_log_error, handler)
+        return logger
 
     # networks
     def _wrap_model(self, model: Any) -> Any:

@@ -13,6 +13,7 @@ A config's ``evaluations`` maps a name to::
 import os
 import os.path as osp
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -23,8 +24,9 @@ from mmengine.logging import MMLogger
 from torch.utils.data import DataLoader
 
 from mmfgm.datasets import PaddedSampler, collate
-from mmfgm.errors import UsageError
+from mmfgm.errors import Interrupted, UsageError
 from mmfgm.models import Sampling, fingerprint
+from mmfgm.processes import ignore_stop_signals
 from mmfgm.registry import DATASETS, METRICS
 
 
@@ -73,6 +75,7 @@ class Evaluation:
             sampler=PaddedSampler(dataset),
             collate_fn=collate,
             num_workers=self.num_workers,
+            worker_init_fn=ignore_stop_signals,
         )
         self.built = {key: METRICS.build(metric) for key, metric in self.metrics.items()}
         for metric in self.built.values():
@@ -129,6 +132,7 @@ class Evaluation:
         sampling: Sampling | None = None,
         out_dir: str | None = None,
         config: dict | None = None,
+        stop: Callable[[], bool] | None = None,
     ) -> dict[str, float]:
         """Generate every item once and measure; the same numbers on any number of processes.
 
@@ -139,12 +143,17 @@ class Evaluation:
                 that an interrupted run into it finished are not generated again, if weights,
                 sampling, data and ``config`` are the same.
             config (dict, optional): What else the samples depend on, such as the model's config.
+            stop (Callable, optional): Asked before every batch, on all processes, whether to end
+                here.
 
         Returns:
             dict[str, float]: ``'name/metric'`` to value.
+
+        Raises:
+            Interrupted: If ``stop()`` is true.
         """
         try:
-            return self._run(model, sampling or Sampling(**self.sampling), out_dir, config)
+            return self._run(model, sampling or Sampling(**self.sampling), out_dir, config, stop)
         finally:
             # whoever goes through the items next wants all of them
             self.loader.sampler.skip = frozenset()
@@ -152,29 +161,49 @@ class Evaluation:
                 metric.release()
 
     def _run(
-        self, model, sampling: Sampling, out_dir: str | None, config: dict | None
+        self,
+        model,
+        sampling: Sampling,
+        out_dir: str | None,
+        config: dict | None,
+        stop: Callable[[], bool] | None,
     ) -> dict[str, float]:
         self._reset(model, sampling, out_dir, config)
         finished = len(self.loader.sampler.skip)
         start = last = time.monotonic()
-        for i, batch in enumerate(self.loader):
-            samples = model.sample(batch, sampling)
-            for metric in self.built.values():
-                metric.process(batch, samples)
-            if is_main_process() and time.monotonic() - last > 30:
-                last = time.monotonic()
-                eta = (last - start) / (i + 1) * (len(self.loader) - i - 1)
-                done = min(
-                    finished + (i + 1) * self.batch_size * get_world_size(), self.num_samples
-                )
-                MMLogger.get_current_instance().info(
-                    f'{self.name}: {done}/{self.num_samples} samples, eta {eta:.0f} s'
-                )
+        batches = iter(self.loader)
+        try:
+            for i, batch in enumerate(batches):
+                self._ask(stop, i)
+                samples = model.sample(batch, sampling)
+                for metric in self.built.values():
+                    metric.process(batch, samples)
+                if is_main_process() and time.monotonic() - last > 30:
+                    last = time.monotonic()
+                    eta = (last - start) / (i + 1) * (len(self.loader) - i - 1)
+                    done = min(
+                        finished + (i + 1) * self.batch_size * get_world_size(), self.num_samples
+                    )
+                    MMLogger.get_current_instance().info(
+                        f'{self.name}: {done}/{self.num_samples} samples, eta {eta:.0f} s'
+                    )
+        finally:
+            # they ignore SIGTERM, by which the interpreter ends them, and it would wait for ever
+            if self.num_workers:
+                batches._shutdown_workers()
+        # what follows takes long with some metrics
+        self._ask(stop, len(self.loader))
         results = {}
         for key, metric in self.built.items():
             for name, value in metric.evaluate(self.num_samples).items():
                 results[self._name(key, name)] = value
         return results
+
+    def _ask(self, stop: Callable[[], bool] | None, done: int) -> None:
+        if stop is not None and stop():
+            raise Interrupted(
+                f'stopped in the evaluation {self.name}, after {done} of {len(self.loader)} batches'
+            )
 
 
 def build_evaluations(cfg: dict | None) -> dict[str, Evaluation]:

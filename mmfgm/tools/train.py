@@ -24,6 +24,11 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar='CHECKPOINT',
         help='go on from CHECKPOINT, or from the last one in the work dir, if there is any',
     )
+    parser.add_argument(
+        '--allow-changes',
+        action='store_true',
+        help='resume even where the config describes another run than the checkpoint comes from',
+    )
     return parser.parse_args(argv)
 
 
@@ -33,7 +38,7 @@ def train(argv: Sequence[str] | None = None) -> FlowRunner:
     cfg = load_config(args)
     from mmfgm.apis import train as run
 
-    return run(cfg, args.resume)
+    return run(cfg, args.resume, args.allow_changes)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

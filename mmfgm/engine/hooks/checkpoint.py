@@ -5,10 +5,11 @@ import re
 import shutil
 from collections import deque
 
-from mmengine.dist import barrier, is_main_process, master_only
+from mmengine.dist import is_main_process, master_only
 from mmengine.hooks import CheckpointHook as _CheckpointHook
 
 from mmfgm.files import write_file
+from mmfgm.processes import on_main
 from mmfgm.registry import HOOKS
 
 # What this hook writes into the work dir, and what is left of it by a crash. Nothing else there is
@@ -88,10 +89,8 @@ class CheckpointHook(_CheckpointHook):
             by_epoch=False,
         )
         self.last_ckpt = path
-        if is_main_process():
-            write_file(osp.join(runner.work_dir, 'last_checkpoint'), path)
         # no process goes on, perhaps to its end, before the checkpoint is findable
-        barrier()
+        on_main(lambda: write_file(osp.join(runner.work_dir, 'last_checkpoint'), path))
         for old in outdated:
             _remove(old)
 

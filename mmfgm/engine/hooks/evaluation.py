@@ -4,12 +4,13 @@ import os.path as osp
 from mmengine.dist import broadcast_object_list, is_main_process
 from mmengine.hooks import Hook
 
-from mmfgm.errors import UsageError
+from mmfgm.errors import Interrupted, UsageError
 from mmfgm.evaluation import build_evaluations, draw_panels
 from mmfgm.models import Sampling
 from mmfgm.registry import DATASETS, HOOKS
 
 from .checkpoint import CheckpointHook
+from .preemption import PreemptionHook
 from .rng import preserve_rng
 
 
@@ -17,9 +18,9 @@ from .rng import preserve_rng
 class EvaluationHook(Hook):
     """Run the config's ``evaluations`` during training, each at its own interval.
 
-    An evaluation comes after a checkpoint of the same iteration, so a crash in a long one loses
-        nothing: a run
-    that resumes from there evaluates first.
+    An evaluation comes after a checkpoint of the same iteration, so a crash in a long one, or a
+    SIGTERM, for which it stops between two batches, loses nothing: a run that resumes from there
+    evaluates first.
     Results go to the log, to the visualizer as ``NAME/METRIC``, and to the hooks'
     ``after_evaluation``; what metrics write goes to ``WORK_DIR/NAME/iter_N``, their pictures to the
     visualizer.
@@ -66,17 +67,26 @@ class EvaluationHook(Hook):
         self._run(runner, due)
 
     def _run(self, runner, names) -> None:
+        preemption = next((h for h in runner.hooks if isinstance(h, PreemptionHook)), None)
         metrics: dict[str, float] = {}
         for name in names:
             evaluation = self.evaluations[name]
-            with preserve_rng():
-                values = evaluation.run(
-                    runner.model,
-                    out_dir=osp.join(runner.work_dir, name, f'iter_{runner.iter + 1}'),
-                    config=dict(
-                        model=runner.cfg.model,
-                        precision=getattr(runner.strategy, 'precision', None),
-                    ),
+            try:
+                with preserve_rng():
+                    values = evaluation.run(
+                        runner.model,
+                        out_dir=osp.join(runner.work_dir, name, f'iter_{runner.iter + 1}'),
+                        config=dict(
+                            model=runner.cfg.model,
+                            precision=getattr(runner.strategy, 'precision', None),
+                        ),
+                        stop=preemption and preemption.signals.agreed,
+                    )
+            except Interrupted as e:
+                preemption.leave(
+                    runner,
+                    f'{preemption.signals.name}: {e}, after iteration {runner.iter + 1}, of which'
+                    ' there is a checkpoint; --resume takes it up again',
                 )
             for title, picture in evaluation.pictures().items():
                 runner.visualizer.add_image(title, picture, step=runner.iter + 1)

@@ -1,11 +1,8 @@
 # Copyright (c) mmfgm authors.
-import signal
-
-import torch
-import torch.distributed as dist
 from mmengine.hooks import Hook
 
 from mmfgm.errors import EXIT_PREEMPTED
+from mmfgm.processes import StopSignals
 from mmfgm.registry import HOOKS
 
 from .checkpoint import CheckpointHook
@@ -13,9 +10,11 @@ from .checkpoint import CheckpointHook
 
 @HOOKS.register_module()
 class PreemptionHook(Hook):
-    """On SIGTERM, save a checkpoint at the end of the current iteration and exit with code 75.
+    """On SIGTERM or Ctrl-C, save a checkpoint at the end of the current iteration and exit with
+    code 75. A second Ctrl-C ends the process at once.
 
     With several processes, all of them agree on the iteration, whichever got the signal.
+    An evaluation, which may take long, asks in between (:class:`EvaluationHook`).
 
     Raises:
         SystemExit: With code 75, after the checkpoint is complete.
@@ -25,38 +24,30 @@ class PreemptionHook(Hook):
     priority = 95
 
     def __init__(self):
-        self._signalled = False
-        self._group = None
+        self.signals = StopSignals()
 
     def before_train(self, runner):
-        signal.signal(signal.SIGTERM, self._on_signal)
-        if runner.distributed:
-            # on the CPU, so that asking costs no wait for the GPU
-            self._group = dist.new_group(backend='gloo')
+        self.signals.begin()
 
     def after_train(self, runner):
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-    def _on_signal(self, signum, frame):
-        self._signalled = True
-
-    def _agreed(self) -> bool:
-        if self._group is None:
-            return self._signalled
-        flag = torch.tensor(int(self._signalled))
-        dist.all_reduce(flag, dist.ReduceOp.MAX, group=self._group)
-        return bool(flag)
+        self.signals.end()
 
     def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
-        if not self._agreed():
+        if not self.signals.agreed():
             return
         for hook in runner.hooks:
             if isinstance(hook, CheckpointHook):
                 hook.save_now(runner)
-        runner.logger.warning(
-            f'SIGTERM: stopped after iteration {runner.iter + 1} with a checkpoint; go on with'
-            ' --resume'
+        self.leave(
+            runner,
+            f'{self.signals.name}: stopped after iteration {runner.iter + 1} with a checkpoint; go'
+            ' on with --resume',
         )
+
+    @staticmethod
+    def leave(runner, message: str) -> None:
+        """Say why, and exit."""
+        runner.logger.warning(message)
         # writes out what TensorBoard has buffered
         runner.visualizer.close()
         raise SystemExit(EXIT_PREEMPTED)
