@@ -8,6 +8,7 @@ __getattr__, __dir__, __all__ = attach(
         'config': ['building', 'config_path', 'read_config'],
         'demo': ['serve'],
         'export': ['export_generator'],
+        'faults': ['torture'],
         'inferencer': ['FGMInferencer'],
         'pipeline': ['OneStepPipeline'],
         'quickstart': ['run_quickstart'],
