@@ -71,12 +71,12 @@ def read_text(path: str, fix: str, limit: int = MAX_TEXT) -> str:
         raise UsageError(f'{path!r} cannot be read ({e!r}); {fix}') from e
 
 
-def parse_json(text: str | bytes, kind: type | tuple[type, ...] = object) -> Any:
+def parse_json(text: str | bytes, kind: type = object) -> Any:
     """A JSON document; whatever is wrong with it is a ValueError.
 
     Args:
         text (str | bytes): The document.
-        kind (type | tuple[type, ...]): What it must be, such as ``dict``. Defaults to anything.
+        kind (type): What it must be, such as ``dict``. Defaults to anything.
 
     Raises:
         ValueError: If it is no JSON, too deeply nested, or of another kind.
@@ -86,21 +86,18 @@ def parse_json(text: str | bytes, kind: type | tuple[type, ...] = object) -> Any
     except RecursionError as e:
         raise ValueError('it is nested too deeply') from e
     if not isinstance(content, kind):
-        kinds = kind if isinstance(kind, tuple) else (kind,)
-        names = ' or '.join(
-            dict(dict='an object', list='a list').get(k.__name__, k.__name__) for k in kinds
-        )
-        raise ValueError(f'it is {type(content).__name__} {str(content)[:40]!r}, expected {names}')
+        name = dict(dict='an object', list='a list').get(kind.__name__, kind.__name__)
+        raise ValueError(f'it is {type(content).__name__} {str(content)[:40]!r}, expected {name}')
     return content
 
 
-def read_json(path: str, fix: str, kind: type | tuple[type, ...] = object) -> Any:
+def read_json(path: str, fix: str, kind: type = object) -> Any:
     """The content of a JSON file.
 
     Args:
         path (str): The file.
         fix (str): What the message tells the user to do where it cannot be read.
-        kind (type | tuple[type, ...]): See :func:`parse_json`.
+        kind (type): See :func:`parse_json`.
 
     Raises:
         UsageError: If it cannot be read, is not JSON, or of another kind.
@@ -113,7 +110,9 @@ def read_json(path: str, fix: str, kind: type | tuple[type, ...] = object) -> An
         raise UsageError(f'{path!r} is damaged ({e!r}); {fix}') from e
 
 
-def read_json_lines(path: str, fix: str, torn: bool = False) -> Iterator[tuple[int, dict]]:
+def read_json_lines(
+    path: str, fix: str, torn: bool = False
+) -> Iterator[tuple[int, dict[str, Any]]]:
     """The objects of a file with one JSON object a line, each with its line's number; blank lines
     are left out.
 
@@ -169,7 +168,7 @@ def files_below(folder: str) -> list[str]:
     """
     names = []
     top = os.stat(folder)
-    waiting = [('', ((top.st_dev, top.st_ino),))]
+    waiting: list[tuple[str, tuple[tuple[int, int], ...]]] = [('', ((top.st_dev, top.st_ino),))]
     while waiting:
         prefix, above = waiting.pop()
         with os.scandir(osp.join(folder, prefix)) as entries:

@@ -32,7 +32,11 @@ def _config_path(name: str) -> str:
 
 def fresh_unless_same(folder: str, request: dict) -> bool:
     """Empty ``folder`` unless it was made for the same ``request``, which is kept in it; True if it
-    was."""
+    was.
+
+    Raises:
+        UsageError: If the folder holds something and no ``request.json``: it is somebody else's.
+    """
     note = osp.join(folder, 'request.json')
     if osp.isfile(note):
         try:
@@ -41,6 +45,13 @@ def fresh_unless_same(folder: str, request: dict) -> bool:
             same = False
         if same:
             return True
+    elif osp.islink(folder) or (
+        osp.exists(folder) and (not osp.isdir(folder) or os.listdir(folder))
+    ):
+        raise UsageError(
+            f'{folder!r} exists and holds no request.json, so the quickstart did not make it and'
+            ' does not delete it; name another --work-dir'
+        )
     shutil.rmtree(folder, ignore_errors=True)
     os.makedirs(folder)
     write_file(note, json.dumps(request))

@@ -117,9 +117,8 @@ def checksums(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     for name, values in tensors.items():
         if name.endswith('_tokens'):
             continue
-        rows: Sequence[Tensor] = values
-        if f'{name}_tokens' in tensors:
-            rows = values.split(tensors[f'{name}_tokens'].tolist())
+        lengths = tensors.get(f'{name}_tokens')
+        rows = values.unbind() if lengths is None else values.split(lengths.tolist())
         result[f'{name}_crc'] = torch.tensor([_crc(row) for row in rows], dtype=torch.int64)
     return result
 

@@ -17,7 +17,7 @@ PAGES = {
     'README.md': 'start.md',
     'CONTRIBUTING.md': 'contributing.md',
     'CHANGELOG.md': 'changelog.md',
-    'SECURITY.md': 'security.md',
+    'SECURITY.md': 'reporting.md',
     'configs/reflow/README.md': 'configs/reflow.md',
     'configs/fgm/README.md': 'configs/fgm.md',
     'configs/geneval/README.md': 'configs/geneval.md',

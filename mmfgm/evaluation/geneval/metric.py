@@ -22,6 +22,7 @@ from mmfgm.files import write_file
 from mmfgm.registry import METRICS
 
 from .folder.layout import (
+    METADATA,
     Entry,
     VerdictLog,
     encode_png,
@@ -167,8 +168,10 @@ class GenEval(SampleMetric):
         """Remove what an evaluation of something else left, so that the folder holds one set of
         images."""
         for name in os.listdir(self.out_dir):
-            if name.isdigit() or name == 'verdicts':
-                shutil.rmtree(osp.join(self.out_dir, name))
+            folder = osp.join(self.out_dir, name)
+            ours = name == 'verdicts' or (name.isdigit() and osp.isfile(osp.join(folder, METADATA)))
+            if ours and not osp.islink(folder):
+                shutil.rmtree(folder)
 
     def finished(self) -> Set[int]:
         return self.taken_up.keys()
