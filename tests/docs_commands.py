@@ -192,6 +192,10 @@ COMMANDS = {
             'bash tools/run_tests.sh -m "not slow"',
             'bash tools/install_mmcv_ops.sh',
             'bash tools/run_tests.sh -k uninterrupted --kills 20',
+            'python tools/torture.py work_dirs/fgm/digits',
+            'python tools/torture.py work_dirs/fgm/digits --processes 2 --strategy ddp',
+            'python tools/torture.py work_dirs/fgm/digits --processes 2 --strategy fsdp2'
+            ' --cfg-options strategy.block_types=AdaLNBlock,',
             'pip install -e . -c requirements/constraints.txt',
             *(
                 f'pip install -e ".[{extra}]" -c requirements/constraints.txt'
