@@ -118,6 +118,12 @@ COMMANDS = {
     f'{COMPARED} --curves docs/losses_compared.png': Run(
         '', 'docs/losses_compared.png', (TRAIN, SLOW)
     ),
+    'python tools/compare.py configs/fgm/digits.py configs/fgm/digits_sid.py'
+    ' configs/fgm/digits_dmd.py --seeds 0 1': Run(
+        f'{SHORT} {FEW.removeprefix("--cfg-options ")} evaluations.fd.interval=2',
+        'work_dirs/compare/table.md',
+        (TRAIN_TEACHER,),
+    ),
     f'python tools/generate.py {DIGITS} --labels 0 1 2 3 --compare 50 --out digits': Run(
         '', 'digits/compare.png', (TRAIN,)
     ),

@@ -64,17 +64,17 @@ def train_stage(
     """Train one config to the end, or go on from where it stopped.
 
     Returns:
-        dict: ``checkpoint``, ``seconds`` it took, and ``made_from``: what a later stage depends on.
+        dict: ``checkpoint``, whether anything was left to be ``trained``, ``seconds`` it took in
+            all, and ``made_from``: what a later stage depends on.
     """
     cfg = read_config(config)
     options = {**options, 'train_cfg.max_iters': iters or cfg.train_cfg.max_iters}
     # another schedule or another teacher is another run: resuming would mix the two
     fresh_unless_same(work_dir, dict(config=cfg.pretty_text, options=options, inputs=inputs))
     checkpoint = latest_checkpoint(work_dir)
-    if (
-        checkpoint is None
-        or osp.basename(checkpoint) != f'iter_{options["train_cfg.max_iters"]}.pth'
-    ):
+    finished = f'iter_{options["train_cfg.max_iters"]}.pth'
+    trained = checkpoint is None or osp.basename(checkpoint) != finished
+    if trained:
         cfg.merge_from_dict({**options, 'launcher': 'none', 'work_dir': work_dir})
         train(cfg, 'auto')
         checkpoint = latest_checkpoint(work_dir)
@@ -83,6 +83,7 @@ def train_stage(
     content = read_pickle(checkpoint)
     return dict(
         checkpoint=checkpoint,
+        trained=trained,
         seconds=content['message_hub']['runtime_info']['train_seconds'],
         made_from=f'{osp.basename(checkpoint)} of {content["meta"]["time"]}',
     )

@@ -136,9 +136,9 @@ class FGM(FlowModel):
         if order < 0 and low <= 0:
             raise UsageError(
                 f'{type(self.loss_fgm).__name__} with these weights goes like t^{order:g} and is'
-                f' not defined at t = 0, but model.fgm_time_sampler ({self.fgm_time_sampler}) has no'
-                ' lower end; set its low, for example low=0.02, or a weight with a higher power of'
-                ' t'
+                f' not defined at t = 0, but model.fgm_time_sampler ({self.fgm_time_sampler}) has'
+                ' no lower end; set its low, for example low=0.02, or a weight with a higher power'
+                ' of t'
             )
 
     def _make_networks(

@@ -45,8 +45,8 @@ def test_parameterisations_of_the_paper(z, settings, expected):
 
 @pytest.mark.parametrize('t_star', [0.5, 0.8, 1.0])
 def test_equation_5_1_starts_at_the_mean_of_the_data(t_star):
-    """For the flow of N(0.3, 0.5^2) one denoising step from t* z is centred where the data are, as
-    far as t* z is a noisy sample; with the printed sign of c_out it is centred at the other side."""
+    """For the flow of N(0.3, 0.5^2) one denoising step from t* z is centred on the side of the
+    data; with the printed sign of c_out it is on the other."""
     flow = GaussianVelocity(0.5, 0.3)
     z = torch.linspace(-2, 2, 101, dtype=torch.float64)[:, None]
     denoised = t_star * z - t_star * flow(t_star * z, torch.full((101,), t_star))

@@ -3,4 +3,6 @@
 
 from mmfgm.lazy import attach
 
-__getattr__, __dir__, __all__ = attach(__name__, {'report': ['write_report']})
+__getattr__, __dir__, __all__ = attach(
+    __name__, {'curves': ['curves_png'], 'data': ['read_run'], 'report': ['write_report']}
+)

@@ -1,0 +1,7 @@
+# Diff-Instruct (Luo et al., 2023), which the paper's tables mark with a dagger; w = t keeps its
+# gradient, (1 - t)^2 (u - v), finite at t = 0
+_base_ = 'cifar10_cond_edm.py'
+
+model = dict(
+    loss=dict(_delete_=True, type='DiffInstructLoss', weight=dict(t=1.0)),
+)

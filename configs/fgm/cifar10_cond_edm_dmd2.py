@@ -1,0 +1,8 @@
+# DMD2 (Yin et al., 2024) without its GAN: its gradient, its times, five online updates a cycle
+_base_ = 'cifar10_cond_edm.py'
+
+model = dict(
+    loss=dict(_delete_=True, type='DMDLoss'),
+    fgm_time_sampler=dict(_delete_=True, type='Uniform', low=0.02, high=0.98),
+)
+train_cfg = dict(online_updates=5)

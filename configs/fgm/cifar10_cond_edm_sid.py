@@ -1,0 +1,11 @@
+# SiD (Zhou et al., 2024) with its alpha = 1.2 and its densities: l1_weight = 2 - 2 alpha
+_base_ = 'cifar10_cond_edm.py'
+
+model = dict(
+    loss=dict(l1_weight=-0.4, weight='sid'),
+    # EDM's noise levels for the online network, the lower 80 % of its grid for the generator
+    fm_time_sampler=dict(mean=-1.2, std=1.2),
+    fgm_time_sampler=dict(_delete_=True, type='EDMGrid'),
+)
+# fresh noise for each network, as SiD draws it
+train_cfg = dict(share_samples=False)
