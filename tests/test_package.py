@@ -127,7 +127,7 @@ def test_fgm_configs_share_the_teachers_network():
             assert fgm.model.network == teacher.model.network
             assert path.split('/')[-1].startswith(checkpoint.split('/')[-1])
             shared += 1
-    assert shared == 9
+    assert shared >= 9
 
 
 def test_every_file_has_its_header():
