@@ -19,6 +19,27 @@ class UsageError(ValueError):
     """
 
 
+class DamagedError(UsageError):
+    """A file is not as it was written: a disk, a copy or a transfer has changed it.
+
+    Args:
+        filename (str): The file or folder.
+        why (str): What is wrong with it.
+    """
+
+    def __init__(self, filename: str, why: str):
+        self.filename = filename
+        self.why = why
+        super().__init__(
+            f'{filename!r} cannot be read as what was written: {" ".join(why.split())[:500]}; copy'
+            ' it again from where it is whole, or name another'
+        )
+
+    def __reduce__(self) -> tuple:
+        # it travels between processes
+        return type(self), (self.filename, self.why)
+
+
 class NonFiniteError(ArithmeticError):
     """A loss, a gradient or a sample became inf or nan; the command-line tools exit with code 3."""
 

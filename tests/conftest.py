@@ -57,7 +57,8 @@ def train(config, work_dir, *options, nproc=0, resume=False, extra=(), **kwargs)
     """Run the training tool; ``options`` are config overrides ``key=value``,
     ``extra`` its other arguments."""
     args = [config, '--work-dir', work_dir, *extra]
-    args += ['--resume'] if resume else []
+    if resume:
+        args += ['--resume'] if resume is True else ['--resume', resume]
     args += ['--launcher', 'pytorch'] if nproc else []
     args += ['--cfg-options', *options] if options else []
     return run_module('mmfgm.tools.train', *args, nproc=nproc, **kwargs)

@@ -1,11 +1,13 @@
 # Copyright (c) mmfgm authors.
 """What an export is on disk, and how to tell it from a training checkpoint."""
 
+import hashlib
+import json
 import os
 import os.path as osp
 
-from mmfgm.errors import UsageError
-from mmfgm.files import read_json
+from mmfgm.errors import DamagedError, UsageError
+from mmfgm.files import check_regular, read_json, sha256
 from mmfgm.models.families import family_of
 
 from .schema import check_description
@@ -14,11 +16,55 @@ from .schema import check_description
 EXPORT_FILE = 'mmfgm_export.json'
 WEIGHTS_FILE = 'generator.safetensors'
 PIPELINE_FILE = 'model_index.json'
+# entry of a description: SHA-256 of the others
+SEAL = 'description_sha256'
 
 
 def is_export(path: str | None) -> bool:
     """Whether a folder was written by ``tools/export_diffusers.py``."""
     return path is not None and osp.isfile(osp.join(path, EXPORT_FILE))
+
+
+def seal(description: dict) -> dict:
+    """The description of an export with its own checksum."""
+    return {**description, SEAL: _digest(description)}
+
+
+def _digest(description: dict) -> str:
+    rest = {key: value for key, value in description.items() if key != SEAL}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def check_weights(path: str, export: dict) -> None:
+    """Hold the weights of an export against the checksums in its description.
+
+    Args:
+        path (str): The export.
+        export (dict): Its description, see :func:`read_export`.
+
+    Raises:
+        DamagedError: Names the first file that is not what was exported.
+    """
+    folder = path
+    if export['kind'] == 'pipeline':
+        folder = osp.join(path, family_of(export['model']['network']['type']).subfolder)
+    recorded = export.get('weights_sha256')
+    if not isinstance(recorded, dict) or not recorded:
+        raise DamagedError(osp.join(path, EXPORT_FILE), 'it has no weights_sha256; export again')
+    found = {}
+    for name in recorded:
+        file = osp.join(folder, osp.basename(str(name)))
+        try:
+            check_regular(file)
+            found[name] = sha256(file)
+        except OSError as e:
+            raise DamagedError(file, str(e)) from e
+        if found[name] != recorded[name]:
+            raise DamagedError(
+                file,
+                f'it has the SHA-256 {found[name]}, but {EXPORT_FILE} says'
+                f' {str(recorded[name])[:80]}',
+            )
 
 
 def read_export(path: str) -> dict:
@@ -39,6 +85,11 @@ def read_export(path: str) -> dict:
     file = osp.join(path, EXPORT_FILE)
     export = read_json(file, 'export again', dict)
     check_description(export, file)
+    # written since exports have it
+    if SEAL in export and export[SEAL] != _digest(export):
+        raise DamagedError(
+            file, f'it is not what was exported (if you changed it yourself, delete {SEAL!r})'
+        )
     if export['kind'] == 'lora':
         raise UsageError(
             f"{path!r} holds adapters alone, for diffusers' load_lora_weights; name the training"

@@ -10,9 +10,9 @@ from typing import Any
 
 from mmengine.config import Config
 
-from mmfgm.engine import EXTRAS
+from mmfgm.errors import DamagedError
 from mmfgm.files import sha256
-from mmfgm.models import latest_checkpoint, read_pickle
+from mmfgm.models import EXTRAS, latest_checkpoint, read_pickle
 from mmfgm.version import __version__
 
 from .report.data import is_work_dir, read_run
@@ -25,9 +25,14 @@ def describe_source(cfg: Config, checkpoint: str, network: str) -> dict[str, Any
     """Config and its hash, checkpoint, iterations, and what the run measured at that iteration."""
     checkpoint = latest_checkpoint(checkpoint) or checkpoint
     extras = osp.join(checkpoint, EXTRAS) if osp.isdir(checkpoint) else checkpoint
-    known = {} if extras.endswith('.safetensors') or not osp.isfile(extras) else read_pickle(extras)
-    last = known.get('message_hub', {}).get('runtime_info', {}).get('iter')
-    iterations = None if last is None else last + 1
+    known = {}
+    if not extras.endswith('.safetensors') and osp.isfile(extras):
+        known = read_pickle(extras, wanted=lambda part: part == 'message_hub')
+    try:
+        last = known.get('message_hub', {}).get('runtime_info', {}).get('iter')
+        iterations = None if last is None else int(last) + 1
+    except (AttributeError, TypeError, ValueError) as e:
+        raise DamagedError(extras, f'its message_hub: {e}') from e
     metrics = {}
     run = osp.dirname(osp.abspath(checkpoint))
     if iterations and is_work_dir(run):

@@ -22,14 +22,12 @@ from datetime import timedelta
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 
 import mmfgm
-from mmfgm.engine import EXTRAS
 from mmfgm.errors import EXIT_PREEMPTED, EXIT_USAGE, UsageError
 from mmfgm.files import check_work_dir, write_file
 from mmfgm.locks import start_of
-from mmfgm.models import SafePlanner, SafeReader, latest_checkpoint, read_pickle
+from mmfgm.models import EXTRAS, latest_checkpoint, read_pickle, read_shards, sharded_shapes
 
 from .config import read_dump
 
@@ -100,17 +98,10 @@ def final_state(work_dir: str) -> dict[str, Any]:
         if not any(word in key for word in ('time', 'second', 'memory'))
     }
     if sharded:
-        metadata = SafeReader(path).read_metadata().state_dict_metadata
-        tensors = {
-            key: torch.empty(meta.size, dtype=meta.properties.dtype)
-            for key, meta in metadata.items()
-            if hasattr(meta, 'size')
-        }
         with warnings.catch_warnings():
             # that there is one process
             warnings.simplefilter('ignore')
-            dcp.load(tensors, storage_reader=SafeReader(path), planner=SafePlanner(), no_dist=True)
-        state['sharded'] = tensors
+            state['sharded'] = read_shards(path, {name: name for name in sharded_shapes(path)})
     return state
 
 

@@ -21,7 +21,7 @@ from mmfgm.models import Sampling
 from mmfgm.models.families import Family, family_named, family_of
 from mmfgm.registry import TASK_UTILS
 
-from .artifacts import is_export, read_export
+from .artifacts import check_weights, is_export, read_export
 from .config import read_config
 from .sampling_model import SamplingModel
 from .values import OUT_TYPES, as_seeds, convert, draw_grid, is_int
@@ -85,6 +85,8 @@ class FGMInferencer(BaseInferencer):
                 )
             model, weights = None, model
         self.export = read_export(weights) if model is None or is_export(weights) else None
+        if self.export is not None:
+            check_weights(weights, self.export)
         if model is None:
             cfg = Config(dict(model=self.export['model']))
         else:

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from mmengine.model import BaseDataPreprocessor
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from mmfgm.errors import UsageError
@@ -20,6 +19,7 @@ from mmfgm.models import (
     Sampling,
     bf16_autocast,
     load_network,
+    read_safetensors_metadata,
 )
 from mmfgm.registry import MODELS, TASK_UTILS
 
@@ -236,6 +236,5 @@ def _merged_network(weights: str) -> list[str] | None:
     checkpoint."""
     if not osp.isfile(weights) or not weights.endswith('.safetensors'):
         return None
-    with safe_open(weights, framework='pt') as file:
-        name = (file.metadata() or {}).get('network')
+    name = read_safetensors_metadata(weights).get('network')
     return [name] if name else None

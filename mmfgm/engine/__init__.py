@@ -5,7 +5,7 @@ __getattr__, __dir__, __all__ = attach(
     __name__,
     {
         'adam': ['MomentumFreeAdam'],
-        'checkpoint': ['CheckpointMixin', 'EXTRAS'],
+        'checkpoint': ['CheckpointMixin'],
         'hooks': [
             'CheckpointHook',
             'EvaluationHook',

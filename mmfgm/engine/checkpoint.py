@@ -15,21 +15,36 @@ from typing import Any
 import mmengine
 import torch
 import torch.distributed.checkpoint as dcp
-from mmengine.dist import all_gather_object, barrier, is_main_process
+from mmengine.dist import (
+    all_gather_object,
+    barrier,
+    broadcast_object_list,
+    get_rank,
+    get_world_size,
+    is_main_process,
+)
 from mmengine.logging import HistoryBuffer
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 
-from mmfgm.errors import EXIT_USAGE, NonFiniteInputError, UsageError
+from mmfgm.errors import EXIT_USAGE, DamagedError, NonFiniteInputError, UsageError
 from mmfgm.files import disk_errors, replace_folder, whole_file
 from mmfgm.models import (
+    CHECKSUMS,
+    EXTRAS,
+    INDEX,
+    SHARDS,
     STATE_DICT,
-    SafePlanner,
-    SafeReader,
     check_finite,
+    check_shards,
+    checksums_of,
     fingerprint,
+    index_checksum,
+    load_shards,
+    newest_whole,
     read_pickle,
     read_state_dict,
+    shard_checksums,
     sharded_shapes,
 )
 from mmfgm.processes import on_main
@@ -37,8 +52,9 @@ from mmfgm.version import __version__
 
 from .resuming import reschedule, settings
 
+# entries of a checkpoint, and what they are
+ENTRIES = dict(meta=dict, message_hub=dict, state_dict=dict, optimizer=dict, rng=list)
 PLAIN = (bool, int, float, str, type(None))
-EXTRAS = 'extras.pth'
 
 
 def _is_plain(value: Any) -> bool:
@@ -64,7 +80,16 @@ def encode_message_hub(state: dict[str, Any]) -> dict[str, Any]:
 
 
 def decode_message_hub(state: dict[str, Any]) -> dict[str, Any]:
-    """Inverse of :func:`encode_message_hub`."""
+    """Inverse of :func:`encode_message_hub`.
+
+    Raises:
+        ValueError: If it is something else; other errors may come too.
+    """
+    for name in ('log_scalars', 'runtime_info', 'resumed_keys'):
+        if not isinstance(state[name], dict) or not all(
+            isinstance(key, str) for key in state[name]
+        ):
+            raise ValueError(f'{name} is not a dict')
     scalars = {
         key: HistoryBuffer(values.tolist(), counts.tolist(), max_length)
         for key, (values, counts, max_length) in state['log_scalars'].items()
@@ -72,7 +97,11 @@ def decode_message_hub(state: dict[str, Any]) -> dict[str, Any]:
     return {**state, 'log_scalars': scalars}
 
 
-def check_shapes(expected: dict[str, torch.Tensor], found: dict[str, torch.Size]) -> None:
+def _shape(value: torch.Size | None) -> tuple[int, ...] | str:
+    return 'no tensor' if value is None else tuple(value)
+
+
+def check_shapes(expected: dict[str, torch.Tensor], found: dict[str, torch.Size | None]) -> None:
     """Hold the tensors of a checkpoint against the model's.
 
     Raises:
@@ -80,7 +109,7 @@ def check_shapes(expected: dict[str, torch.Tensor], found: dict[str, torch.Size]
     """
     for key in [*expected, *found]:
         shapes = [
-            tuple(side[key].shape if side is expected else side[key]) if key in side else None
+            _shape(side[key].shape if side is expected else side[key]) if key in side else None
             for side in (expected, found)
         ]
         if shapes[0] != shapes[1]:
@@ -91,12 +120,13 @@ def check_shapes(expected: dict[str, torch.Tensor], found: dict[str, torch.Size]
             )
 
 
-def _save_file(content: dict, filename: str) -> None:
+def save_file(content: dict, filename: str) -> None:
+    content = {**content, CHECKSUMS: checksums_of(content)}
     with whole_file(filename) as unfinished, open(unfinished, 'wb') as f:
         torch.save(content, f)
 
 
-def _save_directory(tensors: dict, extras: dict, directory: str) -> None:
+def save_directory(tensors: dict, extras: dict, directory: str) -> None:
     # all processes write into it, so its name is the same for all of them
     unfinished = f'{directory}.tmp'
     if is_main_process():
@@ -104,8 +134,13 @@ def _save_directory(tensors: dict, extras: dict, directory: str) -> None:
     barrier()
     try:
         dcp.save(tensors, checkpoint_id=unfinished)
+        # every process has written one file, and reads one back
+        found = all_gather_object(shard_checksums(unfinished, get_rank(), get_world_size()))
         if is_main_process():
-            _save_file(extras, osp.join(unfinished, EXTRAS))
+            shards = {INDEX: index_checksum(unfinished)}
+            for files in found:
+                shards.update(files)
+            save_file({**extras, SHARDS: shards}, osp.join(unfinished, EXTRAS))
             replace_folder(unfinished, directory)
     except CheckpointException as e:
         # it is no Exception, and holds those of all processes, on all of them
@@ -126,6 +161,57 @@ def _writing(filename: str) -> Iterator[None]:
         if is_main_process():
             raise
         raise SystemExit(EXIT_USAGE) from None
+
+
+@contextmanager
+def _together(filename: str) -> Iterator[None]:
+    """What each process reads from a checkpoint alone: if one of them cannot, all end, with one
+    message that says how to go on; none waits for it."""
+    error = None
+    try:
+        yield
+    except UsageError as e:
+        error = e
+    errors = [e for e in all_gather_object(error) if e is not None]
+    if errors:
+        message = _advise(filename, errors[0])
+        if not is_main_process():
+            raise SystemExit(EXIT_USAGE)
+        raise UsageError(message) from error
+
+
+def _advise(filename: str, error: UsageError) -> str:
+    """The error, and the newest whole checkpoint beside a damaged one; call on all processes.
+
+    Which one to go on from is left to the user: to go back means to train those iterations again,
+    and a disk that damaged one file may damage the next.
+    """
+    if not isinstance(error, DamagedError):
+        return str(error)
+    found = [None]
+    if is_main_process():
+        found = [newest_whole(osp.dirname(osp.abspath(filename)))]
+    broadcast_object_list(found)
+    if found[0] is None:
+        return f'{error}; there is no whole checkpoint beside it'
+    return (
+        f'{error}; the newest whole checkpoint beside it is {found[0]!r}: resume it with --resume'
+        f' {found[0]}'
+    )
+
+
+@contextmanager
+def _entry(filename: str, name: str) -> Iterator[None]:
+    """Whatever goes wrong with an entry of a checkpoint in this block is the entry's fault: it may
+    hold anything where there is no checksum."""
+    try:
+        yield
+    except (UsageError, torch.OutOfMemoryError):
+        raise
+    except Exception as e:
+        raise DamagedError(
+            filename, f'its {name!r} is not what a run saves ({type(e).__name__}: {e})'
+        ) from e
 
 
 def _require_optimizer(filename: str, there: bool) -> None:
@@ -181,6 +267,7 @@ class CheckpointMixin:
             'time': time.strftime('%Y%m%d_%H%M%S', time.localtime()),
             'mmengine': mmengine.__version__,
             'mmfgm': __version__,
+            CHECKSUMS: True,
         }
         extras['message_hub'] = encode_message_hub(extras['message_hub'])
         # random states differ from rank to rank; everything else is the same or sharded
@@ -190,7 +277,7 @@ class CheckpointMixin:
             tensors['optimizer'] = self.optim_state_dict()
         if self.sharded_checkpoints:
             with _writing(filename):
-                _save_directory(tensors, extras, filename)
+                save_directory(tensors, extras, filename)
             barrier()
         else:
             on_main(lambda: self._save_whole({**extras, **tensors}, filename))
@@ -198,7 +285,7 @@ class CheckpointMixin:
     @staticmethod
     def _save_whole(content: dict, filename: str) -> None:
         with _writing(filename):
-            _save_file(content, filename)
+            save_file(content, filename)
 
     @staticmethod
     def _check_finite(state: dict, filename: str) -> None:
@@ -239,13 +326,31 @@ class CheckpointMixin:
                 ' the strategy that wrote it'
             )
         self.logger.info(f'Load checkpoint from {filename}')
-        checkpoint = read_pickle(osp.join(filename, EXTRAS) if sharded else filename)
+
+        def wanted(part: str) -> bool:
+            return with_optimizer or not part.startswith('optimizer')
+
+        with _together(filename):
+            checkpoint = read_pickle(
+                osp.join(filename, EXTRAS) if sharded else filename, wanted=wanted
+            )
+            if sharded:
+                check_shards(filename, checkpoint, get_rank(), get_world_size(), wanted)
+            if sharded and not self.sharded_checkpoints:
+                checkpoint['state_dict'] = read_state_dict(filename)
+            for name, kind in ENTRIES.items():
+                if not isinstance(checkpoint.get(name, kind()), kind):
+                    raise DamagedError(filename, f'its {name!r} is not a {kind.__name__}')
+            if 'message_hub' in checkpoint:
+                with _entry(filename, 'message_hub'):
+                    checkpoint['message_hub'] = decode_message_hub(checkpoint['message_hub'])
+            if self.sharded_checkpoints:
+                found = sharded_shapes(filename)
         # before shapes are compared: a changed config is the better explanation
-        from_config = with_optimizer and self.compare_config(filename, checkpoint['meta'])
+        from_config = with_optimizer and self.compare_config(filename, checkpoint.get('meta', {}))
         if self.sharded_checkpoints:
             # filled in place: every process reads only its own shards
             checkpoint['state_dict'] = self.model_state_dict()
-            found = sharded_shapes(filename)
             check_shapes(
                 checkpoint['state_dict'],
                 {
@@ -257,18 +362,20 @@ class CheckpointMixin:
             if with_optimizer:
                 _require_optimizer(filename, any(key.startswith('optimizer.') for key in found))
                 checkpoint['optimizer'] = self.optim_state_dict()
-            dcp.load(
-                {key: checkpoint[key] for key in ('state_dict', 'optimizer') if key in checkpoint},
-                storage_reader=SafeReader(filename),
-                planner=SafePlanner(),
-            )
-        elif sharded:
-            checkpoint['state_dict'] = read_state_dict(filename)
+            with _together(filename):
+                load_shards(
+                    {
+                        key: checkpoint[key]
+                        for key in ('state_dict', 'optimizer')
+                        if key in checkpoint
+                    },
+                    filename,
+                )
         if with_optimizer:
             _require_optimizer(filename, 'optimizer' in checkpoint)
+        if 'state_dict' not in checkpoint:
+            raise DamagedError(filename, "it has no 'state_dict'")
         self._check_finite(checkpoint['state_dict'], filename)
-        if 'message_hub' in checkpoint:
-            checkpoint['message_hub'] = decode_message_hub(checkpoint['message_hub'])
         checkpoint['from_config'] = from_config
         if callback is not None:
             callback(checkpoint)
@@ -290,11 +397,22 @@ class CheckpointMixin:
             filename, callback=callback, with_optimizer=resume_optimizer
         )
         if resume_optimizer:
-            self.load_optim_state_dict(checkpoint.pop('optimizer'))
+            with _entry(filename, 'optimizer'):
+                self.load_optim_state_dict(checkpoint.pop('optimizer'))
+        with _entry(filename, 'meta'):
+            meta = checkpoint['meta']
+            for name in ('epoch', 'iter'):
+                if type(meta[name]) is not int or meta[name] < 0:
+                    raise TypeError(f'{name} is {str(meta[name])[:80]!r}')
+            if not {'seed', 'pretrained'} <= meta.keys():
+                raise KeyError('seed or pretrained')
+            # MMEngine runs it, as Python; ours have none
+            meta.pop('config', None)
         if checkpoint.pop('from_config'):
-            self._reschedule(fresh, checkpoint['meta']['iter'])
+            self._reschedule(fresh, meta['iter'])
         elif resume_param_scheduler and hasattr(self, 'param_schedulers'):
-            self.load_scheduler_state_dict(checkpoint.pop('param_schedulers'))
+            with _entry(filename, 'param_schedulers'):
+                self.load_scheduler_state_dict(checkpoint.pop('param_schedulers'))
         saved = checkpoint['meta']['seed']
         current = self._randomness['seed']
         if saved != current:

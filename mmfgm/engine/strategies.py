@@ -150,7 +150,8 @@ class SingleDeviceStrategy(CheckpointMixin, _SingleDeviceStrategy):
 
     def load_model_state_dict(self, state_dict: dict, **kwargs) -> None:
         check_shapes(
-            self.model_state_dict(), {key: value.shape for key, value in state_dict.items()}
+            self.model_state_dict(),
+            {key: getattr(value, 'shape', None) for key, value in state_dict.items()},
         )
         set_model_state_dict(self.model, state_dict, options=StateDictOptions(strict=False))
 

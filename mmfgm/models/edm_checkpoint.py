@@ -2,11 +2,11 @@
 """Reads the network pickles that NVIDIA published with EDM (Karras et al., 2022) without running
 anything in them."""
 
+import hashlib
 import io
 import math
 import os
 import pickle
-import pickletools
 import re
 from collections import Counter
 from typing import Any
@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmfgm.errors import UsageError
+from mmfgm.errors import DamagedError, UsageError
 from mmfgm.files import check_regular
 
 from .networks import EDMUNet
+from .pickles import Inert, InertDict, read_inert, stand_in
 from .weights import check_finite
 
 ADVICE = (
@@ -29,39 +30,9 @@ ADVICE = (
 STORAGE_START = b'\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.'
 
 
-class _Inert:
-    """Stands for a global of the file: keeps its arguments and its state, and does nothing with
-    them."""
-
-    # no __dict__: nothing in the file can become an attribute that somebody calls
-    __slots__ = ('args', 'state')
-    args: tuple
-    state: Any
-
-    def __new__(cls, *args):
-        self = super().__new__(cls)
-        self.args = args
-        self.state = None
-        return self
-
-    # without it, pickle would let a file set attributes of the class itself
-    def __setstate__(self, state):
-        self.state = state
-
-
-_Persistent, _Container, _Tensor, _Parameter, _Storage = (
-    type(name, (_Inert,), dict(__slots__=()))
-    for name in ('object', 'container', 'tensor', 'parameter', 'storage')
+_Persistent, _Container, _Tensor, _Parameter, _Storage = map(
+    stand_in, ('object', 'container', 'tensor', 'parameter', 'storage')
 )
-
-
-class _Dict(dict):
-    __slots__ = ()
-
-    # see _Inert; a dict has no state beside its items
-    def __setstate__(self, state):
-        pass
-
 
 GLOBALS = {
     'torch_utils.persistence._reconstruct_persistent_obj': _Persistent,
@@ -70,38 +41,15 @@ GLOBALS = {
     'torch._utils._rebuild_tensor_v2': _Tensor,
     'torch._utils._rebuild_parameter': _Parameter,
     'torch.storage._load_from_bytes': _Storage,
-    'dnnlib.util.EasyDict': _Dict,
-    'collections.OrderedDict': _Dict,
+    'dnnlib.util.EasyDict': InertDict,
+    'collections.OrderedDict': InertDict,
 }
 
 
-class _Unpickler(pickle.Unpickler):
-    """Builds the object graph out of stand-ins; no name of the file is ever looked up in a
-    module."""
-
-    def find_class(self, module, name):
-        full_name = f'{module}.{name}'
-        if full_name not in GLOBALS:
-            raise UsageError(
-                f'holds {full_name[:200]}, which is not of a network and could run code (it was'
-                f' not); {ADVICE}'
-            )
-        return GLOBALS[full_name]
-
-    def persistent_load(self, pid):
-        raise UsageError(f'refers to objects outside the file; {ADVICE}')
-
-
-def _open(data: bytes) -> Any:
-    """Unpickle into stand-ins. Hostile bytes may raise anything."""
-    for count, (opcode, arg, _) in enumerate(pickletools.genops(data)):
-        # writers count their memo up: a huge index would have the unpickler allocate that many
-        # slots
-        huge = opcode.name in ('PUT', 'BINPUT', 'LONG_BINPUT') and arg > count
-        # extension codes may bypass find_class
-        if huge or opcode.name in ('EXT1', 'EXT2', 'EXT4'):
-            raise ValueError(f'opcode {opcode.name} {arg}')
-    return _Unpickler(io.BytesIO(data)).load()
+def _refuse(name: str) -> UsageError:
+    return UsageError(
+        f'holds {name}, which is not of a network and could run code (it was not); {ADVICE}'
+    )
 
 
 def _once(item: Any, name: str, seen: set[int]) -> Any:
@@ -114,7 +62,7 @@ def _once(item: Any, name: str, seen: set[int]) -> Any:
     return item
 
 
-def _storage(stand_in: _Inert) -> torch.storage.TypedStorage:
+def _storage(stand_in: Inert) -> torch.storage.TypedStorage:
     (data,) = stand_in.args
     if not data.startswith(STORAGE_START):
         raise UsageError(
@@ -135,7 +83,7 @@ def _storage(stand_in: _Inert) -> torch.storage.TypedStorage:
     return storage
 
 
-def _tensor(stand_in: _Inert, name: str, seen: set[int]) -> Tensor:
+def _tensor(stand_in: Inert, name: str, seen: set[int]) -> Tensor:
     """Rebuild a tensor as float32, within the bounds of its storage."""
     if isinstance(stand_in, _Parameter):
         stand_in = stand_in.args[0]
@@ -164,12 +112,12 @@ def _tensor(stand_in: _Inert, name: str, seen: set[int]) -> Tensor:
     return torch.empty(0, dtype=storage.dtype).set_(untyped, offset, size, stride).float()
 
 
-def _state(module: _Inert) -> dict[str, Any]:
+def _state(module: Inert) -> dict[str, Any]:
     return module.args[0]['state'] if isinstance(module, _Persistent) else module.state
 
 
 def _collect(
-    module: _Inert, prefix: str, tensors: dict[str, Tensor], states: list[dict], seen: set[int]
+    module: Inert, prefix: str, tensors: dict[str, Tensor], states: list[dict], seen: set[int]
 ) -> None:
     """Add the tensors below a module to ``tensors`` and the modules' attributes to ``states``,
     outermost first."""
@@ -303,7 +251,9 @@ def _convert(content: Any, key: str) -> tuple[dict[str, Tensor], dict[str, Any]]
     return tensors, dict(unet=unet, sigma_data=sigma_data)
 
 
-def read_edm_pickle(filename: str, key: str = 'ema') -> tuple[dict[str, Tensor], dict[str, Any]]:
+def read_edm_pickle(
+    filename: str, key: str = 'ema', sha256: str | None = None
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read a DDPM++ network from one of EDM's pickles, on the CPU and in float32; nothing in the
     file is run.
 
@@ -311,6 +261,8 @@ def read_edm_pickle(filename: str, key: str = 'ema') -> tuple[dict[str, Tensor],
         filename (str): For example ``edm-cifar10-32x32-cond-vp.pkl``.
         key (str): Which network of the file. Defaults to ``'ema'``, the only one in published
             files.
+        sha256 (str, optional): What the file must have. The format has no checksum of its own, so
+            damage to its numbers is noticed only with it.
 
     Returns:
         tuple: The state dict of :class:`EDMUNet`, and ``dict(unet=..., sigma_data=...)`` with the
@@ -331,10 +283,13 @@ def read_edm_pickle(filename: str, key: str = 'ema') -> tuple[dict[str, Tensor],
     except OSError as e:
         raise UsageError(
             f'the network pickle {filename!r} cannot be read: {e.strerror} (looked in'
-            f' {os.getcwd()})'
+            f' {os.getcwd()}); name an existing file'
         ) from e
+    found = hashlib.sha256(data).hexdigest()
+    if sha256 not in (None, found):
+        raise DamagedError(filename, f'it has the SHA-256 {found}, not {sha256}')
     try:
-        return _convert(_open(data), key)
+        return _convert(read_inert(data, GLOBALS, _refuse), key)
     except UsageError as e:
         raise type(e)(f'{filename!r} {e}') from e
     # damaged and hostile bytes raise anything, MemoryError and RecursionError included

@@ -1,23 +1,23 @@
 # Copyright (c) mmfgm authors.
-import io
 import os
 import os.path as osp
 import pickle
 import re
 import zipfile
-import zlib
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 
 import torch
-import torch.distributed.checkpoint as dcp
-from safetensors import SafetensorError
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
-from mmfgm.errors import NonFiniteInputError, UsageError
+from mmfgm.errors import DamagedError, NonFiniteInputError, UsageError
 from mmfgm.files import check_regular
 from mmfgm.processes import is_finite
+
+from .checksums import CHECKSUMS, check_content, checksum, compare
+from .pickles import check_stored
+from .sharded import EXTRAS, INDEX, SHARDS, check_shards, read_shards, sharded_shapes
 
 # where a sharded checkpoint keeps the model
 STATE_DICT = 'state_dict.'
@@ -29,8 +29,11 @@ def latest_checkpoint(work_dir: str) -> str | None:
     pointer = osp.join(work_dir, 'last_checkpoint')
     if not osp.isfile(pointer):
         return None
-    with open(pointer) as f:
-        return osp.join(work_dir, osp.basename(f.read().strip()))
+    with open(pointer, errors='replace') as f:
+        name = osp.basename(f.read(10_000).strip())
+    if not name or '\0' in name:
+        raise DamagedError(pointer, f'{name[:80]!r} is no name of a checkpoint')
+    return osp.join(work_dir, name)
 
 
 def read_state_dict(
@@ -61,13 +64,14 @@ def read_state_dict(
         return _read_sharded(checkpoint, network)
     check_regular(checkpoint)
     if checkpoint.endswith('.safetensors'):
-        try:
-            state = load_file(checkpoint)
-        except (SafetensorError, OSError) as e:
-            raise UsageError(f'{checkpoint!r} cannot be read as a safetensors file: {e}') from e
+        state = read_safetensors(checkpoint)
     else:
-        content = read_pickle(checkpoint, weights_only)
+        content = read_pickle(checkpoint, weights_only, _is_of(network))
         state = content.get('state_dict', content)
+        if not isinstance(state, dict) or not all(
+            isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()
+        ):
+            raise DamagedError(checkpoint, 'its state_dict does not hold names and tensors')
     return {name: state[key] for name, key in _select(state, network, checkpoint).items()}
 
 
@@ -86,126 +90,152 @@ def _select(keys: Iterable[str], network: str, checkpoint: str) -> dict[str, str
     return found
 
 
-def read_pickle(filename: str, weights_only: bool = True) -> dict:
-    """``torch.load`` to the CPU, with errors that say what to do; see :func:`read_state_dict`."""
-    check_regular(filename)
+def read_safetensors(filename: str) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, held against its checksum if it has one
+    (:func:`safetensors_metadata`).
+
+    Raises:
+        DamagedError: If it cannot be read, or is not what was saved.
+    """
+    metadata = read_safetensors_metadata(filename)
     try:
-        return torch.load(
-            filename,
-            map_location='cpu',
-            weights_only=weights_only,
-            mmap=zipfile.is_zipfile(filename),
-        )
+        state = load_file(filename)
+    except UsageError:
+        raise
+    # damaged bytes raise anything
+    except Exception as e:
+        raise DamagedError(filename, f'as a safetensors file: {e}') from e
+    if CHECKSUMS in metadata:
+        found = checksum([dict(sorted(state.items())), _without(metadata)])
+        compare(filename, 'the content', metadata[CHECKSUMS], found)
+    return state
+
+
+def read_safetensors_metadata(filename: str) -> dict[str, str]:
+    """What a safetensors file says beside its tensors.
+
+    Raises:
+        DamagedError: If it cannot be read.
+    """
+    try:
+        check_regular(filename)
+        with safe_open(filename, framework='pt') as file:
+            return file.metadata() or {}
+    except UsageError:
+        raise
+    # damaged bytes raise anything
+    except Exception as e:
+        raise DamagedError(filename, f'as a safetensors file: {e}') from e
+
+
+def _without(metadata: dict[str, str]) -> dict[str, str]:
+    return {key: value for key, value in sorted(metadata.items()) if key != CHECKSUMS}
+
+
+def safetensors_metadata(tensors: dict[str, Tensor], **metadata: str) -> dict[str, str]:
+    """The metadata that a safetensors file of ours is written with: what is given, and a checksum
+    of that and the tensors."""
+    metadata = {'format': 'pt', **metadata}
+    found = checksum([dict(sorted(tensors.items())), _without(metadata)])
+    return {**metadata, CHECKSUMS: found}
+
+
+def read_pickle(
+    filename: str, weights_only: bool = True, wanted: Callable[[str], bool] = lambda part: True
+) -> dict:
+    """``torch.load`` to the CPU, held against the checksums in the file.
+
+    Args:
+        filename (str): The file.
+        weights_only (bool): See :func:`read_state_dict`.
+        wanted (callable): The parts that will be used, which are the ones to check (see
+            :func:`~mmfgm.models.checksums.check_content`). Defaults to all.
+
+    Raises:
+        DamagedError: If it cannot be read, or a part is not what was saved.
+        UsageError: If it needs ``weights_only=False``.
+    """
+    try:
+        check_regular(filename)
+        zipped = zipfile.is_zipfile(filename)
+        if zipped:
+            check_stored(filename)
+        content = torch.load(filename, map_location='cpu', weights_only=weights_only, mmap=zipped)
+    except UsageError:
+        raise
     except pickle.UnpicklingError as e:
         culprit = re.search(r'GLOBAL (\S+)', str(e))
-        holds = f'({culprit.group(1)}) ' if culprit else ''
+        if culprit is None:
+            raise DamagedError(filename, str(e)) from e
         raise UsageError(
-            f'{filename!r} holds more than tensors and plain values {holds}and loading it could run'
-            ' code. If you trust the file, say so with weights_only=False beside its path in the'
-            ' config'
+            f'{filename!r} holds more than tensors and plain values ({culprit.group(1)}) and'
+            ' loading it could run code. If you trust the file, say so with weights_only=False'
+            ' beside its path in the config'
         ) from e
-    except (RuntimeError, EOFError, OSError, ValueError) as e:
-        raise UsageError(
-            f'{filename!r} cannot be read as a checkpoint: {str(e).strip() or type(e).__name__}'[
-                :500
-            ]
-        ) from e
-
-
-class _MetadataUnpickler(pickle.Unpickler):
-    """Reads a sharded checkpoint's index and nothing else: torch would unpickle whatever it
-    contains."""
-
-    allowed = {
-        'torch.distributed.checkpoint.metadata': (
-            'Metadata',
-            'TensorStorageMetadata',
-            'BytesStorageMetadata',
-            'TensorProperties',
-            'ChunkStorageMetadata',
-            'MetadataIndex',
-            'StorageMeta',
-            '_MEM_FORMAT_ENCODING',
-        ),
-        'torch.distributed.checkpoint.filesystem': ('_StorageInfo',),
-        'torch.serialization': ('_get_layout',),
-        'collections': ('OrderedDict',),
-        'pathlib': ('PosixPath', 'WindowsPath'),
-        'torch': (
-            'Size',
-            *(name for name, value in vars(torch).items() if isinstance(value, torch.dtype)),
-        ),
-    }
-
-    def find_class(self, module, name):
-        if name not in self.allowed.get(module, ()):
-            raise pickle.UnpicklingError(f'{module}.{name} has no place in a checkpoint')
-        return super().find_class(module, name)
-
-
-class SafeReader(dcp.FileSystemReader):
-    """``FileSystemReader`` that refuses code in the index."""
-
-    def read_metadata(self, *args, **kwargs):
-        try:
-            with open(osp.join(self.path, '.metadata'), 'rb') as f:
-                metadata = _MetadataUnpickler(f).load()
-        except (pickle.UnpicklingError, EOFError, AttributeError, OSError) as e:
-            raise UsageError(f'{str(self.path)!r} is not a checkpoint that can be read: {e}') from e
-        metadata.storage_meta = metadata.storage_meta or dcp.StorageMeta()
-        metadata.storage_meta.load_id = self.load_id
-        return metadata
-
-
-class SafePlanner(dcp.DefaultLoadPlanner):
-    """``DefaultLoadPlanner`` that reads non-tensor values with ``weights_only``."""
-
-    def load_bytes(self, read_item, value):
-        plain = torch.load(value, weights_only=True)
-        super().load_bytes(read_item, _repack(plain))
-
-
-def _repack(plain) -> io.BytesIO:
-    buffer = io.BytesIO()
-    torch.save(plain, buffer)
-    buffer.seek(0)
-    return buffer
-
-
-def sharded_shapes(directory: str) -> dict[str, torch.Size]:
-    """Name to shape of every tensor in a sharded checkpoint; other values are left out."""
-    metadata = SafeReader(directory).read_metadata().state_dict_metadata
-    return {key: meta.size for key, meta in metadata.items() if hasattr(meta, 'size')}
+    # damaged bytes raise anything, MemoryError and RecursionError included
+    except Exception as e:
+        raise DamagedError(filename, str(e).strip() or type(e).__name__) from e
+    if not isinstance(content, dict):
+        raise DamagedError(filename, f'it is a {type(content).__name__} rather than a dict')
+    check_content(content, filename, wanted)
+    return content
 
 
 def _read_sharded(directory: str, network: str) -> dict[str, Tensor]:
-    if not osp.isfile(osp.join(directory, '.metadata')):
+    if not osp.lexists(osp.join(directory, INDEX)):
         raise UsageError(
             f'the folder {directory!r} holds no checkpoint: neither a last_checkpoint (a work dir'
             ' whose training has saved one) nor a .metadata (a sharded checkpoint); train it'
             ' first, or name another'
         )
-    metadata = SafeReader(directory).read_metadata().state_dict_metadata
-    keys = [key[len(STATE_DICT) :] for key in metadata if key.startswith(STATE_DICT)]
-    names = {f'{STATE_DICT}{key}': name for name, key in _select(keys, network, directory).items()}
-    tensors = {
-        key: torch.empty(metadata[key].size, dtype=metadata[key].properties.dtype) for key in names
-    }
-    dcp.load(tensors, storage_reader=SafeReader(directory), planner=SafePlanner(), no_dist=True)
-    return {names[key]: value for key, value in tensors.items()}
+    wanted = _is_of(network)
+    extras = osp.join(directory, EXTRAS)
+    # torch writes directories without them
+    if osp.lexists(extras):
+        check_shards(directory, read_pickle(extras), wanted=wanted)
+    shapes = sharded_shapes(directory)
+    keys = [key[len(STATE_DICT) :] for key in shapes if key.startswith(STATE_DICT)]
+    selected = _select(keys, network, directory)
+    return read_shards(directory, {f'{STATE_DICT}{key}': name for name, key in selected.items()})
 
 
-def fingerprint(network: nn.Module) -> str:
-    """CRC-32 of a network's weights: tells whether a resumed run has the teacher it was started
-    with.
+def _is_of(network: str) -> Callable[[str], bool]:
+    """Which parts of a checkpoint hold a network's tensors; without a network, all networks'."""
+    prefix = f'{STATE_DICT}{network}'
+    return lambda part: part == prefix if network else part.startswith(prefix)
 
-    All processes must call it together on a network that is sharded over them.
+
+def verify_checkpoint(checkpoint: str) -> None:
+    """Read a checkpoint, with everything that a run needs to go on, and check it.
+
+    Raises:
+        DamagedError: If it is damaged.
     """
-    crc = 0
-    for value in network.state_dict().values():
-        value = value.full_tensor() if isinstance(value, DTensor) else value
-        crc = zlib.crc32(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy(), crc)
-    return f'{crc:08x}'
+    if osp.isdir(checkpoint):
+        extras = read_pickle(osp.join(checkpoint, EXTRAS))
+        if SHARDS in extras:
+            check_shards(checkpoint, extras)
+        else:
+            read_shards(checkpoint, {name: name for name in sharded_shapes(checkpoint)})
+    else:
+        read_pickle(checkpoint)
+
+
+def newest_whole(work_dir: str) -> str | None:
+    """The newest checkpoint of a work dir that is not damaged, among all ``iter_*``, which are
+    read."""
+    found = {
+        int(match.group(1)): name
+        for name in (os.listdir(work_dir) if osp.isdir(work_dir) else ())
+        if (match := re.fullmatch(r'iter_(\d+)\.pth', name))
+    }
+    for _, name in sorted(found.items(), reverse=True):
+        try:
+            verify_checkpoint(osp.join(work_dir, name))
+        except UsageError:
+            continue
+        return osp.join(work_dir, name)
+    return None
 
 
 def check_finite(tensors: Mapping[str, Tensor], source: str) -> None:

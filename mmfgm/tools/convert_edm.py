@@ -20,6 +20,10 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         'out', help='the .safetensors file to write; its config goes beside it, as .json'
     )
     parser.add_argument('--key', default='ema', help='which network of the pickle (default: ema)')
+    parser.add_argument(
+        '--sha256',
+        help='what the pickle must have: without it, damage to its numbers is not noticed',
+    )
     parser.add_argument('--force', action='store_true', help='overwrite existing files')
     return parser.parse_args(argv)
 
@@ -40,13 +44,13 @@ def convert(argv: Sequence[str] | None = None) -> None:
         )
     from safetensors.torch import save
 
-    from mmfgm.models import read_edm_pickle
+    from mmfgm.models import read_edm_pickle, safetensors_metadata
 
-    state, config = read_edm_pickle(args.pickle, args.key)
+    state, config = read_edm_pickle(args.pickle, args.key, args.sha256)
     source = dict(source=osp.basename(args.pickle), sha256=sha256(args.pickle))
     state = {name: value.contiguous() for name, value in state.items()}
     # not save_file, whose files only their owner may read
-    write_file(args.out, save(state, metadata=dict(format='pt', **source)))
+    write_file(args.out, save(state, safetensors_metadata(state, **source)))
     write_file(f'{stem}.json', f'{json.dumps({**config, **source}, indent=2)}\n'.encode())
 
     # resample_filter is a constant

@@ -43,7 +43,7 @@ def merge(argv: Sequence[str] | None = None) -> None:
     import torch
     from safetensors.torch import save
 
-    from mmfgm.models import check_finite, read_state_dict
+    from mmfgm.models import check_finite, read_state_dict, safetensors_metadata
     from mmfgm.processes import is_finite
 
     dtype = getattr(torch, DTYPES[args.dtype])
@@ -58,11 +58,8 @@ def merge(argv: Sequence[str] | None = None) -> None:
             f'{large[0]!r} of {args.checkpoint!r} holds numbers too large for {args.dtype}; use'
             ' --dtype bfloat16 or float32'
         )
-    content = save(
-        {key: value.contiguous() for key, value in tensors.items()},
-        metadata=dict(format='pt', network=args.network),
-    )
-    write_file(args.out, content)
+    tensors = {key: value.contiguous() for key, value in tensors.items()}
+    write_file(args.out, save(tensors, safetensors_metadata(tensors, network=args.network)))
     print(
         f'{args.out}: {args.network}, {len(tensors)} tensors,'
         f' {sum(value.numel() for value in tensors.values()):,} numbers'

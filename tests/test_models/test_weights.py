@@ -9,8 +9,7 @@ import torch.distributed.checkpoint as dcp
 from safetensors.torch import save_file
 
 from mmfgm.errors import UsageError
-from mmfgm.models import AdaLNMLP, EDMVelocity, load_network
-from mmfgm.models.weights import fingerprint
+from mmfgm.models import AdaLNMLP, EDMVelocity, fingerprint, load_network
 
 SETTINGS = dict(event_shape=(2,), width=8, depth=1, embed_dim=8)
 

@@ -8,6 +8,7 @@ import torch
 from mmengine.dist import get_rank, get_world_size
 from mmengine.hooks import Hook
 
+from mmfgm.errors import UsageError
 from mmfgm.registry import HOOKS
 
 
@@ -31,6 +32,26 @@ def set_rng_state(state: dict[str, Any]) -> None:
     torch.set_rng_state(state['torch'])
     if state['cuda'] is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(state['cuda'])
+
+
+def _check(states: Any) -> None:
+    """Try the states on generators that nobody uses.
+
+    Raises:
+        UsageError: If they are none.
+    """
+    try:
+        for state in states:
+            random.Random().setstate(state['python'])
+            name, keys, *rest = state['numpy']
+            np.random.RandomState().set_state((name, keys.numpy().astype(np.uint32), *rest))
+            torch.Generator().set_state(state['torch'])
+            if not isinstance(state['cuda'], (torch.Tensor, type(None))):
+                raise TypeError('cuda')
+    except Exception as e:  # they may be anything
+        raise UsageError(
+            f'the random states in the checkpoint are not what a run saves ({e!r}); resume another'
+        ) from e
 
 
 @contextmanager
@@ -61,6 +82,7 @@ class RNGStateHook(Hook):
         if not runner._resume:
             return
         states = checkpoint['rng']
+        _check(states)
         if len(states) != get_world_size():
             runner.logger.warning(
                 f'The checkpoint was written by {len(states)} processes and is resumed by'
