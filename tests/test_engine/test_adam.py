@@ -109,7 +109,7 @@ def configs(tiny):
     """The tiny FGM run with either optimizer, which differ in nothing else."""
     for kind in ('MomentumFreeAdam', 'Adam'):
         # a large eps keeps float32 noise in tiny gradients from becoming full steps
-        optimizer = f"_delete_=True, type='{kind}', betas=(0.0, 0.999), eps=1e-2"
+        optimizer = f"_delete_=True, type='{kind}', betas=(0.0, 0.999), eps=1.5e-4"
         networks = ', '.join(
             f'{name}=dict(optimizer=dict({optimizer}, lr={lr}))'
             for name, lr in (('online', 4e-3), ('generator', 2e-3))

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from mmfgm.apis.report import read_run
 from mmfgm.models import read_state_dict
 from mmfgm.tools import merge_checkpoint
 from tests.conftest import ROOT, train
@@ -30,7 +31,7 @@ train_dataloader = dict(batch_size=8, num_workers=0)
 train_cfg = dict(max_iters=4)
 # float32 noise in a tiny gradient must not become a full step
 optim_wrapper = dict(
-    online=dict(optimizer=dict(eps=1e-2)), generator=dict(optimizer=dict(eps=1e-2)),
+    online=dict(optimizer=dict(eps=3e-6)), generator=dict(optimizer=dict(eps=3e-6)),
     discriminator=dict(optimizer=dict(eps=1e-3, lr=1e-2)))
 evaluations = dict(shapes=dict(interval=4, dataset=dict(num_samples=13), batch_size=5,
                                metrics=dict(score=dict(prompts=dict(num_samples=13)))))
@@ -86,6 +87,17 @@ def compare(expected, found, **tolerance):
 
 def overall(work_dir):
     return re.findall(r'shapes/score_overall: ([\d.]+)', next(work_dir.glob('*/*.log')).read_text())
+
+
+@pytest.mark.slow
+def test_the_adversarial_term_is_of_the_size_of_the_other(single):
+    """Of the gradients on generated samples. With a sum over 3,072 elements in the FGM loss, or a
+    head that gives none, their ratio is below the bound."""
+    scalars = read_run(str(single[1])).scalars
+    fgm, gan = (scalars[f'train/generator/grad_x_0_{term}'] for term in ('fgm', 'gan'))
+    assert len(fgm) == len(gan) == 4
+    for iteration, size in fgm.items():
+        assert 1e-4 < gan[iteration] / size < 1
 
 
 @pytest.mark.slow

@@ -90,7 +90,7 @@ def test_accumulation_is_the_mean_over_micro_batches(cfg):
         cfg.model.type, cfg.train_cfg.max_iters = 'RowNoiseFGM', 1
         cfg.train_cfg.accumulation, cfg.train_dataloader.batch_size = accumulation, batch_size
         for name in ('online', 'generator'):
-            cfg.optim_wrapper[name].optimizer = dict(type='SGD', lr=1e-3)
+            cfg.optim_wrapper[name].optimizer = dict(type='SGD', lr=6e-2)
         runner = FlowRunner.from_cfg(cfg)
         runner.train()
         return runner.model.online.state_dict()

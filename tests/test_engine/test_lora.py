@@ -28,8 +28,8 @@ train_dataloader = dict(batch_size=8, num_workers=0)
 train_cfg = dict(max_iters=4)
 # float32 noise in a tiny gradient must not become a full step
 optim_wrapper = dict(
-    online=dict(optimizer=dict(eps=1e-2, lr=1e-2)),
-    generator=dict(optimizer=dict(eps=1e-2, lr=1e-2)),
+    online=dict(optimizer=dict(eps=3e-6, lr=1e-2)),
+    generator=dict(optimizer=dict(eps=3e-6, lr=1e-2)),
     discriminator=dict(optimizer=dict(eps=1e-3, lr=1e-2)))
 evaluations = dict(shapes=dict(interval=0, dataset=dict(num_samples=13), batch_size=5,
                                metrics=dict(score=dict(prompts=dict(num_samples=13)))))

@@ -21,7 +21,7 @@ OPTIONS = (
     'evaluations.fd.interval=5',
     'optim_wrapper.online.optimizer.eps=1e-2',
     'optim_wrapper.generator.optimizer.eps=1e-2',
-    'optim_wrapper.generator.clip_grad.max_norm=1.0',
+    'optim_wrapper.generator.clip_grad.max_norm=0.01',
 )
 FSDP2 = ('strategy.type=FSDP2Strategy', 'strategy.block_types=AdaLNBlock,')
 TOLERANCE = dict(rtol=1e-4, atol=2e-6)

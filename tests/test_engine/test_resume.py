@@ -59,7 +59,7 @@ def final(work_dir):
 )
 def test_killed_and_resumed_equals_uninterrupted(nproc, share, tiny, tmp_path, request):
     options = (
-        'optim_wrapper.online.clip_grad.max_norm=10.0',
+        'optim_wrapper.online.clip_grad.max_norm=0.2',
         f'train_cfg.share_samples={share}',
         f'train_cfg.accumulation={1 if share else 2}',
         'train_cfg.online_updates=2',
