@@ -19,8 +19,8 @@ OPTIONS = (
     'train_cfg.max_iters=5',
     'default_hooks.checkpoint.interval=5',
     'evaluations.fd.interval=5',
-    'optim_wrapper.online.optimizer.eps=1e-2',
-    'optim_wrapper.generator.optimizer.eps=1e-2',
+    'optim_wrapper.online.optimizer.eps=1.5e-4',
+    'optim_wrapper.generator.optimizer.eps=1.5e-4',
     'optim_wrapper.generator.clip_grad.max_norm=0.01',
 )
 FSDP2 = ('strategy.type=FSDP2Strategy', 'strategy.block_types=AdaLNBlock,')
