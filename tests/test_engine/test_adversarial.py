@@ -94,7 +94,7 @@ def test_the_adversarial_term_is_of_the_size_of_the_other(single):
     """Of the gradients on generated samples. With a sum over 3,072 elements in the FGM loss, or a
     head that gives none, their ratio is below the bound."""
     scalars = read_run(str(single[1])).scalars
-    fgm, gan = (scalars[f'train/generator/grad_x_0_{term}'] for term in ('fgm', 'gan'))
+    fgm, gan = (scalars[f'generator/grad_x_0_{term}'] for term in ('fgm', 'gan'))
     assert len(fgm) == len(gan) == 4
     for iteration, size in fgm.items():
         assert 1e-4 < gan[iteration] / size < 1
