@@ -76,7 +76,8 @@ def _measured(config: str, work_dir: str, options: dict[str, Any], metric: str) 
     run = read_run(work_dir)
     series = run.scalars.get(metric)
     if not series:
-        evaluated = sorted(name for name in run.scalars if not name.startswith('train/'))
+        names = run.cfg.get('evaluations') or {}
+        evaluated = sorted(name for name in run.scalars if name.split('/')[0] in names)
         raise UsageError(
             f'the run in {work_dir} has no values of {metric!r}, but of {evaluated}; choose one'
             ' with --metric'
