@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +14,8 @@ import torch
 from hypothesis import given
 from PIL import Image
 
+from mmfgm.apis import export_generator, read_config
+from mmfgm.apis.artifacts import EXPORT_FILE, read_export
 from mmfgm.apis.config import read_dump
 from mmfgm.apis.report.curves import curves_svg
 from mmfgm.apis.report.data import read_run
@@ -33,6 +36,7 @@ from mmfgm.files import files_below, read_json, sha256
 from mmfgm.models import read_edm_pickle, read_pickle, read_state_dict
 from tests.batches import same
 from tests.damage import damage, damages, fuzzed, outcome
+from tests.test_apis.conftest import digits  # noqa: F401 - a fixture
 from tests.test_datasets.test_cached import make as make_cache
 
 DEEP = '[' * 100_000
@@ -346,3 +350,59 @@ def test_measured_tables_that_are_none(metrics, tmp_path):
 def test_names_are_no_formulas(name):
     svg = curves_svg(name, {name: {1: 1.0, 2: 2.0}, f'{name}2': {1: 1.0}})
     assert svg.startswith('<svg') and name.replace('<', '&lt;').replace('>', '&gt;') in svg
+
+
+@pytest.fixture(scope='module')
+def export(digits, tmp_path_factory):
+    out = tmp_path_factory.mktemp('export') / 'out'
+    export_generator(read_config(digits.config), digits.weights, str(out))
+    return out
+
+
+@given(how=damages())
+@fuzzed(200)
+def test_damaged_descriptions_of_exports(export, tmp_path, how):
+    """A digit that flips in a coefficient would change every sample."""
+    right = read_export(str(export))
+    copy = tmp_path / 'copy'
+    shutil.rmtree(copy, ignore_errors=True)
+    shutil.copytree(export, copy)
+    content = (export / EXPORT_FILE).read_bytes()
+    (copy / EXPORT_FILE).write_bytes(damage(content, *how))
+
+    def is_right(found):
+        return all(found[key] == right[key] for key in right if key != 'description_sha256')
+
+    assert outcome(lambda: read_export(str(copy)), is_right) != 'silently wrong'
+
+
+PROMPTS = [
+    dict(tag='counting', include=[{'class': 'dog', 'count': 2}], prompt='two dogs'),
+    dict(tag='color', include=[{'class': 'cat', 'count': 1, 'color': 'red'}], prompt='a red cat'),
+]
+SCALARS = [dict(loss=1 / step, lr=1e-4, iter=step, step=step) for step in range(1, 30)]
+UNSEALED = {
+    'results': (read_results, [ROW] * 3),
+    'GenEval prompts': (read_metadata, PROMPTS),
+    'prompts': (lambda path: read_prompts(path, 'prompt'), PROMPTS),
+    'scalars': (lambda path: read_run(str(Path(path).parents[2])), SCALARS),
+}
+
+
+@given(how=damages())
+@fuzzed(100)
+@pytest.mark.parametrize('name', UNSEALED)
+def test_damaged_lines_end_in_a_message(name, tmp_path, how):
+    """They hold no checksums, so that a digit may change; nothing else than a message may come."""
+    read, rows = UNSEALED[name]
+    folder = Path(work_dir_once(tmp_path)) / '20260101_000000' / 'vis_data'
+    file = folder / ('scalars.json' if name == 'scalars' else 'rows.jsonl')
+    content = ''.join(json.dumps(row) + '\n' for row in rows).encode()
+    file.write_bytes(content)
+    read(str(file))
+    file.write_bytes(damage(content, *how))
+    outcome(lambda: read(str(file)), lambda _: True)
+
+
+def work_dir_once(folder):
+    return str(folder) if (folder / '20260101_000000').exists() else work_dir(folder, [])

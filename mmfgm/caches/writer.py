@@ -15,9 +15,9 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mmfgm.datasets import NULL, checksums, manifest_checksum, read_manifest
+from mmfgm.datasets import NULL, checksums, read_manifest
 from mmfgm.errors import UsageError
-from mmfgm.files import differences, read_json, sha256, whole_file, write_file
+from mmfgm.files import differences, read_json, seal, sha256, whole_file, write_file
 from mmfgm.processes import Progress, on_main, rank_and_size
 
 LEFT_OVER = re.compile(
@@ -131,8 +131,7 @@ class ShardWriter:
             shards.append(dict(entry, start=start))
             start += entry['count']
         manifest = dict(self.job, count=start, shards=shards, null=done.get(NULL))
-        manifest['checksum'] = manifest_checksum(manifest)
-        _write_json(osp.join(self.path, 'manifest.json'), manifest)
+        _write_json(osp.join(self.path, 'manifest.json'), seal(manifest))
         for file in [
             *glob.glob(osp.join(glob.escape(self.path), '*.safetensors.json')),
             osp.join(self.path, 'job.json'),

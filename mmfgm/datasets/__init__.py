@@ -21,7 +21,6 @@ __getattr__, __dir__, __all__ = attach(
             'CachedPrompts',
             'NULL',
             'checksums',
-            'manifest_checksum',
             'read_manifest',
             'verify_cache',
         ],

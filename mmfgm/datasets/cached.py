@@ -12,8 +12,6 @@ padding was dropped, ``t5`` is ``(tokens, D)``, the items' tokens one after the 
 """
 
 import bisect
-import hashlib
-import json
 import os
 import os.path as osp
 import re
@@ -28,7 +26,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from mmfgm.errors import UsageError
-from mmfgm.files import check_regular, differences, read_json, sha256
+from mmfgm.files import check_regular, check_seal, differences, read_json, sha256
 from mmfgm.registry import DATASETS
 
 from .base import Batch, BatchDataset, item_seed
@@ -70,20 +68,13 @@ def read_manifest(path: str, kind: str | None = None) -> dict:
     return manifest
 
 
-def manifest_checksum(manifest: dict) -> str:
-    """SHA-256 of all that a manifest says beside its own ``checksum``."""
-    content = {key: value for key, value in manifest.items() if key != 'checksum'}
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
 def _check_manifest(manifest: dict) -> None:
     """Hold a manifest against what the tools write, and add what older ones leave out.
 
     Raises:
         KeyError | TypeError | AttributeError | ValueError: If it is none.
     """
-    if manifest_checksum(manifest) != manifest.get('checksum', manifest_checksum(manifest)):
-        raise ValueError('its checksum is of another content')
+    check_seal(manifest)
     layout = manifest['layout']
     manifest.setdefault('conditions', CONDITIONS if 'clip' in layout else {})
     manifest['identity'].keys()
