@@ -1,5 +1,5 @@
 # Copyright (c) mmfgm authors.
-"""What setup.cfg cannot do: put the configs and tools where OpenMMLab looks for them, in
+"""What setup.cfg cannot do: put the assets, configs and tools where OpenMMLab looks for them, in
 ``mmfgm/.mim``."""
 
 import os
@@ -11,7 +11,7 @@ from setuptools.command.build_py import build_py
 from setuptools.command.editable_wheel import editable_wheel
 
 ROOT = Path(__file__).resolve().parent
-MIM = ('configs', 'tools', 'model-index.yml')
+MIM = ('assets', 'configs', 'tools', 'model-index.yml')
 
 
 class BuildWithMim(build_py):

@@ -24,6 +24,8 @@ from mmfgm.errors import UsageError
 # manifests, metadata and logs of the longest runs have some hundred MB
 MAX_TEXT = 1 << 30
 MAX_PICTURE = 1 << 28
+# what names a file that comes with mmfgm begins with
+ASSETS = 'mmfgm::assets/'
 
 
 def sha256(path: str) -> str:
@@ -89,6 +91,48 @@ def parse_json(text: str | bytes, kind: type = object) -> Any:
         name = dict(dict='an object', list='a list').get(kind.__name__, kind.__name__)
         raise ValueError(f'it is {type(content).__name__} {str(content)[:40]!r}, expected {name}')
     return content
+
+
+def asset_path(name: str) -> str:
+    """The file that ``mmfgm::assets/PATH`` means, of those that come with mmfgm; any other name is
+    a path already, and passes.
+
+    They lie in ``.mim``, which a wheel holds and an editable install links, or else beside the
+    package, in a clone that was installed before it had any. ``assets/assets.json`` holds a
+    checksum of each.
+
+    Raises:
+        UsageError: If there is none of that name, or it is not the one that was released.
+    """
+    if not name.startswith(ASSETS):
+        return name
+    name = name[len(ASSETS) :]
+    package = osp.dirname(osp.abspath(__file__))
+    for folder in (osp.join(package, '.mim', 'assets'), osp.join(osp.dirname(package), 'assets')):
+        index = osp.join(folder, 'assets.json')
+        if osp.isfile(index):
+            break
+    else:
+        raise UsageError(
+            f'{ASSETS}{name} was asked for, but this installation of mmfgm has no assets; install'
+            ' it again: pip install -e . in a clone, or a whole wheel'
+        )
+    known = read_json(index, 'get it again: git checkout assets, or install mmfgm again', dict)
+    if name not in known:
+        raise UsageError(
+            f'there is no asset {ASSETS}{name}; name one of'
+            f' {", ".join(ASSETS + other for other in sorted(known))}'
+        )
+    path = osp.realpath(osp.join(folder, *name.split('/')))
+    found = sha256(path) if osp.isfile(path) else None
+    if found != known[name]['sha256']:
+        what = 'is missing' if found is None else f'has the SHA-256 {found[:8]}...'
+        raise UsageError(
+            f'{path!r} {what}, not {known[name]["sha256"][:8]}... of the file that was released;'
+            f' get it again (git checkout assets, or install mmfgm again), or copy your own'
+            ' elsewhere and name that path'
+        )
+    return path
 
 
 def read_json(path: str, fix: str, kind: type = object) -> Any:

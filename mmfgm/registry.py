@@ -33,7 +33,8 @@ from mmengine.registry import Registry
 # Packages import their modules when a name of theirs is first used, so what registers itself is
 # listed here: a registry imports its locations when a config's first part is built.
 _DATASETS = [
-    f'mmfgm.datasets.{name}' for name in ('base', 'cached', 'digits', 'images', 'shapes', 'toys')
+    f'mmfgm.datasets.{name}'
+    for name in ('base', 'cached', 'digits', 'fashion', 'images', 'shapes', 'toys')
 ]
 _MODELS = [
     f'mmfgm.models.{name}'
@@ -52,6 +53,7 @@ _MODELS = [
 _METRICS = [
     f'mmfgm.evaluation.{name}'
     for name in (
+        'classifier',
         'features',
         'fid',
         'metrics',

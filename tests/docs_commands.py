@@ -12,6 +12,7 @@ from PIL import Image
 from mmfgm.apis import read_config
 from mmfgm.registry import MODELS
 from tests.conftest import ROOT
+from tests.idx_format import write_fashion
 from tests.test_apis.conftest import save_checkpoint
 from tests.tiny_sd3 import make_tiny_sd3
 
@@ -103,6 +104,11 @@ COMMANDS = {
     ),
     'python tools/test.py configs/reflow/digits.py work_dirs/reflow/digits --nfe 1 10 50 100': Run(
         FEW, 'work_dirs/reflow/digits/test/metrics.json', (TRAIN_TEACHER,)
+    ),
+    'python tools/train_classifier.py configs/reflow/fashion.py classifier.safetensors': Run(
+        '--epochs 1 --cfg-options train_dataloader.dataset.data_root=fashion',
+        'classifier.safetensors',
+        (lambda folder: write_fashion(folder / 'fashion'),),
     ),
     'python tools/report.py work_dirs/fgm/digits': Run(
         '', 'work_dirs/fgm/digits/report.html', (TRAIN,)

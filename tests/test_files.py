@@ -2,6 +2,7 @@
 """Files and folders that appear only when whole, and what is left where that fails."""
 
 import errno
+import json
 import os
 import shutil
 import stat
@@ -9,7 +10,15 @@ import stat
 import pytest
 
 from mmfgm.errors import UsageError
-from mmfgm.files import differences, read_json, whole_file, whole_folder, write_file
+from mmfgm.files import (
+    asset_path,
+    differences,
+    read_json,
+    sha256,
+    whole_file,
+    whole_folder,
+    write_file,
+)
 
 
 def test_a_file_that_is_not_finished_leaves_the_old_one(tmp_path):
@@ -137,3 +146,38 @@ def test_what_takes_the_name_meanwhile_is_not_replaced(force, tmp_path):
             out.mkdir()
             (out / 'thesis.txt').write_text("somebody else's")
     assert [path.name for path in tmp_path.rglob('*')] == ['out', 'thesis.txt']
+
+
+@pytest.fixture(params=['.mim/assets', '../assets'])
+def assets(request, tmp_path, monkeypatch):
+    """A wheel's or a clone's assets, with one file."""
+    monkeypatch.setattr('mmfgm.files.__file__', str(tmp_path / 'mmfgm' / 'files.py'))
+    folder = (tmp_path / 'mmfgm' / request.param).resolve()
+    (folder / 'a').mkdir(parents=True)
+    (folder / 'a/b.safetensors').write_bytes(b'weights')
+    entry = dict(sha256=sha256(str(folder / 'a/b.safetensors')))
+    (folder / 'assets.json').write_text(json.dumps({'a/b.safetensors': entry}))
+    return folder
+
+
+def test_assets_are_found(assets):
+    assert asset_path('mmfgm::assets/a/b.safetensors') == str(assets / 'a/b.safetensors')
+    assert asset_path('work_dirs/a') == 'work_dirs/a'
+
+
+def test_assets_that_are_not_the_released_ones(assets):
+    (assets / 'a/b.safetensors').write_bytes(b'Weights')
+    with pytest.raises(UsageError, match=r'has the SHA-256 .*not .*git checkout assets'):
+        asset_path('mmfgm::assets/a/b.safetensors')
+    (assets / 'a/b.safetensors').unlink()
+    with pytest.raises(UsageError, match=r'is missing.*git checkout assets'):
+        asset_path('mmfgm::assets/a/b.safetensors')
+    for name in ('a/c.safetensors', '../assets.json', ''):
+        with pytest.raises(UsageError, match='name one of mmfgm::assets/a/b.safetensors'):
+            asset_path(f'mmfgm::assets/{name}')
+
+
+def test_no_assets_at_all(assets):
+    (assets / 'assets.json').unlink()
+    with pytest.raises(UsageError, match='has no assets; install it again'):
+        asset_path('mmfgm::assets/a/b.safetensors')

@@ -25,6 +25,7 @@ __getattr__, __dir__, __all__ = attach(
             'verify_cache',
         ],
         'digits': ['Digits'],
+        'fashion': ['FashionMNIST'],
         'images': ['CIFAR10', 'ImageFolder', 'SUFFIXES'],
         'shapes': [
             'COLORS',

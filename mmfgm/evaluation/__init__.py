@@ -4,6 +4,7 @@ from mmfgm.lazy import attach
 __getattr__, __dir__, __all__ = attach(
     __name__,
     {
+        'classifier': ['ClassifierFeatures', 'ConvClassifier', 'LabelAgreement'],
         'evaluate': ['Evaluation', 'build_evaluations'],
         'features': ['InceptionV3', 'Pixels', 'build_feature', 'to_uint8'],
         'fid': ['FID', 'KID', 'InceptionScore', 'PrecisionRecall'],

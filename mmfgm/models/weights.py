@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from mmfgm.errors import DamagedError, NonFiniteInputError, UsageError
-from mmfgm.files import check_regular
+from mmfgm.files import asset_path, check_regular
 from mmfgm.processes import is_finite
 
 from .checksums import CHECKSUMS, check_content, checksum, compare
@@ -43,8 +43,8 @@ def read_state_dict(
 
     Args:
         checkpoint (str): A ``.safetensors`` file, a ``.pth`` file (with or without a ``state_dict``
-            key), a directory that a sharded run saved, or a work directory, meaning its last
-            checkpoint.
+            key), a directory that a sharded run saved, a work directory, meaning its last
+            checkpoint, or ``mmfgm::assets/...``, see :func:`~mmfgm.files.asset_path`.
         weights_only (bool): Refuse pickles that hold anything but tensors and plain containers.
             ``False`` runs whatever code the file contains: only for files you trust.
         network (str): Only the tensors of this network, by their names in it; no others are read.
@@ -54,6 +54,7 @@ def read_state_dict(
         UsageError: If the file does not exist, cannot be read, needs ``weights_only=False``, or has
             no such network.
     """
+    checkpoint = asset_path(checkpoint)
     if not osp.exists(checkpoint):
         raise UsageError(
             f'checkpoint {checkpoint!r} does not exist (looked in {os.getcwd()}); train it first, '

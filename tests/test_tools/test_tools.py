@@ -210,6 +210,23 @@ def test_downstream_project_with_the_built_wheel(tiny, tmp_path):
         check=True,
     ).stdout
     assert where.startswith(str(site))
+    # what comes with mmfgm is in the wheel, and configs of other projects name it
+    (project / 'fashion.py').write_text("_base_ = 'mmfgm::fgm/fashion.py'\n")
+    assets = subprocess.run(
+        [
+            sys.executable,
+            '-c',
+            'from mmfgm.apis import read_config; from mmfgm.files import asset_path;'
+            "cfg = read_config('fashion.py'); metric = cfg.evaluations.fd.metrics.label;"
+            'print(asset_path(metric.feature.weights))',
+        ],
+        cwd=project,
+        env=env,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    assert assets.startswith(str(site / 'mmfgm' / '.mim' / 'assets'))
     run_module('mmfgm.tools.train', 'small.py', cwd=project, env=env)
     assert (project / 'work_dirs' / 'project' / 'small' / 'iter_2.pth').exists()
     # the packaged configs themselves, and the console command
