@@ -67,7 +67,7 @@ def test_a_run_that_parts_is_named(tmp_path):
 def test_a_training_holds(tiny, tmp_path):
     train(tiny / 'fgm.py', tmp_path, 'train_cfg.max_iters=1')
     result = run_module(
-        'mmfgm.tools.torture', tmp_path, '--faults', 3, '--iterations', 16,
+        'mmfgm.tools.torture', tmp_path, '--faults', 2, '--iterations', 16,
         '--kinds', 'all', 'disk', 'clock',
     )  # fmt: skip
     assert ' faults, all bit for bit' in result.stdout, result.stdout
