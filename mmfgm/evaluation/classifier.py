@@ -84,10 +84,10 @@ class ClassifierFeatures:
             ) from e
         self.event_shape = tuple(shape)
         self.network = load_network(network, path).eval()
-        self._last: tuple[Tensor | None, tuple[Tensor, Tensor]] = (None, ())
+        self._last: tuple[Tensor | None, tuple[Tensor, ...]] = (None, ())
 
     @torch.no_grad()
-    def _run(self, samples: Tensor) -> tuple[Tensor, Tensor]:
+    def _run(self, samples: Tensor) -> tuple[Tensor, ...]:
         # several metrics ask about one batch
         if self._last[0] is not samples:
             if tuple(samples.shape[1:]) != self.event_shape:

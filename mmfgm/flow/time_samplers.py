@@ -110,7 +110,8 @@ class Beta:
         # of two gamma variables; torch.distributions takes no generator
         shape = torch.tensor([[self.a], [self.b]], dtype=torch.float64, device=device).expand(2, n)
         x, y = torch._standard_gamma(shape, generator=generator)
-        return (x / (x + y)).float()
+        t: Tensor = x / (x + y)
+        return t.float()
 
 
 @dataclass(frozen=True)
@@ -143,23 +144,23 @@ class EDMGrid:
                 f' sigma_max={self.sigma_max}, rho={self.rho}'
             )
 
-    def _time(self, r: Any) -> Any:
+    def _time(self, r: Tensor) -> Tensor:
         low, high = self.sigma_min ** (1 / self.rho), self.sigma_max ** (1 / self.rho)
-        sigma = (low + r * (high - low)) ** self.rho
-        return sigma / (1 + sigma)
+        sigma: Tensor = (low + r * (high - low)) ** self.rho
+        return (sigma / (1 + sigma)).float()
 
     @property
     def low(self) -> float:
         """The smallest time."""
-        return self._time(0.0)
+        return self._time(torch.tensor(0.0, dtype=torch.float64)).item()
 
     @property
     def high(self) -> float:
         """The largest time."""
-        return self._time(self.fraction)
+        return self._time(torch.tensor(self.fraction, dtype=torch.float64)).item()
 
     def __call__(
         self, n: int, device: Device = None, generator: torch.Generator | None = None
     ) -> Tensor:
         r = torch.rand(n, device=device, generator=generator, dtype=torch.float64)
-        return self._time(self.fraction * r).float()
+        return self._time(self.fraction * r)

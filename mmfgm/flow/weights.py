@@ -75,7 +75,7 @@ WEIGHTS: dict[str, Weight] = dict(
 )
 
 
-def weight_named(weight: str | dict | Weight | None) -> Weight:
+def weight_named(weight: str | dict[str, float] | Weight | None) -> Weight:
     """A weight from its short form.
 
     Args:

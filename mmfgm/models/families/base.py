@@ -133,6 +133,7 @@ class Family(ABC):
             ``pretrained``, and ``dtype`` is among the others.
         pipelines (tuple[str, ...]): How the class names in ``model_index.json`` begin.
         shift (float, optional): Of the pipeline's own time grid.
+        subfolder (str): Where a pipeline in diffusers' format keeps the network.
         block_types (tuple[str, ...]): Class names of the repeated blocks, by which FSDP2 shards.
         adapter_targets (tuple[str, ...]): Endings of the names of the layers LoRA adapts.
         folds (bool): Whether a one-step generator can be exported as the family's own pipeline, see
@@ -145,6 +146,7 @@ class Family(ABC):
     prompt_encoder: Callable[..., PromptEncoder]
     pipelines: tuple[str, ...] = ()
     shift: float | None = None
+    subfolder: str = 'transformer'
     block_types: tuple[str, ...] = ()
     adapter_targets: tuple[str, ...] = ()
     folds = False

@@ -123,13 +123,11 @@ class DiffusersFamily(Family):
         pipeline_class (str), network_class (str): Names in diffusers; a family whose classes live
             elsewhere overrides :meth:`pipeline_type` and :meth:`network_type`.
         attribute (str): Of the network, under which it holds diffusers' module.
-        subfolder (str): Of the pipeline, where that module lies.
     """
 
     pipeline_class: str
     network_class: str
     attribute = 'transformer'
-    subfolder = 'transformer'
 
     def pipeline_type(self) -> Any:
         return getattr(diffusers_module(), self.pipeline_class)

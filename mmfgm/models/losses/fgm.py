@@ -45,7 +45,9 @@ class FGMLoss(GeneratorLoss):
 
     name = 'fgm'
 
-    def __init__(self, l1_weight: float = 1.0, weight: str | dict | Weight | None = None):
+    def __init__(
+        self, l1_weight: float = 1.0, weight: str | dict[str, float] | Weight | None = None
+    ):
         super().__init__()
         self.l1_weight = l1_weight
         self.weight = None if weight is None else weight_named(weight)

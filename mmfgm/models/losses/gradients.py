@@ -33,7 +33,7 @@ class DiffInstructLoss(GeneratorLoss):
     name = 'di'
     through_networks = False
 
-    def __init__(self, weight: str | dict | Weight | None = None):
+    def __init__(self, weight: str | dict[str, float] | Weight | None = None):
         super().__init__()
         self.weight = weight_named(weight)
         self.order_at_0 = getattr(self.weight, 'order_at_0', 0.0) - 1
