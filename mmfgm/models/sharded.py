@@ -292,7 +292,7 @@ def check_shards(
     """Hold index and files of a sharded checkpoint against the checksums in its extras.
 
     Args:
-        directory, rank, processes, wanted: See :func:`shard_checksums`.
+        directory (str): See :func:`shard_checksums`, as for all that is not named here.
         extras (dict): Content of :data:`EXTRAS`.
 
     Raises:
