@@ -243,9 +243,7 @@ def test_activations_are_what_autograd_keeps(network, more):
 def test_precision_and_checkpointing():
 
     def kept(bf16=False, sharded=False, **kwargs):
-        return kept_bytes(build_on_meta(fgm(dict(SD3, **kwargs))), 6, bf16, sharded, False)[
-            'generator'
-        ]
+        return kept_bytes(build_on_meta(fgm(dict(SD3, **kwargs))), 6, bf16, sharded)['generator']
 
     init_default_scope('mmfgm')
     whole, _ = kept()
