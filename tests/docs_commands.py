@@ -231,6 +231,10 @@ COMMANDS = {
                 'python tools/report.py work_dirs/fgm/shapes_small --curves docs/losses_shapes.png'
                 ' --panels shapes/score_overall loss_ d_accuracy /l_'
             ),
+            (
+                f'python tools/generate.py {SD3_RUN} --prompts configs/fgm/prompts/figure2.txt'
+                ' --compare 28 --out figure2'
+            ),
             'python tools/geneval.py score FOLDER',
             'python tools/geneval.py run configs/geneval/sd3.py',
             'python tools/geneval.py run configs/geneval/fgm_sd3.py',
