@@ -143,7 +143,13 @@ def test_another_run_is_refused_by_name_and_one_flag_insists(tiny, tmp_path):
         assert change in message
     assert 'Traceback' not in result.stderr
     assert_same(read_state_dict(str(tmp_path)), before)
+    # a stranger's checkpoint: MMEngine would run the config in its meta on resume, as Python
+    checkpoint, ran = tmp_path / 'iter_4.pth', tmp_path / 'ran'
+    content = torch.load(checkpoint, weights_only=False)
+    content['meta']['config'] = f'open({str(ran)!r}, "w")'
+    torch.save({**content, 'checksums': None}, checkpoint)
     result = train(tiny / 'fgm.py', tmp_path, *other, resume=True, extra=('--allow-changes',))
+    assert not ran.exists()
     text = result.stdout + result.stderr
     assert 'model.loss.l1_weight: 0.0 -> 1.0' in text
     assert 'had finished its 4 iterations' in text
