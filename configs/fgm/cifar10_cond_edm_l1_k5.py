@@ -1,8 +1,14 @@
 # the exact loss, L_1 + L_2, as RealUID's authors train it: five online updates a cycle, clipped,
 # with a warm-up; they report FID 2.21 with a teacher of theirs
-_base_ = 'cifar10_cond_edm.py'
+_base_ = 'cifar10_uncond.py'
 
+num_classes = 10
 model = dict(
+    # the network of cifar10_cond_edm.py, which says what its settings are
+    network=dict(
+        type='EDMVelocity', sigma_data=0.5, sigma_range=(0.002, 80.0), unet=dict(augment_dim=9)
+    ),
+    teacher=dict(checkpoint='work_dirs/edm/cifar10_cond.safetensors', prefix='', into='unet'),
     generator=dict(t_star=1.0, c_skip=1.0, c_in=1.0),
     loss=dict(l1_weight=1.0),
     fm_time_sampler=dict(_delete_=True, type='Uniform'),
@@ -17,4 +23,11 @@ optim_wrapper = dict(
 param_scheduler = dict(
     online=[dict(type='LinearLR', start_factor=1e-3, by_epoch=False, end=500)],
     generator=[dict(type='LinearLR', start_factor=1e-3, by_epoch=False, end=500)],
+)
+default_hooks = dict(
+    samples=dict(
+        nrow=10,
+        dataset=dict(num_samples=100),
+        samplings={'teacher, 50 NFE': dict(network='teacher', nfe=50, solver='heun')},
+    )
 )

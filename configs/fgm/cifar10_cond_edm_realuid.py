@@ -1,10 +1,16 @@
 # RealUID (ICLR 2026): real images in the online loss, alpha = 0.94 and beta / alpha = 1.02 of the
 # ranges that its authors give, and their schedule
-_base_ = 'cifar10_cond_edm.py'
+_base_ = 'cifar10_uncond.py'
 
 alpha = 0.94
 beta = 0.9588
+num_classes = 10
 model = dict(
+    # the network of cifar10_cond_edm.py, which says what its settings are
+    network=dict(
+        type='EDMVelocity', sigma_data=0.5, sigma_range=(0.002, 80.0), unet=dict(augment_dim=9)
+    ),
+    teacher=dict(checkpoint='work_dirs/edm/cifar10_cond.safetensors', prefix='', into='unet'),
     generator=dict(t_star=1.0, c_skip=1.0, c_in=1.0),
     loss=dict(_delete_=True, type='RealUIDLoss', alpha=alpha, beta=beta),
     online_loss=dict(type='RealUIDOnlineLoss', alpha=alpha, beta=beta),
@@ -29,4 +35,11 @@ optim_wrapper = dict(
 param_scheduler = dict(
     online=[dict(type='LinearLR', start_factor=1e-3, by_epoch=False, end=500)],
     generator=[dict(type='LinearLR', start_factor=1e-3, by_epoch=False, end=500)],
+)
+default_hooks = dict(
+    samples=dict(
+        nrow=10,
+        dataset=dict(num_samples=100),
+        samplings={'teacher, 50 NFE': dict(network='teacher', nfe=50, solver='heun')},
+    )
 )

@@ -1,8 +1,10 @@
 # the exact loss, L_1 + L_2, as RealUID's authors train it: five online updates a cycle, clipped,
 # with a warm-up; they report FID 2.21 with a teacher of theirs
-_base_ = 'cifar10_cond.py'
+_base_ = 'cifar10_uncond.py'
 
+num_classes = 10
 model = dict(
+    teacher=dict(checkpoint='work_dirs/reflow/cifar10_cond'),
     generator=dict(t_star=1.0, c_skip=1.0, c_in=1.0),
     loss=dict(l1_weight=1.0),
     fm_time_sampler=dict(_delete_=True, type='Uniform'),
@@ -18,3 +20,4 @@ param_scheduler = dict(
     online=[dict(type='LinearLR', start_factor=1e-3, by_epoch=False, end=500)],
     generator=[dict(type='LinearLR', start_factor=1e-3, by_epoch=False, end=500)],
 )
+default_hooks = dict(samples=dict(nrow=10, dataset=dict(num_samples=100)))

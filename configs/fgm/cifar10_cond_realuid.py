@@ -1,10 +1,12 @@
 # RealUID (ICLR 2026): real images in the online loss, alpha = 0.94 and beta / alpha = 1.02 of the
 # ranges that its authors give, and their schedule
-_base_ = 'cifar10_cond.py'
+_base_ = 'cifar10_uncond.py'
 
 alpha = 0.94
 beta = 0.9588
+num_classes = 10
 model = dict(
+    teacher=dict(checkpoint='work_dirs/reflow/cifar10_cond'),
     generator=dict(t_star=1.0, c_skip=1.0, c_in=1.0),
     loss=dict(_delete_=True, type='RealUIDLoss', alpha=alpha, beta=beta),
     online_loss=dict(type='RealUIDOnlineLoss', alpha=alpha, beta=beta),
@@ -30,3 +32,4 @@ param_scheduler = dict(
     online=[dict(type='LinearLR', start_factor=1e-3, by_epoch=False, end=500)],
     generator=[dict(type='LinearLR', start_factor=1e-3, by_epoch=False, end=500)],
 )
+default_hooks = dict(samples=dict(nrow=10, dataset=dict(num_samples=100)))
