@@ -1,6 +1,7 @@
 # Copyright (c) mmfgm authors.
 """What a resumed run may change: its config against that of the run that wrote the checkpoint."""
 
+import math
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -66,15 +67,33 @@ class Change:
         return f'{self.name}: {str(self.old)[:80]} -> {str(self.new)[:80]}'
 
 
-def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[Change]:
-    """The changes between two resolved configs that touch the training."""
+# together with the number of processes they make the batch of an update
+BATCH = ('train_dataloader.batch_size', 'train_cfg.accumulation')
+
+
+def changes(
+    old: Mapping[str, Any], new: Mapping[str, Any], processes: tuple[int, int] = (1, 1)
+) -> Iterator[Change]:
+    """The changes between two resolved configs that touch the training.
+
+    Args:
+        old (Mapping), new (Mapping): The configs.
+        processes (tuple[int, int]): How many trained with each. Where an update has as many samples
+            as before, other parts of that product are no other run.
+    """
     before, after = ({**DEFAULTS, **dict(leaves(dict(side), ''))} for side in (old, new))
+    samples = [
+        math.prod(value if isinstance(value := side.get(name), int) else 0 for name in BATCH) * n
+        for side, n in zip((before, after), processes)
+    ]
     for name in dict.fromkeys([*before, *after]):
         values = [
             side.get(name, 1 if fnmatchcase(name, 'train_cfg.*_updates') else None)
             for side in (before, after)
         ]
         rule = next(rule for pattern, rule in RULES if fnmatchcase(name, pattern))
+        if name in BATCH and samples[0] == samples[1] > 0:
+            rule = WARNED
         if values[0] != values[1] and rule is not IGNORED:
             yield Change(name, values[0], values[1], rule)
 

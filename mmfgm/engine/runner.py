@@ -3,6 +3,7 @@ import difflib
 from collections.abc import Sequence
 
 from mmengine.config import Config
+from mmengine.dist import get_world_size
 from mmengine.runner import FlexibleRunner
 
 from mmfgm.config import SHARED_KEYS, parse_dump, resolve
@@ -221,7 +222,8 @@ class FlowRunner(FlexibleRunner):
                 ' checkpoint.'
             )
             return False
-        found = list(changes(old, new))
+        now = get_world_size()
+        found = list(changes(old, new, (meta.get('world_size', now), now)))
         refused = [str(change) for change in found if change.rule == REFUSED]
         if refused and not self.allow_changes:
             raise UsageError(

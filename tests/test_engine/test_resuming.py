@@ -96,6 +96,23 @@ def sharded_history(work_dir):
     return {key: value[0] for key, value in hub['log_scalars'].items()}
 
 
+@pytest.mark.parametrize(
+    'batch_size, accumulation, processes, rule',
+    [(8, 1, 1, WARNED), (2, 2, 2, WARNED), (8, 1, 2, REFUSED), (4, 2, 2, REFUSED)],
+)
+def test_as_many_samples_an_update_are_no_other_run(batch_size, accumulation, processes, rule):
+    """Resuming on another number of processes keeps their product: 4 x 1 x 2 here."""
+
+    def side(batch_size, accumulation):
+        return dict(
+            train_dataloader=dict(batch_size=batch_size),
+            train_cfg=dict(accumulation=accumulation),
+        )
+
+    found = list(changes(side(4, 1), side(batch_size, accumulation), (2, processes)))
+    assert found and {change.rule for change in found} == {rule}
+
+
 @pytest.mark.slow
 def test_a_changed_learning_rate_is_applied_and_said(tiny, tmp_path):
     """The rate of the checkpoint was kept without a word, although exit code 3 advises the
