@@ -52,7 +52,8 @@ def compare(
             ' name it once'
         )
     cfgs = [read_config(config, options) for config in configs]
-    metric = metric or (cfgs[0].get('default_hooks') or {}).get('checkpoint', {}).get('save_best')
+    hooks = cfgs[0].get('default_hooks') or {}
+    metric = metric or (hooks.get('checkpoint') or {}).get('save_best')
     if not metric:
         raise UsageError(
             f'{configs[0]} does not say by which metric its checkpoints are kept; name the metric,'
