@@ -2,7 +2,7 @@
 import pytest
 import torch
 
-from mmfgm.flow import CountNFE, euler, heun, uniform_times
+from mmfgm.flow import CountNFE, edm_times, euler, heun, uniform_times
 
 
 def velocity(x, t):
@@ -64,3 +64,22 @@ def test_bad_times(x_1):
         uniform_times(0)
     with pytest.raises(ValueError, match='1-D tensor'):
         euler(velocity, x_1, torch.tensor(1.0))
+
+
+def test_edm_times_make_the_steps_of_edms_sampler():
+    """Euler on its noise levels, x = x_0 + sigma n, in denoisers of N(0, 0.5^2) (Eq. 5); ours
+    starts from pure noise, so both are compared from the second level on."""
+    steps = 18
+    i = torch.arange(steps, dtype=torch.float64)
+    sigmas = (80 ** (1 / 7) + i / (steps - 1) * (0.002 ** (1 / 7) - 80 ** (1 / 7))) ** 7
+    times = edm_times(steps)
+    assert times[0] == 1 and times[-1] == 0 and times.dtype == torch.float32
+    torch.testing.assert_close(times[1:-1].double(), sigmas[1:] / (1 + sigmas[1:]))
+    x = torch.linspace(-2, 2, 9, dtype=torch.float64)[:, None] * sigmas[1]
+    x_t = x / (1 + sigmas[1])
+    for sigma, below in zip(sigmas[1:], [*sigmas[2:], 0.0]):
+        denoised = 0.25 / (0.25 + sigma**2) * x
+        x = x + (below - sigma) * (x - denoised) / sigma
+    torch.testing.assert_close(euler(velocity, x_t, times[1:]), x, rtol=1e-4, atol=1e-6)
+    with pytest.raises(ValueError, match='0 < sigma_min < sigma_max'):
+        edm_times(4, sigma_min=0)
