@@ -154,31 +154,32 @@ def read_json(path: str, fix: str, kind: type = object) -> Any:
         raise UsageError(f'{path!r} is damaged ({e!r}); {fix}') from e
 
 
-def seal(content: dict[str, Any]) -> dict[str, Any]:
-    """``content`` with a ``checksum`` of all of it: it finds damage, as a forger makes another.
+def seal(content: dict[str, Any], key: str = 'checksum') -> dict[str, Any]:
+    """``content`` with a checksum of all of it as ``key``: it finds damage, as a forger makes
+    another.
 
     See :func:`check_seal`.
     """
-    return {**content, 'checksum': _checksum(content)}
+    return {**content, key: _checksum(content, key)}
 
 
-def check_seal(content: dict[str, Any]) -> None:
-    """Hold what was read from a JSON file against its ``checksum``; files without one are older, or
+def check_seal(content: dict[str, Any], key: str = 'checksum') -> None:
+    """Hold what was read from a JSON file against its checksum; files without one are older, or
     were made by hand.
 
     Raises:
         ValueError: If it is of another content.
     """
-    if 'checksum' in content and content['checksum'] != _checksum(content):
+    if key in content and content[key] != _checksum(content, key):
         raise ValueError(
             'its checksum is of another content; where it was changed on purpose, delete the key'
-            " 'checksum'"
+            f' {key!r}'
         )
 
 
-def _checksum(content: dict[str, Any]) -> str:
+def _checksum(content: dict[str, Any], key: str) -> str:
     # as it will be read: keys are texts, tuples are lists
-    sealed = json.loads(json.dumps({k: v for k, v in content.items() if k != 'checksum'}))
+    sealed = json.loads(json.dumps({k: v for k, v in content.items() if k != key}))
     return hashlib.sha256(json.dumps(sealed, sort_keys=True).encode()).hexdigest()
 
 

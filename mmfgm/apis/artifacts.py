@@ -1,13 +1,11 @@
 # Copyright (c) mmfgm authors.
 """What an export is on disk, and how to tell it from a training checkpoint."""
 
-import hashlib
-import json
 import os
 import os.path as osp
 
 from mmfgm.errors import DamagedError, UsageError
-from mmfgm.files import check_regular, read_json, sha256
+from mmfgm.files import check_regular, check_seal, read_json, sha256
 from mmfgm.models.families import family_of
 
 from .schema import check_description
@@ -23,16 +21,6 @@ SEAL = 'description_sha256'
 def is_export(path: str | None) -> bool:
     """Whether a folder was written by ``tools/export_diffusers.py``."""
     return path is not None and osp.isfile(osp.join(path, EXPORT_FILE))
-
-
-def seal(description: dict) -> dict:
-    """The description of an export with its own checksum."""
-    return {**description, SEAL: _digest(description)}
-
-
-def _digest(description: dict) -> str:
-    rest = {key: value for key, value in description.items() if key != SEAL}
-    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def check_weights(path: str, export: dict) -> None:
@@ -85,11 +73,12 @@ def read_export(path: str) -> dict:
     file = osp.join(path, EXPORT_FILE)
     export = read_json(file, 'export again', dict)
     check_description(export, file)
-    # written since exports have it
-    if SEAL in export and export[SEAL] != _digest(export):
+    try:
+        check_seal(export, SEAL)
+    except ValueError as e:
         raise DamagedError(
             file, f'it is not what was exported (if you changed it yourself, delete {SEAL!r})'
-        )
+        ) from e
     if export['kind'] == 'lora':
         raise UsageError(
             f"{path!r} holds adapters alone, for diffusers' load_lora_weights; name the training"

@@ -418,11 +418,7 @@ def torture(
     overrides = [
         f'train_cfg.max_iters={iterations}',
         f'default_hooks.checkpoint.interval={max(iterations // 8, 1)}',
-        *(
-            [f'strategy.type={dict(ddp="DDPStrategy", fsdp2="FSDP2Strategy")[strategy]}']
-            if strategy
-            else []
-        ),
+        *([f'strategy.type={STRATEGIES[strategy]}'] if strategy else []),
         *options,
     ]
     launcher = ['--launcher', 'pytorch'] if processes > 1 else []

@@ -3,7 +3,15 @@ from .guidance import ClassifierFreeGuidance, NullLabel
 from .ode import CountNFE, edm_times, euler, heun, shifted_times, uniform_times
 from .path import LinearPath, PathSample, expand_t
 from .time_samplers import Beta, EDMGrid, LogitNormal, Uniform
-from .weights import SMALLEST_ERROR, PowerWeight, SiDWeight, Weight, mean_over_event, weight_named
+from .weights import (
+    SMALLEST_ERROR,
+    PowerWeight,
+    SiDWeight,
+    Weight,
+    mean_over_event,
+    velocity_error,
+    weight_named,
+)
 
 __all__ = [
     'SMALLEST_ERROR',
@@ -26,5 +34,6 @@ __all__ = [
     'mean_over_event',
     'shifted_times',
     'uniform_times',
+    'velocity_error',
     'weight_named',
 ]

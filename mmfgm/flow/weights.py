@@ -22,13 +22,12 @@ def mean_over_event(x: Tensor) -> Tensor:
     return x.flatten(1).mean(1)
 
 
-def data_error(u: Tensor, path: PathSample) -> Tensor:
-    """``mean_d |x_0 - D_u(x_t)|`` of each sample, without gradient, clipped from below at 1e-5.
+def velocity_error(u: Tensor, path: PathSample) -> Tensor:
+    """``mean_d |u - (eps - x_0)|`` of each sample, without gradient.
 
-    With the denoiser ``D_u = x_t - t u`` it is ``t mean_d |u - (eps - x_0)|``.
+    With the denoiser ``D_u = x_t - t u``, t times it is ``mean_d |x_0 - D_u(x_t)|``.
     """
-    error = mean_over_event((u.detach() - path.velocity.detach()).abs())
-    return (path.t.to(error.dtype) * error).clamp(min=SMALLEST_ERROR)
+    return mean_over_event((u.detach() - path.velocity.detach()).abs())
 
 
 @dataclass(frozen=True)
@@ -65,7 +64,8 @@ class SiDWeight:
     order_at_0 = 1.0
 
     def __call__(self, u: Tensor, path: PathSample) -> Tensor:
-        return path.t.to(u.dtype).square() / (2 * data_error(u, path))
+        t = path.t.to(u.dtype)
+        return t.square() / (2 * (t * velocity_error(u, path)).clamp(min=SMALLEST_ERROR))
 
 
 WEIGHTS: dict[str, Weight] = dict(

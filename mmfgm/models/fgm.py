@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from mmfgm.errors import UsageError
-from mmfgm.flow import ClassifierFreeGuidance, LinearPath, PathSample
+from mmfgm.flow import ClassifierFreeGuidance, LinearPath
 from mmfgm.registry import MODELS, TASK_UTILS
 
 from .base import FlowModel, Phase
@@ -209,12 +209,13 @@ class FGM(FlowModel):
         self,
         network: nn.Module,
         guidance: ClassifierFreeGuidance | None,
-        path: PathSample,
+        x_t: Tensor,
+        t: Tensor,
         cond: Conditions,
     ) -> Tensor:
         if guidance is None:
-            return network(path.x_t, path.t, **cond)
-        return guidance(network, path.x_t, path.t, cond)
+            return network(x_t, t, **cond)
+        return guidance(network, x_t, t, cond)
 
     def online_loss(
         self, x_0: Tensor, cond: Conditions, real: dict[str, Any] | None = None
@@ -224,19 +225,15 @@ class FGM(FlowModel):
         x_0_sg = x_0.detach()
         path = LinearPath.sample(x_0_sg, self.fm_time_sampler(len(x_0), x_0.device))
         if not getattr(self.loss_online, 'needs_real', False):
-            v = self._velocity(self.online, self.online_guidance, path, cond)
+            v = self._velocity(self.online, self.online_guidance, path.x_t, path.t, cond)
             return self.loss_online(None, v, path)
         n = len(x_0)
         path_real = LinearPath.sample(
             real['x_0'], self.fm_time_sampler(len(real['x_0']), x_0.device)
         )
         both = {name: torch.cat([cond[name], real['cond'][name]]) for name in cond}
-        paths = LinearPath.sample(
-            torch.cat([path.x_0, path_real.x_0]),
-            torch.cat([path.t, path_real.t]),
-            torch.cat([path.eps, path_real.eps]),
-        )
-        v = self._velocity(self.online, self.online_guidance, paths, both)
+        x_t, t = torch.cat([path.x_t, path_real.x_t]), torch.cat([path.t, path_real.t])
+        v = self._velocity(self.online, self.online_guidance, x_t, t, both)
         return self.loss_online(None, v[:n], path, v[n:], path_real)
 
     def discriminator_loss(
@@ -267,8 +264,8 @@ class FGM(FlowModel):
         path = LinearPath.sample(x_0_fgm, self.fgm_time_sampler(len(x_0), x_0.device))
         through = getattr(self.loss_fgm, 'through_networks', True)
         with torch.set_grad_enabled(through and torch.is_grad_enabled()):
-            u = self._velocity(self.teacher, self.guidance, path, cond)
-            v = self._velocity(self.online, self.online_guidance, path, cond)
+            u = self._velocity(self.teacher, self.guidance, path.x_t, path.t, cond)
+            v = self._velocity(self.online, self.online_guidance, path.x_t, path.t, cond)
         losses.update(self.loss_fgm(u, v, path))
         if self.gan is not None and self.iteration >= self.gan.start:
             fake = self.gan.logits(

@@ -13,8 +13,8 @@ from warnings import simplefilter
 
 import torch
 
-from mmfgm.apis.artifacts import sha256
 from mmfgm.engine.checkpoint import save_directory, save_file
+from mmfgm.files import sha256
 from mmfgm.models import EXTRAS, check_shards, load_shards, read_pickle, read_state_dict
 
 LAYERS = 25

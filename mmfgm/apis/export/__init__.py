@@ -9,12 +9,12 @@ from mmengine.registry import DefaultScope
 
 from mmfgm.config import resolve
 from mmfgm.errors import UsageError
-from mmfgm.files import whole_folder
+from mmfgm.files import seal, whole_folder
 from mmfgm.models import FGM
 from mmfgm.models.families import family_of
 from mmfgm.registry import MODELS
 
-from ..artifacts import EXPORT_FILE, check_checkpoint, seal
+from ..artifacts import EXPORT_FILE, SEAL, check_checkpoint
 from ..card import describe_source
 from ..sampling_model import SamplingModel
 from .exporter import DTYPES, BaseExporter, Exporter, write_text
@@ -138,7 +138,9 @@ def export_generator(
         description = dict(
             format=1, kind=exporter.kind, network=name, dtype=dtype, **about, source=source
         )
-        write_text(osp.join(folder, EXPORT_FILE), json.dumps(seal(description), indent=2) + '\n')
+        write_text(
+            osp.join(folder, EXPORT_FILE), json.dumps(seal(description, SEAL), indent=2) + '\n'
+        )
     return exporter.kind
 
 

@@ -13,6 +13,7 @@ from mmfgm.flow import (
     Weight,
     expand_t,
     mean_over_event,
+    velocity_error,
     weight_named,
 )
 
@@ -59,5 +60,5 @@ class DMDLoss(GeneratorLoss):
     def terms(self, u: Tensor, v: Tensor, path: PathSample) -> Tensor:
         """``mean_d sg(G) x_0``, shape ``(N,)``."""
         u, v = u.detach(), v.detach()
-        error = mean_over_event((u - path.velocity.detach()).abs()).clamp(min=SMALLEST_ERROR)
+        error = velocity_error(u, path).clamp(min=SMALLEST_ERROR)
         return mean_over_event((u - v) / expand_t(error, u) * path.x_0)
