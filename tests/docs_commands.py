@@ -171,7 +171,7 @@ COMMANDS = {
     'python tools/estimate_memory.py configs/fgm/sd3_1024.py --gpus 8 --gpu H100-80GB': Run(
         TINY_SD3, '', (sd3_inputs,)
     ),
-    f'python tools/generate.py {SD3_RUN} --prompt "a red cat" --precision bf16 --out cats': Run(
+    f'python tools/generate.py {SD3_RUN} --prompt "a red cat" --precision auto --out cats': Run(
         TINY_SD3, 'cats/grid.png', (sd3_inputs, sd3_checkpoint)
     ),
     f'python tools/export_diffusers.py {SD3_RUN} exports/sd3_1024': Run(

@@ -6,7 +6,7 @@ _base_ = [
     '../_base_/default_runtime.py',
 ]
 
-strategy = dict(type='FSDP2Strategy', block_types=('JointTransformerBlock',), precision='bf16')
+strategy = dict(type='FSDP2Strategy', block_types=('JointTransformerBlock',), precision='auto')
 evaluations = dict(geneval=dict(sampling=dict(network='generator_ema')))
 default_hooks = dict(
     checkpoint=dict(interval=500, max_keep_ckpts=3),

@@ -13,7 +13,7 @@ optim_wrapper = dict(
     discriminator=dict(optimizer=dict(lr=1e-3)),
     generator=dict(optimizer=dict(lr=5e-4)),
 )
-strategy = dict(precision='bf16')
+strategy = dict(precision='auto')
 evaluations = dict(shapes=dict(interval=200))
 default_hooks = dict(
     checkpoint=dict(interval=200, save_best='shapes/score_overall', rule='greater'),

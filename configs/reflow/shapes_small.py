@@ -8,6 +8,6 @@ model = dict(
 train_dataloader = dict(batch_size=64, num_workers=1)
 train_cfg = dict(max_iters=9000)
 optim_wrapper = dict(network=dict(optimizer=dict(lr=1e-3)))
-strategy = dict(precision='bf16')
+strategy = dict(precision='auto')
 evaluations = dict(shapes=dict(interval=0))
 default_hooks = dict(checkpoint=dict(interval=1000), samples=dict(interval=1500))

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from mmengine.config import Config
+from mmengine.device import get_device
 from mmengine.infer import BaseInferencer
 from mmengine.registry import DefaultScope
 from mmengine.structures import BaseDataElement
@@ -17,7 +18,7 @@ from torch import Tensor
 from mmfgm.config import resolve
 from mmfgm.datasets import collate
 from mmfgm.errors import UsageError
-from mmfgm.models import Sampling
+from mmfgm.models import Sampling, choose_precision
 from mmfgm.models.families import Family, family_named, family_of
 from mmfgm.registry import TASK_UTILS
 
@@ -43,8 +44,8 @@ class FGMInferencer(BaseInferencer):
             ``.safetensors`` file of ``tools/merge_checkpoint.py``, or an export's folder. Without
             it, only the teacher can be sampled.
         device (str, optional): Defaults to the GPU, if there is one.
-        precision (str): ``'fp32'``, or ``'bf16'`` for networks and text encoders that compute in
-            bf16.
+        precision (str): ``'fp32'``; ``'bf16'`` for networks and text encoders that compute in bf16;
+            or ``'auto'`` for the second where the device computes in it, else the first.
         text_encoder (dict, optional): Config of what encodes prompts. Defaults to the config's
             ``text_encoder``, or to the encoders of the pipeline at ``model.network.pretrained``;
             loaded when the first prompt comes.
@@ -99,6 +100,8 @@ class FGMInferencer(BaseInferencer):
                 f'the config has no model, but {list(cfg)}; start from one of ours, for example '
                 "'mmfgm::fgm/digits.py'"
             )
+        if precision == 'auto':
+            precision, _ = choose_precision(device or get_device())
         self.precision = precision
         self._lock = threading.Lock()
         self._encoded: tuple[tuple[str, ...], dict[str, Tensor]] = ((), {})

@@ -80,7 +80,10 @@ class SamplingModel:
                 ' of yours that inherits from one'
             )
         if precision not in ('fp32', 'bf16'):
-            raise UsageError(f"precision must be 'fp32' or 'bf16', but is {precision!r}")
+            raise UsageError(
+                "precision must be 'fp32', 'bf16' or, of FGMInferencer, 'auto', but is"
+                f' {precision!r}'
+            )
         self.model = model
         self.weights = weights
         self.export = export

@@ -263,6 +263,7 @@ class CheckpointMixin:
             **{k: v for k, v in extras.get('meta', {}).items() if _is_plain(v)},
             'seed': self._randomness['seed'],
             'world_size': self.world_size,
+            'precision': self.precision,
             'pretrained': self.fingerprints,
             'time': time.strftime('%Y%m%d_%H%M%S', time.localtime()),
             'mmengine': mmengine.__version__,

@@ -45,7 +45,11 @@ RULES = (
     ('*', IGNORED),
 )
 # what leaving a key out means
-DEFAULTS = {'train_cfg.accumulation': 1, 'train_cfg.share_samples': False}
+DEFAULTS = {
+    'train_cfg.accumulation': 1,
+    'train_cfg.share_samples': False,
+    'strategy.precision': 'fp32',
+}
 
 
 @dataclass(frozen=True)

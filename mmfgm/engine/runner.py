@@ -222,6 +222,10 @@ class FlowRunner(FlexibleRunner):
                 ' checkpoint.'
             )
             return False
+        # where a config says 'auto', the hardware decides
+        for side, precision in ((old, meta.get('precision')), (new, self.strategy.precision)):
+            if precision:
+                side['strategy'] = {**(side.get('strategy') or {}), 'precision': precision}
         now = get_world_size()
         found = list(changes(old, new, (meta.get('world_size', now), now)))
         refused = [str(change) for change in found if change.rule == REFUSED]

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from mmengine._strategy.single_device import SingleDeviceStrategy as _SingleDeviceStrategy
 from mmengine.device import get_device
+from mmengine.dist import all_gather_object
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -29,13 +30,13 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from mmfgm.errors import UsageError
-from mmfgm.models import bf16_autocast, has_adapters, move_to
+from mmfgm.models import bf16_autocast, choose_precision, has_adapters, move_to
 from mmfgm.processes import init_processes, local
 from mmfgm.registry import STRATEGIES
 
 from .checkpoint import CheckpointMixin, check_shapes
 
-PRECISIONS = ('fp32', 'tf32', 'bf16')
+PRECISIONS = ('fp32', 'tf32', 'bf16', 'auto')
 
 
 def _on_log_error(handler: logging.Handler, record: logging.LogRecord) -> None:
@@ -49,11 +50,16 @@ class SingleDeviceStrategy(CheckpointMixin, _SingleDeviceStrategy):
 
     Args:
         precision (str): ``'fp32'``; ``'tf32'`` for matrix products and convolutions of float32 on
-            the tensor cores of a GPU; or ``'bf16'`` for bf16 compute with float32 weights, losses
-            and optimizer state. Defaults to ``'fp32'``.
+            the tensor cores of a GPU; ``'bf16'`` for bf16 compute with float32 weights, losses
+            and optimizer state; or ``'auto'`` for bf16 on GPUs and CPUs that compute in it and fp32
+            on all others, which the log then names. Defaults to ``'fp32'``, in which the small
+            problems, whose distances bf16 would round, are measured on any hardware.
         compile (bool): Run the networks of the training step through ``torch.compile``. Defaults to
             False.
         **kwargs: For MMEngine's ``BaseStrategy``.
+
+    Attributes:
+        precision (str): What was chosen, never ``'auto'``.
 
     Raises:
         UsageError: If ``precision`` is unknown.
@@ -67,6 +73,22 @@ class SingleDeviceStrategy(CheckpointMixin, _SingleDeviceStrategy):
         self.precision = precision
         self.compile = compile
         super().__init__(**kwargs)
+        self._choose_precision()
+
+    def _choose_precision(self) -> None:
+        """Resolve ``'auto'`` to what all processes compute in, and say when bf16 is slow here."""
+        if self.precision not in ('auto', 'bf16'):
+            return
+        # one GPU without bf16 decides for the others: processes exchange weights or gradients
+        found = all_gather_object(choose_precision(get_device()))
+        chosen, why = next((each for each in found if each[0] == 'fp32'), found[0])
+        if self.precision == 'auto':
+            self.precision = chosen
+            self.logger.info(f"strategy.precision='auto' is {chosen} here: {why}.")
+        elif chosen != 'bf16':
+            self.logger.warning(
+                f"strategy.precision='bf16' is slow here: {why}. Set it to 'auto' or 'fp32'."
+            )
 
     def build_logger(self, *args, **kwargs):
         """As MMEngine's, but a full disk is not told by a traceback for each line of the log: what

@@ -26,7 +26,7 @@ __getattr__, __dir__, __all__ = attach(
         ],
         'networks': ['AdaLNMLP', 'EDMUNet', 'EDMVelocity', 'UNetVelocity'],
         'preprocessor': ['ImagePreprocessor', 'from_uint8'],
-        'sampling': ['Sampler', 'Sampling', 'bf16_autocast'],
+        'sampling': ['Sampler', 'Sampling', 'bf16_autocast', 'choose_precision'],
         'checksums': ['CHECKSUMS', 'checksums_of', 'fingerprint'],
         'sharded': [
             'EXTRAS',

@@ -16,6 +16,8 @@ from mmfgm.processes import is_finite, local
 from mmfgm.registry import FUNCTIONS
 
 Conditions = dict[str, Tensor]
+# of a CPU that multiplies matrices in bf16; any other converts each number, many times slower
+BF16_FLAGS = ('avx512_bf16', 'amx_bf16')
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,32 @@ def bf16_autocast(device_type: str) -> Callable[[], AbstractContextManager]:
     where one is.
     """
     return partial(torch.autocast, device_type, torch.bfloat16, cache_enabled=False)
+
+
+def choose_precision(device: str | torch.device) -> tuple[str, str]:
+    """What ``precision='auto'`` means on a device.
+
+    Args:
+        device (str | torch.device): Of type ``'cuda'`` or ``'cpu'``; any other computes in fp32.
+
+    Returns:
+        tuple[str, str]: ``'bf16'`` where the hardware computes in it, else ``'fp32'``; and why, for
+            the log.
+    """
+    kind = torch.device(device).type
+    if kind == 'cuda':
+        name = torch.cuda.get_device_name(device)
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return 'bf16', f'{name} computes in it'
+        return 'fp32', f'{name} has no bf16'
+    if kind != 'cpu':
+        return 'fp32', f'of {kind} it is not known whether it computes in bf16'
+    # older versions of torch cannot be asked
+    flags = getattr(torch.cpu, 'get_capabilities', dict)()
+    found = [flag for flag in BF16_FLAGS if flags.get(flag)]
+    if found:
+        return 'bf16', f'this CPU has {" and ".join(found)}'
+    return 'fp32', f'this CPU has neither {" nor ".join(BF16_FLAGS)}'
 
 
 def check_labels(cond: Conditions, num_classes: int | None) -> None:

@@ -22,7 +22,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument('--device', help='default: the GPU, if there is one')
     parser.add_argument(
-        '--precision', choices=['fp32', 'bf16'], default='fp32', help='default: %(default)s'
+        '--precision', choices=['fp32', 'bf16', 'auto'], default='fp32', help='default: %(default)s'
     )
     parser.add_argument(
         '--teacher',

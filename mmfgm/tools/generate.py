@@ -98,7 +98,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         '--precision',
-        choices=['fp32', 'bf16'],
+        choices=['fp32', 'bf16', 'auto'],
         default='fp32',
         help='of the networks (default: fp32)',
     )

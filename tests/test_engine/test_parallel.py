@@ -9,7 +9,7 @@ import torch
 
 from mmfgm.engine import SingleDeviceStrategy
 from mmfgm.errors import UsageError
-from mmfgm.models import read_state_dict
+from mmfgm.models import choose_precision, read_state_dict
 from tests.conftest import tool_env, train
 
 # Adam divides by the gradient's size, so float32 noise in a tiny gradient would become a full step:
@@ -111,6 +111,63 @@ def test_precision_sets_tf32():
         assert torch.backends.cuda.matmul.allow_tf32 is torch.backends.cudnn.allow_tf32 is allowed
     with pytest.raises(UsageError, match="one of .* but is 'fp16'"):
         SingleDeviceStrategy(precision='fp16')
+
+
+def log_of(folder, precision):
+    """A strategy's choice, and what it logged."""
+    # loggers are kept by name: that of another test would be taken
+    options = dict(work_dir=str(folder), experiment_name=str(folder).replace('/', '_'))
+    strategy = SingleDeviceStrategy(precision=precision, **options)
+    (log,) = folder.rglob('*.log')
+    return strategy.precision, log.read_text()
+
+
+@pytest.mark.parametrize(
+    'flags, chosen, why',
+    [
+        (dict(avx512_bf16=True, amx_bf16=False), 'bf16', 'this CPU has avx512_bf16'),
+        (dict(avx512_bf16=True, amx_bf16=True), 'bf16', 'has avx512_bf16 and amx_bf16'),
+        (dict(avx512_f=True, amx_bf16=False), 'fp32', 'neither avx512_bf16 nor amx_bf16'),
+        # torch that cannot be asked
+        (None, 'fp32', 'neither'),
+    ],
+)
+def test_auto_takes_bf16_where_the_cpu_has_it(flags, chosen, why, monkeypatch, tmp_path):
+    if flags is None:
+        monkeypatch.delattr(torch.cpu, 'get_capabilities', raising=False)
+    else:
+        monkeypatch.setattr(torch.cpu, 'get_capabilities', lambda: flags, raising=False)
+    precision, log = log_of(tmp_path, 'auto')
+    assert precision == chosen
+    assert f"strategy.precision='auto' is {chosen} here" in log and why in log
+
+
+def test_auto_on_a_gpu_and_elsewhere(monkeypatch):
+    monkeypatch.setattr(torch.cuda, 'get_device_name', lambda device: 'A100')
+    for supported, expected in ((True, 'bf16'), (False, 'fp32')):
+        monkeypatch.setattr(
+            torch.cuda,
+            'is_bf16_supported',
+            # what is emulated is no support
+            lambda including_emulation=True, here=supported: here or including_emulation,
+        )
+        chosen, why = choose_precision('cuda')
+        assert chosen == expected and 'A100' in why
+    assert choose_precision('mps')[0] == 'fp32'
+
+
+def test_bf16_is_said_to_be_slow_where_the_cpu_emulates_it(monkeypatch, tmp_path):
+    for flags, warned in ((dict(avx512_bf16=True), False), (dict(), True)):
+        monkeypatch.setattr(torch.cpu, 'get_capabilities', lambda flags=flags: flags, raising=False)
+        precision, log = log_of(tmp_path / str(warned), 'bf16')
+        assert precision == 'bf16' and ('is slow here' in log) is warned
+
+
+def test_one_process_without_bf16_decides_for_all(monkeypatch, tmp_path):
+    found = [('bf16', 'an A100'), ('fp32', 'a V100'), ('bf16', 'an A100')]
+    monkeypatch.setattr('mmfgm.engine.strategies.all_gather_object', lambda mine: found)
+    precision, log = log_of(tmp_path, 'auto')
+    assert precision == 'fp32' and 'a V100' in log
 
 
 @pytest.mark.slow

@@ -1,12 +1,16 @@
 # Copyright (c) mmfgm authors.
 """A config that changed between a run and its resuming."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+from mmengine.config import Config
 from mmengine.optim import CosineAnnealingLR, LinearLR, OptimWrapper
 
 from mmfgm.engine.resuming import APPLIED, REFUSED, WARNED, changes, reschedule, settings
-from mmfgm.models import latest_checkpoint, read_state_dict
+from mmfgm.engine.runner import FlowRunner
+from mmfgm.models import choose_precision, latest_checkpoint, read_state_dict
 from mmfgm.models.weights import read_pickle
 from tests.conftest import train
 from tests.test_engine.test_resume import assert_same, hook_options
@@ -111,6 +115,47 @@ def test_as_many_samples_an_update_are_no_other_run(batch_size, accumulation, pr
 
     found = list(changes(side(4, 1), side(batch_size, accumulation), (2, processes)))
     assert found and {change.rule for change in found} == {rule}
+
+
+@pytest.mark.slow
+def test_another_resolved_precision_is_warned_about(tiny, tmp_path):
+    """A config that says 'auto' on both machines hides what they made of it: checkpoints say it."""
+    chosen, _ = choose_precision('cpu')
+    other = dict(bf16='fp32', fp32='bf16')[chosen]
+    train(tiny / 'fgm.py', tmp_path, f'strategy.precision={other}', 'train_cfg.max_iters=2')
+    meta = read_pickle(latest_checkpoint(str(tmp_path)))['meta']
+    assert meta['precision'] == other
+    result = train(tiny / 'fgm.py', tmp_path, 'strategy.precision=auto', resume=True)
+    text = result.stdout + result.stderr
+    assert f"strategy.precision='auto' is {chosen} here" in text
+    assert f'Changed since the checkpoint: strategy.precision: {other} -> {chosen}' in text
+
+
+@pytest.mark.parametrize(
+    'before, configured, now, warned',
+    [
+        ('bf16', 'auto', 'bf16', None),
+        ('bf16', 'auto', 'fp32', 'bf16 -> fp32'),
+        # a checkpoint from before there was an entry for it
+        (None, 'bf16', 'fp32', 'bf16 -> fp32'),
+        (None, None, 'fp32', None),
+        (None, None, 'bf16', 'fp32 -> bf16'),
+    ],
+)
+def test_precisions_are_compared_as_they_were_resolved(before, configured, now, warned):
+    old = Config(dict(strategy=dict(precision=configured)) if configured else dict())
+    said = []
+    runner = SimpleNamespace(
+        cfg=Config(dict(strategy=dict(precision='auto'))),
+        strategy=SimpleNamespace(precision=now),
+        logger=SimpleNamespace(warning=said.append),
+        allow_changes=False,
+        param_schedulers=None,
+    )
+    meta = dict(cfg=old.pretty_text, iter=1, **({'precision': before} if before else {}))
+    FlowRunner._compare_config(runner, 'a.pth', meta)
+    assert len(said) == (warned is not None)
+    assert warned is None or f'strategy.precision: {warned}' in said[0]
 
 
 @pytest.mark.slow

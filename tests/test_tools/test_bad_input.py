@@ -50,7 +50,10 @@ TRAIN_ERRORS = {
         ['optim_wrapper.critic.optimizer.type=Adam'],
         'must name the trained networks',
     ),
-    'unknown precision': (['strategy.precision=fp8'], "must be one of ('fp32', 'tf32', 'bf16')"),
+    'unknown precision': (
+        ['strategy.precision=fp8'],
+        "must be one of ('fp32', 'tf32', 'bf16', 'auto')",
+    ),
     'no seed': (['randomness.seed=None'], 'randomness.seed must be a whole number'),
     'best of an unknown metric': (
         ['default_hooks.checkpoint.save_best=fid'],

@@ -85,6 +85,8 @@ evaluations = dict(geneval=dict(
         'train_dataloader.batch_size=2',
         'train_dataloader.num_workers=0',
         'train_cfg.accumulation=2',
+        # what the config's 'auto' is on the GPUs that it is for
+        'strategy.precision=bf16',
         'train_cfg.max_iters=4',
         'default_hooks.checkpoint.interval=2',
         'default_hooks.checkpoint.save_best=geneval/overall',

@@ -60,6 +60,8 @@ class Plan:
             raise UsageError(
                 f'strategy.precision must be one of {PRECISIONS}, but is {precision!r}'
             )
+        # the GPUs that memory is estimated for compute in bf16
+        precision = 'bf16' if precision == 'auto' else precision
         return cls(name, precision, gpus, tuple(strategy.get('block_types', ())))
 
     @property
