@@ -7,7 +7,9 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from datetime import timedelta
+from multiprocessing import get_context
 from typing import Any, TypeVar
 
 import torch
@@ -51,6 +53,15 @@ def _watch(parent: int) -> None:
     while os.getppid() == parent:
         time.sleep(1)
     os.kill(os.getpid(), getattr(signal, 'SIGKILL', signal.SIGTERM))
+
+
+def run_apart(function: Callable[..., T], *args: Any) -> T:
+    """``function(*args)`` in a process of its own, which has its own peak of memory and random
+    state, and ends with this one."""
+    with ProcessPoolExecutor(
+        1, mp_context=get_context('spawn'), initializer=end_with_parent
+    ) as pool:
+        return pool.submit(function, *args).result()
 
 
 def init_processes(launcher: str, backend: str | None = None, **kwargs: Any) -> None:

@@ -144,8 +144,8 @@ except UsageError:
     assert sorted(said) == ['held\n'] + ['refused\n'] * 5
 
 
-def test_a_killed_parent_takes_its_process_along(tmp_path):
-    code = """
+LINKED = dict(
+    launched="""
 import subprocess, sys
 child = subprocess.Popen([sys.executable, '-c', '''
 import os, time
@@ -155,12 +155,21 @@ print(os.getpid(), flush=True)
 time.sleep(3600)
 '''], start_new_session=True)
 child.wait()
-"""
+""",
+    apart="""
+from mmfgm.processes import run_apart
+run_apart(exec, 'import os, time; print(os.getpid(), flush=True); time.sleep(3600)')
+""",
+)
+
+
+@pytest.mark.parametrize('way', LINKED)
+def test_a_killed_parent_takes_its_process_along(way):
     parent = subprocess.Popen(
-        [sys.executable, '-c', code], env=tool_env(), stdout=subprocess.PIPE, text=True
+        [sys.executable, '-c', LINKED[way]], env=tool_env(), stdout=subprocess.PIPE, text=True
     )
     pid = int(parent.stdout.readline())
-    assert start_of(pid) is not None
+    assert pid != parent.pid and start_of(pid) is not None
     parent.kill()
     parent.wait()
     gone(pid)

@@ -20,6 +20,8 @@ default_hooks = dict(
     samples=dict(
         nrow=10,
         dataset=dict(num_samples=100),
-        samplings={'teacher, 50 NFE': dict(network='teacher', nfe=50, solver='heun')},
+        samplings={
+            'teacher, 50 NFE': dict(network='teacher', nfe=50, solver='heun', spacing='edm')
+        },
     )
 )

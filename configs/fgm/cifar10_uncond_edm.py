@@ -14,5 +14,7 @@ model = dict(
     generator=dict(t_star=5 / 7, c_skip=5 / 7, c_in=5 / 7),
 )
 default_hooks = dict(
-    samples=dict(samplings={'teacher, 50 NFE': dict(network='teacher', nfe=50, solver='heun')})
+    samples=dict(
+        samplings={'teacher, 50 NFE': dict(network='teacher', nfe=50, solver='heun', spacing='edm')}
+    )
 )

@@ -6,12 +6,11 @@ import os.path as osp
 import resource
 import statistics
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from typing import Any
 
 from mmfgm.errors import UsageError
 from mmfgm.files import read_json, write_file
+from mmfgm.processes import run_apart
 
 from .config import read_config
 from .quickstart import train_stage
@@ -71,9 +70,7 @@ def compare(
 
 
 def _measured(config: str, work_dir: str, options: dict[str, Any], metric: str) -> dict[str, Any]:
-    # a process of its own: peak memory is that of this run, and its random state no other's
-    with ProcessPoolExecutor(1, mp_context=get_context('spawn')) as pool:
-        trained = pool.submit(_train, config, work_dir, options).result()
+    trained = run_apart(_train, config, work_dir, options)  # peak memory is that of this run
     run = read_run(work_dir)
     series = run.scalars.get(metric)
     if not series:

@@ -220,6 +220,7 @@ class FGMInferencer(BaseInferencer):
         solver: str | None = None,
         shift: float | None = None,
         guidance: float | None = None,
+        spacing: str | None = None,
         out: str = 'pil',
         grid: int = 0,
         return_datasamples: bool = False,
@@ -235,10 +236,11 @@ class FGMInferencer(BaseInferencer):
             batch_size (int): Inputs per network call. Defaults to 8.
             network (str, optional): One of :attr:`networks`. Defaults to the first.
             nfe (int, optional): Network calls; see :class:`~mmfgm.models.Sampling`. Defaults, as
-                the next three do, to that of :meth:`default_sampling`.
+                the next four do, to that of :meth:`default_sampling`.
             solver (str, optional): ``'euler'`` or ``'heun'``.
             shift (float, optional): Of the time grid.
             guidance (float, optional): Scale of classifier-free guidance; 1 is none.
+            spacing (str, optional): Of the times, ``'uniform'`` or ``'edm'``.
             out (str): ``'pil'``; ``'numpy'``, uint8 ``(H, W, C)``, or points as float32; or
                 ``'tensor'``, float32 as the model makes them, images ``(C, H, W)`` in [-1, 1] up to
                 overshoot, on the CPU. Defaults to ``'pil'``.
@@ -259,7 +261,9 @@ class FGMInferencer(BaseInferencer):
             raise UsageError(f'out must be one of {OUT_TYPES}, but is {out!r}')
         given = {
             name: value
-            for name, value in dict(nfe=nfe, solver=solver, shift=shift, guidance=guidance).items()
+            for name, value in dict(
+                nfe=nfe, solver=solver, shift=shift, guidance=guidance, spacing=spacing
+            ).items()
             if value is not None
         }
         sampling = replace(self.default_sampling(network), **given)

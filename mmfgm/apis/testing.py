@@ -93,6 +93,7 @@ def measure(
     solver: str = 'euler',
     guidance: float | None = None,
     shift: float | None = None,
+    spacing: str = 'uniform',
     evaluation: Sequence[str] | None = None,
     out: str | None = None,
 ) -> Table:
@@ -103,7 +104,8 @@ def measure(
         checkpoint (str, optional): Checkpoint or work dir; not needed for the teacher alone.
         networks (Sequence[str], optional): Defaults to the one each evaluation names.
         nfe (Sequence[int]): Network evaluations of networks that are integrated.
-        solver (str), guidance (float, optional), shift (float, optional): Of these.
+        solver (str), guidance (float, optional), shift (float, optional), spacing (str): Of these;
+            see :class:`~mmfgm.models.Sampling`.
         evaluation (Sequence[str], optional): Which of the config's. Defaults to all.
         out (str, optional): Defaults to ``test`` in the work dir.
 
@@ -125,7 +127,15 @@ def measure(
     cfg.work_dir = out or osp.join(cfg.work_dir, 'test')
     with disk_errors(cfg.work_dir, 'start the same command again'):
         return _measure(
-            cfg, entries, networks, checkpoint, nfe, solver, guidance=guidance, shift=shift
+            cfg,
+            entries,
+            networks,
+            checkpoint,
+            nfe,
+            solver,
+            guidance=guidance,
+            shift=shift,
+            spacing=spacing,
         )
 
 

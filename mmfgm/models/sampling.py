@@ -11,13 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from mmfgm.errors import NonFiniteError, UsageError
-from mmfgm.flow import ClassifierFreeGuidance, shifted_times, uniform_times
+from mmfgm.flow import ClassifierFreeGuidance, edm_times, shifted_times, uniform_times
 from mmfgm.processes import is_finite, local
 from mmfgm.registry import FUNCTIONS
 
 Conditions = dict[str, Tensor]
 # of a CPU that multiplies matrices in bf16; any other converts each number, many times slower
 BF16_FLAGS = ('avx512_bf16', 'amx_bf16')
+
+SPACINGS = dict(uniform=uniform_times, edm=edm_times)
 
 
 @dataclass(frozen=True)
@@ -33,9 +35,12 @@ class Sampling:
             pipeline uses (3 there). Defaults to evenly spaced times.
         guidance (float, optional): Scale of classifier-free guidance; one batched call, so one
             evaluation.
+        spacing (str): Of the times: ``'uniform'``, or ``'edm'`` for those of EDM's sampler, which
+            its published networks are sampled at. Defaults to ``'uniform'``.
 
     Raises:
-        UsageError: If the solver cannot spend exactly ``nfe`` evaluations.
+        UsageError: If the solver cannot spend exactly ``nfe`` evaluations, there is no such
+            spacing, or a shift is asked of another than the uniform one.
     """
 
     network: str
@@ -43,12 +48,13 @@ class Sampling:
     solver: str = 'euler'
     shift: float | None = None
     guidance: float | None = None
+    spacing: str = 'uniform'
 
     def times(self, device) -> Tensor:
         """The solver's time grid, from 1 to 0."""
         steps = self.nfe // FUNCTIONS.get(self.solver).evaluations_per_step
         if self.shift is None:
-            return uniform_times(steps, device)
+            return SPACINGS[self.spacing](steps, device)
         return shifted_times(steps, self.shift, device)
 
     def __post_init__(self):
@@ -59,6 +65,15 @@ class Sampling:
             raise UsageError(
                 f'{self.solver} spends {solver.evaluations_per_step} evaluations a step, so its NFE'
                 f' must be a positive multiple of that, but got nfe={self.nfe}'
+            )
+        if self.spacing not in SPACINGS:
+            raise UsageError(
+                f'there is no spacing of times {self.spacing!r}; use {" or ".join(SPACINGS)}'
+            )
+        if self.shift is not None and self.spacing != 'uniform':
+            raise UsageError(
+                f'shift={self.shift} moves uniform times, but spacing={self.spacing!r}; leave one'
+                ' of the two out'
             )
 
 

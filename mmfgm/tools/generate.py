@@ -90,6 +90,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         default=None,
         help="of the teacher's time grid; 3 for SD3's scheduler",
     )
+    parser.add_argument('--spacing', default=None, help="of the teacher's times: uniform or edm")
     parser.add_argument(
         '--nfe', type=int, default=None, metavar='N', help='of a --network that is integrated'
     )
@@ -139,7 +140,7 @@ def samplings_of(args: argparse.Namespace, inferencer: FGMInferencer) -> dict[st
     teacher."""
     asked = {
         name: getattr(args, name)
-        for name in ('solver', 'guidance', 'shift')
+        for name in ('solver', 'guidance', 'shift', 'spacing')
         if getattr(args, name) is not None
     }
     main = inferencer.default_sampling(args.network)
@@ -185,6 +186,7 @@ def generate_all(
         nfe=sampling.nfe,
         solver=sampling.solver,
         shift=sampling.shift,
+        spacing=sampling.spacing,
         guidance=sampling.guidance,
     )
     kept: list[torch.Tensor] = []

@@ -55,6 +55,11 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         ),
     )
     parser.add_argument(
+        '--spacing',
+        default='uniform',
+        help="of the times of networks that are integrated: uniform, or edm, that of EDM's sampler",
+    )
+    parser.add_argument(
         '--evaluation',
         nargs='+',
         default=None,
@@ -84,6 +89,7 @@ def test(argv: Sequence[str] | None = None) -> dict[str, dict[str, dict[int, flo
         args.solver,
         args.guidance,
         args.shift,
+        args.spacing,
         args.evaluation,
         args.out,
     )

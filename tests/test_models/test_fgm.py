@@ -5,7 +5,7 @@ from mmengine.registry import DefaultScope
 
 import mmfgm.models  # noqa: F401
 from mmfgm.errors import UsageError
-from mmfgm.flow import LinearPath
+from mmfgm.flow import LinearPath, edm_times, heun
 from mmfgm.models import FGM, FlowMatching, Sampling
 from tests.batches import rows
 from tests.conftest import NETWORK
@@ -101,6 +101,18 @@ def test_sampling_does_not_move_the_training_random_state_and_keeps_modes(fgm):
     assert fgm.generator.training and not fgm.teacher.training and not fgm.generator_ema.training
 
 
+def test_a_sampling_takes_edms_times_if_asked(fgm):
+    b = batch(4)
+    with torch.no_grad():
+        expected = heun(
+            lambda x, t: fgm.teacher(x, t, **b['cond']), fgm.sampler.noise(b['seed']), edm_times(3)
+        )
+    torch.testing.assert_close(
+        fgm.sample(b, Sampling('teacher', 6, 'heun', spacing='edm')), expected, rtol=0, atol=1e-5
+    )
+    assert (fgm.sample(b, Sampling('teacher', 6, 'heun')) - expected).abs().max() > 1e-3
+
+
 def test_one_euler_step_of_the_teacher_is_a_generator_at_t_1(fgm):
     fgm.generator.network.load_state_dict(fgm.teacher.state_dict())
     fgm.generator.t_star = fgm.generator.c_out = 1.0
@@ -116,6 +128,8 @@ def test_one_euler_step_of_the_teacher_is_a_generator_at_t_1(fgm):
         (lambda m: m.sample(batch(2), Sampling('generator', 2)), 'NFE is 1'),
         (lambda m: Sampling('teacher', 3, 'heun'), 'multiple'),
         (lambda m: Sampling('teacher', 3, 'rk45'), 'euler or heun'),
+        (lambda m: Sampling('teacher', 4, spacing='karras'), 'uniform or edm'),
+        (lambda m: Sampling('teacher', 4, shift=3.0, spacing='edm'), 'leave one'),
         (lambda m: m._check_ema(dict(average=0.9)), 'generator_ema'),
         (lambda m: m._check_ema(dict(generator_ema=1.0)), r'\[0, 1\)'),
     ],
