@@ -38,6 +38,12 @@ class Parse:
     """A command that is only parsed."""
 
 
+def quickstart_run(folder):
+    """The run that the quickstart would leave."""
+    (folder / 'work_dirs/quickstart').mkdir(parents=True)
+    (folder / 'work_dirs/quickstart/fgm').symlink_to(folder / 'work_dirs/fgm/digits')
+
+
 def sd3_inputs(folder):
     """A tiny pipeline, prompts, images and captions where the SD3 commands look for them."""
     make_tiny_sd3(folder / SD3)
@@ -133,6 +139,8 @@ COMMANDS = {
     f'python tools/generate.py {DIGITS} --labels 0 1 2 3 --compare 50 --out digits': Run(
         '', 'digits/compare.png', (TRAIN,)
     ),
+    'python tools/generate.py work_dirs/quickstart/fgm --labels 0 1 2 3 --compare 50'
+    ' --out quickstart_digits': Run('', 'quickstart_digits/compare.png', (TRAIN, quickstart_run)),
     f'python tools/demo.py {DIGITS}': Serve(needs=(TRAIN,)),
     f'python tools/export_diffusers.py {DIGITS} exports/digits': Run(
         '', 'exports/digits', (TRAIN,)

@@ -1,10 +1,14 @@
 #!/usr/bin/env bash
 # Test on GPUS processes of this machine, or of several (see launch.sh):
 #   tools/dist_test.sh CONFIG CHECKPOINT GPUS [test.py arguments]
+#   tools/dist_test.sh WORK_DIR GPUS [test.py arguments]
 set -euo pipefail
-if [ $# -lt 3 ]; then
-  echo "usage: $0 CONFIG CHECKPOINT GPUS [test.py arguments]" >&2
+model=("${@:1:2}")
+if [ $# -ge 2 ] && [ -d "$1" ] && [[ "$2" =~ ^[0-9]+$ ]]; then model=("$1"); fi
+rest=("${@:${#model[@]}+1}")
+if [ ${#rest[@]} -lt 1 ]; then
+  echo "usage: $0 CONFIG CHECKPOINT GPUS [test.py arguments], or WORK_DIR GPUS [...]" >&2
   exit 2
 fi
 . "$(dirname "$0")/launch.sh"
-launch "$3" test.py "$1" "$2" --launcher pytorch "${@:4}"
+launch "${rest[0]}" test.py "${model[@]}" --launcher pytorch "${rest[@]:1}"

@@ -7,7 +7,7 @@ __getattr__, __dir__, __all__ = attach(
         'artifacts': ['is_export'],
         'classifier': ['train_classifier'],
         'comparison': ['compare'],
-        'config': ['building', 'config_path', 'read_config'],
+        'config': ['building', 'config_path', 'read_config', 'weights_of'],
         'demo': ['serve'],
         'export': ['export_generator'],
         'faults': ['torture'],

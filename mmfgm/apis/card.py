@@ -15,7 +15,8 @@ from mmfgm.files import sha256
 from mmfgm.models import EXTRAS, latest_checkpoint, read_pickle
 from mmfgm.version import __version__
 
-from .report.data import is_work_dir, read_run
+from .report.data import read_run
+from .runs import is_work_dir
 
 # of a model's card on the hub
 LICENCE_FIELDS = ('license_name', 'license', 'license_link')

@@ -8,9 +8,12 @@ from typing import Any, TypeVar
 from mmengine.config import Config
 
 import mmfgm
-from mmfgm.config import parse_dump, resolve
+from mmfgm.config import leaves, parse_dump, resolve
 from mmfgm.errors import UsageError
-from mmfgm.files import is_disk_error, read_text
+from mmfgm.files import asset_path, is_disk_error, read_text
+
+from .runs import no_work_dir, starts
+from .schema import check_run_config
 
 T = TypeVar('T')
 
@@ -25,23 +28,30 @@ def config_path(name: str) -> str:
     if name.startswith('mmfgm::'):
         path = osp.join(osp.dirname(mmfgm.__file__), '.mim', 'configs', name[len('mmfgm::') :])
     if not osp.isfile(path):
-        raise UsageError(f'there is no config {name!r} (looked for {path!r}); name an existing one')
+        raise UsageError(
+            f'there is no config {name!r} (looked for {path!r}); name an existing one, or the work'
+            ' dir of a run'
+        )
     return path
 
 
 def read_config(name: str, options: Mapping[str, Any] | None = None) -> Config:
-    """Read the config that a name means (see :func:`config_path`), with ``options`` merged and
-    references resolved (see :func:`mmfgm.config.resolve`).
+    """Read the config that a name means (see :func:`config_path`), or that of the run in a work dir
+    (see :func:`read_run_config`), with ``options`` merged and references resolved (see
+    :func:`mmfgm.config.resolve`).
 
     Raises:
         UsageError: If there is no such file, it cannot be parsed, or ``options`` do not fit it.
     """
-    path = config_path(name)
-    try:
-        # a config is a program of the user's: whatever it raises is about the config
-        cfg = Config.fromfile(path)
-    except Exception as e:
-        raise UsageError(f'config {name!r} cannot be read: {type(e).__name__}: {e}') from e
+    if osp.isdir(name):
+        cfg = read_run_config(name)
+    else:
+        path = config_path(name)
+        try:
+            # a config is a program of the user's: whatever it raises is about the config
+            cfg = Config.fromfile(path)
+        except Exception as e:
+            raise UsageError(f'config {name!r} cannot be read: {type(e).__name__}: {e}') from e
     try:
         cfg.merge_from_dict(dict(options or {}))
     except (KeyError, TypeError, AttributeError) as e:
@@ -69,6 +79,42 @@ def read_dump(path: str) -> Config:
             f'expected {path!r} to be the config that a run wrote, found a file that cannot be read'
             f' as one ({str(e)[:200]}); name the work dir of a run'
         ) from e
+
+
+def read_run_config(work_dir: str) -> Config:
+    """The config of the last start in a work dir, read as data and held against what a work dir
+    alone may say (see :func:`~mmfgm.apis.schema.check_run_config`).
+
+    Its ``work_dir`` is the folder as it is named now, and a teacher that lay beside the run is
+    found beside it, also after both have moved. Whether to resume is not part of it.
+
+    Raises:
+        UsageError: If the folder holds no run, or its config says more than data can.
+    """
+    # a start that was refused logged nothing, and its config is not that of the checkpoints
+    folders = starts(work_dir) or starts(work_dir, 'config.py')
+    if not folders:
+        raise UsageError(no_work_dir(work_dir))
+    path = osp.join(folders[-1], 'vis_data', 'config.py')
+    cfg = read_dump(path)
+    check_run_config(cfg, path)
+    for key in ('resume', 'load_from'):
+        cfg.pop(key, None)
+    values = dict(leaves(dict(cfg.items()), ''))
+    there, before = values.get('model.teacher.checkpoint'), values.get('work_dir')
+    if isinstance(there, str) and isinstance(before, str) and not osp.exists(asset_path(there)):
+        moved = osp.normpath(osp.join(work_dir, osp.relpath(there, before)))
+        if osp.exists(moved):
+            cfg.model.teacher.checkpoint = moved
+    cfg.work_dir = work_dir
+    return cfg
+
+
+def weights_of(config: str, weights: str | None) -> str | None:
+    """The weights of a command that takes a config and perhaps weights: alone, the work dir of a
+    run stands for its config and its last checkpoint.
+    """
+    return config if weights is None and osp.isdir(config) else weights
 
 
 def building(build: Callable[[], T]) -> T:

@@ -16,7 +16,8 @@ from PIL import Image
 from mmfgm.errors import NonFiniteError, UsageError
 from mmfgm.files import read_text
 
-from .config import read_config
+from .artifacts import is_export
+from .config import read_config, weights_of
 from .inferencer import FGMInferencer
 
 SHOWN_SIZE = 320  # pixels; smaller pictures are enlarged by a whole factor
@@ -291,7 +292,7 @@ def serve(
     """Serve the page until it is interrupted.
 
     Args:
-        config (str): Config, or the folder of an export.
+        config (str): Config, the work dir of a run, or the folder of an export.
         weights (str, optional), device (str, optional), precision (str): As for
             :class:`FGMInferencer`.
         teacher (str, optional): The teacher's checkpoint, or ``'none'`` to show no teacher.
@@ -315,7 +316,8 @@ def serve(
         )
     gradio = import_gradio()
     model = config
-    if not os.path.isdir(model):
+    if not is_export(model):
+        weights = weights_of(config, weights)
         model = read_config(model)
         if teacher == 'none':
             model.model.pop('teacher', None)

@@ -23,7 +23,7 @@ from mmfgm.models.families import Family, family_named, family_of
 from mmfgm.registry import TASK_UTILS
 
 from .artifacts import check_weights, is_export, read_export
-from .config import read_config
+from .config import read_config, weights_of
 from .sampling_model import SamplingModel
 from .values import OUT_TYPES, as_seeds, convert, draw_grid, is_int
 
@@ -39,7 +39,7 @@ class FGMInferencer(BaseInferencer):
 
     Args:
         model (str | Config, optional): A config's path, ``mmfgm::PATH``, or the config itself; or
-            the folder of an export, which needs nothing else.
+            the work dir of a run or the folder of an export, which need nothing else.
         weights (str, optional): A training checkpoint (``.pth``, sharded directory, work dir), a
             ``.safetensors`` file of ``tools/merge_checkpoint.py``, or an export's folder. Without
             it, only the teacher can be sampled.
@@ -94,6 +94,8 @@ class FGMInferencer(BaseInferencer):
             cfg = (
                 read_config(model) if isinstance(model, str) else Config(copy.deepcopy(dict(model)))
             )
+            if isinstance(model, str):
+                weights = weights_of(model, weights)
         resolve(cfg)
         if cfg.get('model') is None:
             raise UsageError(

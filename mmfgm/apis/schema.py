@@ -1,15 +1,20 @@
 # Copyright (c) mmfgm authors.
-"""What the description inside an export may say: named kinds of ours and plain values.
+"""What an export, or a work dir that stands for its config, may say: known kinds and plain values.
 
 A config is a program of its owner's, and the registry builds whatever a config names, dotted names
 of any module included. An export comes from somebody else, so its description is data: each part
-must be of a kind that is listed for its place, with arguments of that kind's own.
+must be of a kind that is listed for its place, with arguments of that kind's own. A run's config
+beside its checkpoint is longer: it may name whatever is registered, and nothing that runs code.
 """
 
 import re
 from collections.abc import Mapping
 from typing import Any
 
+from mmengine.registry import Registry
+
+from mmfgm import registry
+from mmfgm.config import leaves
 from mmfgm.errors import UsageError
 from mmfgm.models.families import FAMILIES
 
@@ -26,6 +31,10 @@ ENCODERS: dict[str, dict[str, dict]] = {'WordEncoder': {}}
 PLACES = dict(network=NETWORKS, generator=GENERATORS, decoder=DECODERS, text_encoder=ENCODERS)
 # they change what a builder does rather than say what is built
 FORBIDDEN = ('weights_only', 'checkpoint', 'init_cfg')
+# keys of a config whose value is looked up in a registry, which imports what it does not know
+NAMES_AT = ('type', 'constructor', 'solver')
+SCOPES_AT = ('default_scope', '_scope_')
+SCOPES = ('mmfgm', 'mmengine')
 DTYPES = ('float32', 'bfloat16', 'float16')
 KINDS = ('generator', 'pipeline', 'lora')
 
@@ -89,6 +98,53 @@ def check_description(export: Any, file: str) -> None:
             _plain(encoder, file, 'text_encoder')
         else:
             _part(encoder, ENCODERS, file, 'text_encoder')
+
+
+def check_run_config(cfg: Mapping[str, Any], file: str) -> None:
+    """Refuse a run's config that could run code, where its work dir alone was named.
+
+    Args:
+        cfg (Mapping): As :func:`~mmfgm.apis.config.read_dump` gives it.
+        file (str): Its path, for messages.
+
+    Raises:
+        UsageError: Names the first value that imports a module, runs a Python file, or lets a file
+            run code.
+    """
+    known: set[str] = set()
+    for place, value in leaves(dict(cfg.items()), ''):
+        keys = place.split('.')
+        if 'custom_imports' in keys:
+            _refuse_run(file, place, 'no module to import', value)
+        if 'init_cfg' in keys or (keys[-1] == 'trust_remote_code' and value):
+            _refuse_run(file, place, 'left out', value)
+        if keys[-1] == 'weights_only' and not value:
+            _refuse_run(file, place, 'True', value)
+        if isinstance(value, str) and value.endswith('.py'):
+            _refuse_run(file, place, 'no Python file', value)
+        if keys[-1] in SCOPES_AT and value not in (None, *SCOPES):
+            _refuse_run(file, place, f'one of {SCOPES}', value)
+        if keys[-1] in NAMES_AT and isinstance(value, str):
+            known = known or _registered()
+            scope, _, name = value.rpartition('.')
+            if name not in known or scope not in ('', *SCOPES):
+                _refuse_run(file, place, 'a name that is registered', value)
+
+
+def _registered() -> set[str]:
+    """Every name that a registry knows, of ours, of MMEngine's, and of the program's own."""
+    found = [value for value in vars(registry).values() if isinstance(value, Registry)]
+    for each in found:
+        if each.scope == 'mmfgm':
+            each.import_from_location()
+    return {name for each in found for name in each.module_dict}
+
+
+def _refuse_run(file: str, place: str, expected: str, found: Any) -> None:
+    raise UsageError(
+        f'expected {place} of {file!r} to be {expected}, found {str(found)[:80]!r}: what could run'
+        ' code is not taken from a work dir; if you trust it, give its config before the work dir'
+    )
 
 
 def _part(part: Any, kinds: Mapping[str, dict], file: str, place: str) -> None:

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from mmengine.config import Config
 
 CONFIG_HELP = 'config file, or mmfgm::PATH for one that comes with mmfgm'
+RUN_HELP = (
+    f'{CONFIG_HELP}; or the work dir of a run, which stands for its config and its last checkpoint'
+)
 
 
 def add_config_options(
@@ -70,7 +73,8 @@ def config_options(texts: Sequence[str] | None) -> dict[str, Any]:
 
 
 def load_config(args: argparse.Namespace) -> Config:
-    """Read the config of a command line and apply what the command line says.
+    """Read the config of a command line and apply what the command line says; of a work dir, the
+    config of its run, whose results go there too.
 
     Raises:
         UsageError: If there is no such file, it cannot be parsed, or an option does not fit it.

@@ -7,13 +7,13 @@ from collections.abc import Sequence
 
 from mmfgm.errors import UsageError
 
-from .cli import CONFIG_HELP, run_tool
+from .cli import RUN_HELP, run_tool
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
-        'config', help=f'{CONFIG_HELP}; or the folder of an export, which needs no WEIGHTS'
+        'config', help=f'{RUN_HELP}; or the folder of an export, which needs no WEIGHTS'
     )
     parser.add_argument(
         'weights',

@@ -11,16 +11,19 @@ mmfgm.apis.OneStepPipeline and FGMInferencer. OUT appears only when it is whole.
 import argparse
 from collections.abc import Sequence
 
-from .cli import CONFIG_HELP, add_config_options, config_options, run_tool
+from mmfgm.errors import UsageError
+
+from .cli import RUN_HELP, add_config_options, config_options, run_tool
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument('config', help=CONFIG_HELP)
+    parser.add_argument('config', help=RUN_HELP)
     parser.add_argument(
         'checkpoint',
+        nargs='?',
         help=(
             'a .pth file, a sharded checkpoint, a work dir, meaning its last checkpoint, or '
             'a file of tools/merge_checkpoint.py'
@@ -69,20 +72,27 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument('--force', action='store_true', help='replace OUT, if it is an export')
     add_config_options(parser, 'override config values, as in the training')
-    return parser.parse_args(argv)
+    # a lone argument before an option would be taken for all three
+    return parser.parse_intermixed_args(argv)
 
 
 def export_diffusers(argv: Sequence[str] | None = None) -> None:
     """Export as the command line says."""
     args = parse_args(argv)
-    from mmfgm.apis import building, read_config
+    from mmfgm.apis import building, read_config, weights_of
     from mmfgm.apis.export import export_generator
 
     cfg = read_config(args.config, config_options(args.cfg_options))
+    checkpoint = weights_of(args.config, args.checkpoint)
+    if checkpoint is None:
+        raise UsageError(
+            f'{args.config!r} is a config, whose weights are elsewhere; give CONFIG CHECKPOINT OUT,'
+            ' or WORK_DIR OUT'
+        )
     made = building(
         lambda: export_generator(
             cfg,
-            args.checkpoint,
+            checkpoint,
             args.out,
             args.base,
             args.network,

@@ -22,7 +22,7 @@ from mmfgm.errors import UsageError
 from mmfgm.files import whole_folder
 from mmfgm.version import __version__
 
-from .cli import CONFIG_HELP, add_config_options, config_options, run_tool
+from .cli import RUN_HELP, add_config_options, config_options, run_tool
 
 if TYPE_CHECKING:
     import torch
@@ -41,7 +41,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        'config', help=f'{CONFIG_HELP}; or the folder of an export, which needs no weights'
+        'config', help=f'{RUN_HELP}; or the folder of an export, which needs no weights'
     )
     parser.add_argument('weights', nargs='?', help='training checkpoint or work dir, or an export')
     what = parser.add_mutually_exclusive_group(required=True)
@@ -110,13 +110,13 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def build_inferencer(args: argparse.Namespace) -> FGMInferencer:
     """The inferencer that the command line names."""
-    from mmfgm.apis import FGMInferencer, is_export, read_config
+    from mmfgm.apis import FGMInferencer, is_export, read_config, weights_of
 
     options = dict(device=args.device, precision=args.precision)
     if is_export(args.config):
         return FGMInferencer(args.config, args.weights, **options)
     cfg = read_config(args.config, config_options(args.cfg_options))
-    return FGMInferencer(cfg, args.weights, **options)
+    return FGMInferencer(cfg, weights_of(args.config, args.weights), **options)
 
 
 def read_inputs(args: argparse.Namespace, inferencer: FGMInferencer) -> list:

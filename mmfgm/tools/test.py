@@ -4,12 +4,12 @@
 import argparse
 from collections.abc import Sequence
 
-from .cli import add_common_arguments, load_config, run_tool
+from .cli import RUN_HELP, add_common_arguments, load_config, run_tool
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    add_common_arguments(parser)
+    add_common_arguments(parser, RUN_HELP)
     parser.add_argument(
         'checkpoint',
         nargs='?',
@@ -79,11 +79,11 @@ def test(argv: Sequence[str] | None = None) -> dict[str, dict[str, dict[int, flo
     """Measure as the command line says; prints and returns the table."""
     args = parse_args(argv)
     cfg = load_config(args)
-    from mmfgm.apis import measure
+    from mmfgm.apis import measure, weights_of
 
     return measure(
         cfg,
-        args.checkpoint,
+        weights_of(args.config, args.checkpoint),
         args.network,
         args.nfe,
         args.solver,

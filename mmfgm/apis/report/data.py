@@ -14,6 +14,7 @@ from mmengine.config import Config
 
 import mmfgm
 from mmfgm.apis.config import read_config, read_dump
+from mmfgm.apis.runs import no_work_dir, starts
 from mmfgm.errors import UsageError
 from mmfgm.files import check_regular, read_json, read_json_lines
 
@@ -75,17 +76,6 @@ class Run:
         )
 
 
-def _starts(folder: str) -> list[str]:
-    """Folders of the starts that logged something, oldest first."""
-    found = glob(osp.join(glob_escape(folder), '*', 'vis_data', 'scalars.json'))
-    return sorted(osp.dirname(osp.dirname(path)) for path in found if osp.getsize(path))
-
-
-def is_work_dir(folder: str) -> bool:
-    """Whether a training has logged something into the folder."""
-    return bool(_starts(folder))
-
-
 def read_run(work_dir: str) -> Run:
     """Read a work dir.
 
@@ -96,17 +86,17 @@ def read_run(work_dir: str) -> Run:
     Raises:
         UsageError: If the folder is no work dir, nothing was logged yet, or a file in it is broken.
     """
-    folders = _starts(work_dir)
+    folders = starts(work_dir)
     if not folders:
-        raise UsageError(_no_work_dir(work_dir))
-    starts: list[tuple[str, int]] = []
+        raise UsageError(no_work_dir(work_dir))
+    counted: list[tuple[str, int]] = []
     scalars: dict[str, Series] = {}
     pictures: dict[str, dict[int, str]] = {}
     for folder in folders:
         log = _read_log(folder)
         resumed = re.search(r'resumed epoch: \d+, iter: (\d+)', log)
         start = int(resumed.group(1)) if resumed else 0
-        starts = [*(starts if start else []), (osp.basename(folder), start)]
+        counted = [*(counted if start else []), (osp.basename(folder), start)]
         scalars = _up_to(start, scalars)
         pictures = _up_to(start, pictures)
         for values in _read_scalars(osp.join(folder, 'vis_data', 'scalars.json')):
@@ -123,7 +113,7 @@ def read_run(work_dir: str) -> Run:
         tables = _check_tables(read_json(tested, 'delete it, or measure again', dict), tested)
     return Run(
         work_dir=work_dir,
-        starts=starts,
+        starts=counted,
         scalars=_in_order(scalars),
         pictures=_in_order(pictures),
         cfg=read_dump(osp.join(folders[-1], 'vis_data', 'config.py')),
@@ -161,31 +151,6 @@ def _up_to(start: int, series: dict[str, dict]) -> dict[str, dict]:
 
 def _in_order(series: dict[str, dict]) -> dict[str, dict]:
     return {name: dict(sorted(values.items())) for name, values in series.items() if values}
-
-
-def _no_work_dir(folder: str) -> str:
-    if not osp.isdir(folder):
-        return (
-            f'there is no folder {folder!r}; name the work dir of a training, for example'
-            ' work_dirs/fgm/digits'
-        )
-    if glob(osp.join(glob_escape(folder), '*', '*.log')):
-        return (
-            f'the training in {folder!r} has logged no values yet'
-            ' (TIMESTAMP/vis_data/scalars.json); wait for its first ones'
-        )
-    inside = [
-        path for path in sorted(glob(osp.join(glob_escape(folder), '*'))) if is_work_dir(path)
-    ]
-    hint = (
-        f'it holds {", ".join(inside)}: name one of them'
-        if inside
-        else (
-            'expected TIMESTAMP/vis_data/scalars.json in it, which every training leaves; name the'
-            ' folder after --work-dir'
-        )
-    )
-    return f'{folder!r} is no work dir of a training; {hint}'
 
 
 def _read_log(folder: str) -> str:

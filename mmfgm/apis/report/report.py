@@ -5,11 +5,12 @@ import os.path as osp
 from collections.abc import Sequence
 
 from mmfgm.apis.config import read_config
+from mmfgm.apis.runs import is_work_dir
 from mmfgm.errors import UsageError
 from mmfgm.files import read_json, write_file
 
 from .curves import curves_png, group_scalars
-from .data import Run, is_work_dir, read_run
+from .data import Run, read_run
 from .page import page, quickstart_section, run_section
 
 
