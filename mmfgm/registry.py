@@ -34,12 +34,13 @@ from mmengine.registry import Registry
 # listed here: a registry imports its locations when a config's first part is built.
 _DATASETS = [
     f'mmfgm.datasets.{name}'
-    for name in ('base', 'cached', 'digits', 'fashion', 'images', 'shapes', 'toys')
+    for name in ('base', 'cached', 'couplings', 'digits', 'fashion', 'images', 'shapes', 'toys')
 ]
 _MODELS = [
     f'mmfgm.models.{name}'
     for name in (
         'registration',
+        'consistency_fm',
         'discriminator',
         'fgm',
         'flow_matching',

@@ -101,7 +101,27 @@ CACHE_LATENTS = f'python tools/cache_latents.py images data/sd3/latents --model 
 MERGE = 'python tools/merge_checkpoint.py work_dirs/fgm/sd3_1024'
 MY_GENERATOR = 'my_generator.py work_dirs/my_project/my_generator'
 
+DRAW = 'python tools/draw_couplings.py configs/reflow'
+FEW_PAIRS = '--num-pairs 300 --nfe 2 --batch-size 100'
+DRAW_TEACHER = (
+    f'{DRAW}/digits.py work_dirs/reflow/digits data/couplings/digits --num-pairs 20000 --nfe 20'
+)
+TRAIN_2REFLOW = 'python tools/train.py configs/reflow/digits_2reflow.py'
+DRAW_2REFLOW = (
+    f'{DRAW}/digits_2reflow.py work_dirs/reflow/digits_2reflow data/couplings/digits_2reflow'
+    ' --num-pairs 20000 --nfe 10'
+)
+
 COMMANDS = {
+    DRAW_TEACHER: Run(FEW_PAIRS, 'data/couplings/digits/manifest.json', (TRAIN_TEACHER,)),
+    TRAIN_2REFLOW: Run(SHORT, 'work_dirs/reflow/digits_2reflow/iter_2.pth', (DRAW_TEACHER,)),
+    DRAW_2REFLOW: Run(FEW_PAIRS, 'data/couplings/digits_2reflow/manifest.json', (TRAIN_2REFLOW,)),
+    'python tools/train.py configs/reflow/digits_2reflow_distill.py': Run(
+        SHORT, 'work_dirs/reflow/digits_2reflow_distill/iter_2.pth', (DRAW_2REFLOW,)
+    ),
+    'python tools/train.py configs/reflow/digits_consistency_fm.py': Run(
+        SHORT, 'work_dirs/reflow/digits_consistency_fm/iter_2.pth', (TRAIN_TEACHER,)
+    ),
     TRAIN_TEACHER: Run(SHORT, 'work_dirs/reflow/digits/iter_2.pth'),
     TRAIN: Run(SHORT, 'work_dirs/fgm/digits/iter_2.pth', (TRAIN_TEACHER,)),
     f'{TRAIN} --resume': Run(SHORT.replace('2', '3'), 'work_dirs/fgm/digits/iter_3.pth', (TRAIN,)),
@@ -238,6 +258,10 @@ COMMANDS = {
             (
                 'python tools/report.py work_dirs/fgm/shapes_small --curves docs/losses_shapes.png'
                 ' --panels shapes/score_overall loss_ d_accuracy /l_'
+            ),
+            (
+                f'{DRAW}/cifar10_uncond.py work_dirs/reflow/cifar10_uncond'
+                ' data/couplings/cifar10_uncond --num-pairs 4000000 --solver heun'
             ),
             (
                 f'python tools/generate.py {SD3_RUN} --prompts configs/fgm/prompts/figure2.txt'

@@ -8,6 +8,7 @@ __getattr__, __dir__, __all__ = attach(
         'classifier': ['train_classifier'],
         'comparison': ['compare'],
         'config': ['building', 'config_path', 'read_config', 'weights_of'],
+        'couplings': ['draw_couplings'],
         'demo': ['serve'],
         'export': ['export_generator'],
         'faults': ['torture'],

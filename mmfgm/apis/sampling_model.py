@@ -28,7 +28,7 @@ from .artifacts import WEIGHTS_FILE, check_checkpoint
 # Guidance and decoder are made here, once, and not with each part.
 APART: dict[type[FlowModel], dict[str, Any]] = {
     FGM: dict(guidance=None, decoder=None),
-    FlowMatching: dict(null_condition=None, null_prob=0.0, decoder=None),
+    FlowMatching: dict(teacher=None, null_condition=None, null_prob=0.0, decoder=None),
 }
 # An export leaves out what only training needs.
 TRAINING = dict(

@@ -19,7 +19,7 @@ from .encoders import identity_of
 from .sources import ImageFiles, read_captions, read_image, read_prompts
 from .writer import ShardWriter, keep_good, write_shards
 
-DTYPES = dict(bf16='bfloat16', fp32='float32')
+DTYPES = dict(bf16='bfloat16', fp16='float16', fp32='float32')
 
 
 @dataclass
@@ -27,7 +27,8 @@ class CacheOptions:
     """What all caches have in common.
 
     Args:
-        dtype (str): Of the stored values: ``'bf16'`` or ``'fp32'``. Defaults to ``'bf16'``.
+        dtype (str): Of the stored values: ``'bf16'``, ``'fp16'`` or ``'fp32'``. Defaults to
+            ``'bf16'``.
         batch_size (int): Items at a time, of each process. Defaults to 16.
         shard_size (int): Items per file. Defaults to 1000.
         on_bad (str): ``'error'``, or ``'skip'`` to leave bad items out and list them in the

@@ -72,7 +72,7 @@ class ShardWriter:
             if differs:
                 raise UsageError(
                     f'{self.path!r} was begun with something else: {"; ".join(differs[:4])}; give'
-                    ' the same prompts or images, model and settings to go on, or name another'
+                    ' what it was begun with (source, model and settings) to go on, or name another'
                     ' folder'
                 )
         entries = [*began.get('shards', ()), *([began['null']] if began.get('null') else [])]

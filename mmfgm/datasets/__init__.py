@@ -24,6 +24,7 @@ __getattr__, __dir__, __all__ = attach(
             'read_manifest',
             'verify_cache',
         ],
+        'couplings': ['Couplings'],
         'digits': ['Digits'],
         'fashion': ['FashionMNIST'],
         'images': ['CIFAR10', 'ImageFolder', 'SUFFIXES'],

@@ -48,7 +48,7 @@ def check_finite_batch(batch: Batch, dataset: Any) -> None:
         NonFiniteInputError: Names the items.
     """
     for place, values in dict(data=batch, real=batch.get('real') or {}).items():
-        named = {'x_0': values.get('x_0'), **(values.get('cond') or {})}
+        named = {name: values.get(name) for name in ('x_0', 'eps')} | (values.get('cond') or {})
         for name, value in named.items():
             if not isinstance(value, Tensor) or is_finite(value):
                 continue
@@ -80,8 +80,8 @@ def _first(batch: Batch) -> Batch:
 class BatchDataset(Dataset):
     """A dataset that indexes whole batches: a subclass implements ``__getitems__`` and ``__len__``.
 
-    Batches are ``dict(idx, [seed], [x_0], cond=dict(...), [real=dict(x_0, cond)])``. Networks get
-    what is in ``cond``, as keyword arguments, and nothing else.
+    Batches are ``dict(idx, [seed], [x_0], [eps], cond=dict(...), [real=dict(x_0, cond)])``.
+    Networks get what is in ``cond``, as keyword arguments, and nothing else.
     """
 
     def __init__(self):

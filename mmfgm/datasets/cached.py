@@ -51,7 +51,8 @@ def read_manifest(path: str, kind: str | None = None) -> dict:
             + (
                 'run the tool that began it again, which goes on where it stopped'
                 if unfinished
-                else 'make one with tools/cache_prompts.py or tools/cache_latents.py'
+                else 'make one with tools/cache_prompts.py, tools/cache_latents.py or'
+                ' tools/draw_couplings.py'
             )
         )
     manifest = read_json(file, 'make the cache again', dict)

@@ -132,6 +132,7 @@ class FlowRunner(FlexibleRunner):
         )
         self.model = self.strategy.model
         loop.check_updates()
+        self.model.check_data(loop.dataloader.dataset)
         self.optim_wrapper = self.strategy.optim_wrapper
         if self.param_schedulers is not None:
             self.param_schedulers = self.strategy.param_schedulers

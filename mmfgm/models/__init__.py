@@ -5,6 +5,7 @@ __getattr__, __dir__, __all__ = attach(
     __name__,
     {
         'base': ['FlowModel', 'Phase'],
+        'consistency_fm': ['ConsistencyFM'],
         'discriminator': ['GAN', 'ConvDiscriminator'],
         'edm_checkpoint': ['read_edm_pickle'],
         'families': ['SD3', 'CachedNullPrompt', 'LatentDecoder', 'SD3TextEncoder'],
@@ -20,6 +21,7 @@ __getattr__, __dir__, __all__ = attach(
             'GeneratorLoss',
             'RealUIDLoss',
             'RealUIDOnlineLoss',
+            'VelocityConsistencyLoss',
             'discriminator_loss',
             'fgm_terms',
             'generator_gan_loss',

@@ -157,6 +157,10 @@ class FlowModel(BaseModel):
         check_labels(batch.get('cond', {}), self.num_classes)
         return {'cond': {}, **self.data_preprocessor(batch, training=True)}
 
+    def check_data(self, dataset: Any) -> None:
+        """Compare the training data with the model, before the first iteration; nothing to say
+        unless the subclass knows more than what every batch is checked for."""
+
     def loss(self, phase: str, samples: dict[str, Any]) -> dict[str, Tensor]:
         """Losses (keys with ``loss``, summed for the gradient) and values to log, of one phase."""
         raise NotImplementedError(f'{type(self).__name__} does not define a loss')

@@ -5,13 +5,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mmfgm.datasets import Couplings
 from mmfgm.errors import UsageError
 from mmfgm.flow import LinearPath, expand_t
 from mmfgm.registry import MODELS, TASK_UTILS
 
 from .base import FlowModel, Phase
+from .checksums import fingerprint
 from .lora import copy_network
 from .sampling import Conditions
+from .weights import load_network
 
 EMA = dict(network_ema=0.999)
 
@@ -20,7 +23,9 @@ EMA = dict(network_ema=0.999)
 class FlowMatching(FlowModel):
     """Pre-training of a teacher with the ReFlow objective (Eq. 3.6).
 
-    Batches are ``dict(idx, x_0, cond=dict(...))``. The averages named in ``ema`` are the teachers
+    Batches are ``dict(idx, x_0, [eps], cond=dict(...))``. Noise is drawn, unless the batch holds
+    it: on couplings ``(eps, x_0)`` of a teacher this is ReFlow (Liu et al., 2022), and its
+    distillation with a density that is t = 1 alone. The averages named in ``ema`` are the teachers
     that FGM loads.
 
     Args:
@@ -37,6 +42,9 @@ class FlowMatching(FlowModel):
             images.
         decoder (dict, optional): Config that turns samples into images, for example
             ``dict(type='LatentDecoder')``.
+        teacher (dict, optional): Weights that all networks start from, as ``model.teacher`` of
+            :class:`FGM`: ``dict(checkpoint=..., prefix='network_ema')``. Couplings of any other
+            teacher are refused.
         networks (Collection[str], optional): Names of those to make, see :meth:`FlowModel.build`.
     """
 
@@ -53,6 +61,7 @@ class FlowMatching(FlowModel):
         null_prob: float = 0.0,
         data_preprocessor: dict | None = None,
         decoder: dict | None = None,
+        teacher: dict | None = None,
         networks: Collection[str] | None = None,
     ):
         super().__init__(data_preprocessor, decoder)
@@ -66,6 +75,10 @@ class FlowMatching(FlowModel):
         wanted = self._choose(self.network_names(dict(ema=ema)), networks)
         first = MODELS.build(network)
         self._describe(first)
+        # what tells the weights that training starts from, before it changes them
+        self.teacher_weights: str | None = None
+        if teacher and teacher['checkpoint'] is not None:
+            self.teacher_weights = fingerprint(load_network(first, **teacher))
         for name in wanted:
             made = first if name == wanted[0] else copy_network(first)
             self.add_module(name, made if name == 'network' else made.requires_grad_(False))
@@ -79,6 +92,15 @@ class FlowMatching(FlowModel):
     def network_names(cls, cfg: dict) -> list[str]:
         return ['network', *(EMA if cfg.get('ema') is None else cfg['ema'])]
 
+    def check_data(self, dataset: Any) -> None:
+        """Hold couplings against the teacher that must have drawn them.
+
+        Raises:
+            UsageError: See :meth:`~mmfgm.datasets.Couplings.check_teacher`.
+        """
+        if isinstance(dataset, Couplings):
+            dataset.check_teacher(self.teacher_weights, self.event_shape, self.num_classes)
+
     def _drop_conditions(self, cond: Conditions, n: int, device) -> Conditions:
         if not self.null_prob:
             return cond
@@ -89,6 +111,7 @@ class FlowMatching(FlowModel):
     def loss(self, phase: str, samples: dict[str, Any]) -> dict[str, Tensor]:
         x_0 = samples['x_0']
         cond = self._drop_conditions(samples['cond'], len(x_0), x_0.device)
-        path = LinearPath.sample(x_0, self.time_sampler(len(x_0), x_0.device))
+        t = self.time_sampler(len(x_0), x_0.device)
+        path = LinearPath.sample(x_0, t, samples.get('eps'))
         v = self.network(path.x_t, path.t, **cond)
         return self.loss_fm(None, v, path)  # (3.6)

@@ -36,16 +36,16 @@ class ImagePreprocessor(BaseDataPreprocessor):
     def forward(self, data: dict, training: bool = False) -> dict:
         data = super().forward(data, training)
         if 'x_0' in data:
-            data = {**data, 'x_0': self._scale(data['x_0'], training)}
+            data = self._scale(data, training)
         if 'real' in data:
-            real = data['real']
-            data = {**data, 'real': {**real, 'x_0': self._scale(real['x_0'], training)}}
+            data = {**data, 'real': self._scale(data['real'], training)}
         return data
 
-    def _scale(self, x_0: Tensor, training: bool) -> Tensor:
-        x_0 = from_uint8(x_0)
-        return self._flip(x_0) if training and self.flip_prob else x_0
-
-    def _flip(self, x_0: Tensor) -> Tensor:
-        flip = torch.rand(len(x_0), device=x_0.device) < self.flip_prob
-        return torch.where(flip[:, None, None, None], x_0.flip(-1), x_0)
+    def _scale(self, data: dict, training: bool) -> dict:
+        images = {name: from_uint8(data[name]) for name in ('x_0', 'eps') if name in data}
+        if training and self.flip_prob:
+            x_0 = images['x_0']
+            flip = (torch.rand(len(x_0), device=x_0.device) < self.flip_prob)[:, None, None, None]
+            # noise that belongs to its sample is mirrored with it
+            images = {k: torch.where(flip, v.flip(-1), v) for k, v in images.items()}
+        return {**data, **images}

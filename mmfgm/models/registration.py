@@ -27,6 +27,7 @@ from .losses import (
     FlowMatchingLoss,
     RealUIDLoss,
     RealUIDOnlineLoss,
+    VelocityConsistencyLoss,
 )
 
 for part in (Beta, EDMGrid, LogitNormal, Uniform, NullLabel):
@@ -41,6 +42,7 @@ for module in (
     OneStepGenerator,
     RealUIDLoss,
     RealUIDOnlineLoss,
+    VelocityConsistencyLoss,
 ):
     MODELS.register_module(module=module)
 

@@ -6,6 +6,7 @@ and so is one of the online network, whose ``u`` is None.
 """
 
 from .base import GeneratorLoss
+from .consistency import VelocityConsistencyLoss
 from .fgm import FGMLoss, fgm_terms
 from .flow_matching import FlowMatchingLoss
 from .gan import discriminator_loss, generator_gan_loss
@@ -20,6 +21,7 @@ __all__ = [
     'GeneratorLoss',
     'RealUIDLoss',
     'RealUIDOnlineLoss',
+    'VelocityConsistencyLoss',
     'discriminator_loss',
     'fgm_terms',
     'generator_gan_loss',
