@@ -67,6 +67,7 @@ def test_labels_beside_the_teacher(digits, tmp_path, capsys):
         solver='euler',
         shift=None,
         guidance=None,
+        spacing='uniform',
     )
     assert lines(out)[5] == dict(
         file='000002_teacher.png',
@@ -77,6 +78,7 @@ def test_labels_beside_the_teacher(digits, tmp_path, capsys):
         solver='heun',
         shift=None,
         guidance=None,
+        spacing='uniform',
     )
     assert (
         pixels(out / 'grid.png').shape == (19, 19, 3)
