@@ -161,6 +161,9 @@ COMMANDS = {
     ),
     'python tools/generate.py work_dirs/quickstart/fgm --labels 0 1 2 3 --compare 50'
     ' --out quickstart_digits': Run('', 'quickstart_digits/compare.png', (TRAIN, quickstart_run)),
+    'python tools/browse_dataset.py configs/reflow/shapes_small.py --out shapes.png': Run(
+        '', 'shapes.png'
+    ),
     f'python tools/demo.py {DIGITS}': Serve(needs=(TRAIN,)),
     f'python tools/export_diffusers.py {DIGITS} exports/digits': Run(
         '', 'exports/digits', (TRAIN,)

@@ -5,6 +5,7 @@ __getattr__, __dir__, __all__ = attach(
     __name__,
     {
         'artifacts': ['is_export'],
+        'browsing': ['browse'],
         'classifier': ['train_classifier'],
         'comparison': ['compare'],
         'config': ['building', 'config_path', 'read_config', 'weights_of'],

@@ -95,6 +95,11 @@ class BatchDataset(Dataset):
         """What a user would look for to see an item, for messages."""
         return f'item {index}'
 
+    def caption(self, index: int) -> str:
+        """What an item shows, in words, for pictures: by default its label, or else its number."""
+        labels = self.__getitems__([index]).get('cond', {}).get('labels')
+        return f'item {index}' if labels is None else str(int(labels[0]))
+
     def __getitem__(self, index: int) -> Batch:
         return _first(self.__getitems__([index]))
 
@@ -195,6 +200,13 @@ class WithReal(BatchDataset):
         real = self.real.where(*self._wrap([index], len(self.real)))
         conditions = self.conditions.where(*self._wrap([index], len(self.conditions)))
         return f'{conditions} of the conditions or {real} of the real samples'
+
+    def caption(self, index: int) -> str:
+        return self.conditions.caption(*self._wrap([index], len(self.conditions)))
+
+    def real_caption(self, index: int) -> str:
+        """Of the real sample beside the conditions."""
+        return self.real.caption(*self._wrap([index], len(self.real)))
 
     @staticmethod
     def _wrap(indices: Sequence[int], length: int) -> Sequence[int]:

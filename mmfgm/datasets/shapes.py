@@ -329,6 +329,9 @@ class Shapes(BatchDataset):
         images = dict(x_0=render(items, self.event_shape[-1])) if self.images else {}
         return dict(idx=idx, **images, cond=self.encoder.encode([row['prompt'] for row in rows]))
 
+    def caption(self, index: int) -> str:
+        return self.row(index)['prompt']
+
 
 @DATASETS.register_module()
 class ShapePrompts(Shapes):

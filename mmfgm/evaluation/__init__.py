@@ -10,7 +10,7 @@ __getattr__, __dir__, __all__ = attach(
         'fid': ['FID', 'KID', 'InceptionScore', 'PrecisionRecall'],
         'frechet': ['StreamingMoments', 'frechet_distance'],
         'metrics': ['FrechetDistance', 'GatheredMetric', 'SampleMetric', 'SlicedWasserstein'],
-        'pictures': ['draw_over_nfe', 'draw_panels'],
+        'pictures': ['draw_captioned', 'draw_over_nfe', 'draw_panels'],
         'reference': ['Reference', 'load_reference', 'save_reference'],
         'shapes': ['ShapeScore'],
         'wasserstein': ['sliced_wasserstein'],

@@ -1,15 +1,19 @@
 # Copyright (c) mmfgm authors.
 """Pictures that people look at: panels of samples side by side, and curves over NFE."""
 
+import textwrap
 from io import BytesIO
 
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from PIL import Image
+from PIL import Image, ImageDraw
 from torch import Tensor
 
 from .features import to_uint8
+
+# of captioned pictures, in pixels: what an image is enlarged to at most, and the space below it
+CELL, TEXT, GAP = 128, 28, 4
 
 
 def _to_array(figure: Figure) -> np.ndarray:
@@ -58,6 +62,48 @@ def draw_panels(panels: dict[str, Tensor], nrow: int = 8, limit: float | None = 
                 ' W) or (N, 3, H, W)'
             )
     return _to_array(figure)
+
+
+def draw_captioned(panels: dict[str, tuple[Tensor, list[str]]], nrow: int = 4) -> np.ndarray:
+    """Images of several sources side by side, each with a line or two of text below it.
+
+    Images are enlarged by whole factors, so that their pixels stay what they are.
+
+    Args:
+        panels (dict[str, tuple[Tensor, list[str]]]): Title to images ``(N, C, H, W)`` in [-1, 1], C
+            being 1 or 3, and N captions.
+        nrow (int): Images in a row of a panel. Defaults to 4.
+
+    Returns:
+        np.ndarray: RGB, ``(H, W, 3)`` uint8.
+    """
+    drawn = []
+    for title, (samples, captions) in panels.items():
+        images = to_uint8(samples.float().cpu()).permute(0, 2, 3, 1).numpy()
+        images = np.broadcast_to(images, (*images.shape[:3], 3))
+        factor = max(1, CELL // images.shape[2])
+        images = images.repeat(factor, 1).repeat(factor, 2)
+        height, width = images.shape[1] + TEXT, images.shape[2]
+        rows = -(-len(images) // nrow)
+        columns = min(nrow, len(images))
+        size = (columns * (width + GAP) + GAP, rows * (height + GAP) + TEXT)
+        panel = Image.new('RGB', size, 'white')
+        pen = ImageDraw.Draw(panel)
+        pen.text((GAP, 0), title, fill='black')
+        for i, (image, caption) in enumerate(zip(images, captions)):
+            x = GAP + i % nrow * (width + GAP)
+            y = TEXT + i // nrow * (height + GAP)
+            panel.paste(Image.fromarray(np.ascontiguousarray(image)), (x, y))
+            # six pixels a letter, in Pillow's own font
+            lines = textwrap.wrap(caption, max(8, width // 6), max_lines=2, placeholder='...')
+            pen.multiline_text((x, y + image.shape[0]), '\n'.join(lines), fill='black', spacing=1)
+        drawn.append(np.asarray(panel))
+    tallest = max(len(panel) for panel in drawn)
+    pad = [
+        np.pad(panel, ((0, tallest - len(panel)), (0, 0), (0, 0)), constant_values=255)
+        for panel in drawn
+    ]
+    return np.concatenate(pad, 1)
 
 
 def draw_over_nfe(results: dict[str, dict[int, float]], metric: str) -> np.ndarray:
