@@ -15,8 +15,7 @@ model = dict(
     ),
     # the network's own weights are the teacher's
     teacher=dict(checkpoint=None),
-    # x_0 = z - 0.97 v(0.8 z, 0.97) (B.2); the ablation C.1 is t_star in 0, 0.25, 0.5, 0.75, 1 with
-    # c_out=1, c_in=1
+    # x_0 = z - 0.97 v(0.8 z, 0.97) (B.2)
     generator=dict(type='OneStepGenerator', t_star=0.97, c_skip=1.0, c_out=0.97, c_in=0.8),
     loss=dict(type='FGMLoss', l1_weight=0.0),
     # of the whole loss, GAN included; losses are means over elements, so that Adam's eps of 1e-6 is
