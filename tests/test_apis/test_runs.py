@@ -125,6 +125,10 @@ HOSTILE = {
         "model = dict(type='mmfgm.os.system')",
         'a name that is registered',
     ),
+    'a known name of another module': (
+        "model = dict(type='STRANGER.FGM')",
+        'a name that is registered',
+    ),
     'the name of a module': ("model = dict(type='STRANGER')", 'a name that is registered'),
     'a dotted solver': (
         "default_hooks = dict(samples=dict(samplings=dict(a=dict(solver='STRANGER.run'))))",
