@@ -7,6 +7,7 @@ from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 
+from .lazy import absent
 from .version import __version__
 
 # upstream package -> the maintained continuation that owns the same import name
@@ -43,6 +44,7 @@ def _check_distributions() -> None:
 
 
 _CONFIG_UTILS = 'mmengine.config.utils'
+_OPTIMIZERS = 'mmengine.optim.optimizer.builder'
 
 
 def _announce(config_utils: ModuleType) -> None:
@@ -51,30 +53,37 @@ def _announce(config_utils: ModuleType) -> None:
 
 
 class _WhenImported(MetaPathFinder):
-    """Announces the package as soon as MMEngine is imported, which takes seconds that a command's
-    ``--help`` does not need."""
+    """Changes two modules of MMEngine as they are imported, whoever imports them first.
+
+    Importing MMEngine for it would take seconds that a command's ``--help`` does not need.
+    """
 
     def find_spec(self, fullname, path=None, target=None) -> ModuleSpec | None:
-        if fullname != _CONFIG_UTILS:
+        if fullname not in (_CONFIG_UTILS, _OPTIMIZERS):
             return None
         spec = PathFinder.find_spec(fullname, path, target)
         if spec is None or spec.loader is None:
             return None
-        sys.meta_path.remove(self)
         execute = spec.loader.exec_module
 
         def execute_and_announce(module: ModuleType) -> None:
             execute(module)
             _announce(module)
 
-        spec.loader.exec_module = execute_and_announce  # type: ignore[method-assign]
+        def execute_alone(module: ModuleType) -> None:
+            # it imports transformers, which imports peft, for Adafactor alone: half of the time
+            # that a training needs to start. PerNetworkConstructor makes up for it.
+            with absent('transformers'):
+                execute(module)
+
+        chosen = execute_and_announce if fullname == _CONFIG_UTILS else execute_alone
+        spec.loader.exec_module = chosen  # type: ignore[method-assign]
         return spec
 
 
 _check_distributions()
+sys.meta_path.insert(0, _WhenImported())
 if _CONFIG_UTILS in sys.modules:
     _announce(sys.modules[_CONFIG_UTILS])
-else:
-    sys.meta_path.insert(0, _WhenImported())
 
 __all__ = ['__version__']

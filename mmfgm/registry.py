@@ -4,13 +4,6 @@
 Keep this file free of anything that can fail: MMEngine swallows an ImportError raised from it.
 """
 
-from mmfgm.lazy import absent
-
-# MMEngine's optimizers import transformers for Adafactor alone, and transformers imports peft: most
-# of the time that a training needs to start. PerNetworkConstructor makes up for it.
-with absent('transformers'):
-    import mmengine.optim  # noqa: F401
-
 from mmengine.registry import DATA_SAMPLERS as MMENGINE_DATA_SAMPLERS
 from mmengine.registry import DATASETS as MMENGINE_DATASETS
 from mmengine.registry import FUNCTIONS as MMENGINE_FUNCTIONS

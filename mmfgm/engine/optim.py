@@ -101,7 +101,7 @@ class PerNetworkConstructor:
                 ' of 0'
             )
         if optimizer.get('type') == 'Adafactor' and 'Adafactor' not in OPTIMIZERS:
-            # left out at start-up, see mmfgm/registry.py
+            # left out at start-up, see mmfgm/__init__.py
             register_transformers_optimizers()
         cfg = dict(cfg)
         cfg.setdefault('type', NetworkOptimWrapper)

@@ -79,3 +79,11 @@ def test_judging_needs_no_network():
         "print(len(generate()), 'torch' in sys.modules, 'mmengine' in sys.modules)"
     )
     assert out == '553 False False\n'
+
+
+@pytest.mark.parametrize('first', ['mmfgm.apis.training', 'mmengine.runner', 'mmfgm.registry'])
+def test_a_training_does_not_import_transformers(first):
+    assert 'None []' in python(f"""
+import sys, mmfgm, {first}, mmfgm.apis.training
+print(sys.modules.get('transformers'), [name for name in ('peft',) if name in sys.modules])
+""")
