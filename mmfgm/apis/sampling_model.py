@@ -24,6 +24,7 @@ from mmfgm.models import (
 from mmfgm.registry import MODELS, TASK_UTILS
 
 from .artifacts import WEIGHTS_FILE, check_checkpoint
+from .sizes import check_sizes
 
 # Guidance and decoder are made here, once, and not with each part.
 APART: dict[type[FlowModel], dict[str, Any]] = {
@@ -188,6 +189,8 @@ class SamplingModel:
             return self._adapted
         exported = self.export is not None and name != 'teacher'
         cfg = dict(self.export['model'] if exported else self.model)
+        if exported and self.export['kind'] == 'generator':
+            check_sizes(self.weights, cfg['network'])
         cfg['type'] = self.model.get('type', 'FGM')
         cfg.update(APART[FGM if self.distilled else FlowMatching])
         if self.distilled:

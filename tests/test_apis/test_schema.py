@@ -3,12 +3,13 @@
 
 import copy
 import json
+import resource
 import shutil
 
 import pytest
 from mmengine.registry import DefaultScope
 
-from mmfgm.apis import FGMInferencer, OneStepPipeline, allow_in_exports, export_generator
+from mmfgm.apis import FGMInferencer, OneStepPipeline, allow_in_exports, export_generator, sizes
 from mmfgm.apis.artifacts import EXPORT_FILE, read_export
 from mmfgm.apis.config import read_config
 from mmfgm.apis.schema import NETWORKS
@@ -99,6 +100,31 @@ def test_deep_nesting_is_refused(export, tmp_path):
         value = [value]
     with pytest.raises(UsageError, match='levels'):
         read_export(tampered(export, tmp_path, 'model.network.width', value))
+
+
+@pytest.mark.parametrize(
+    'path, value, message',
+    [
+        ('model.network.width', 10**9, 'a network of'),
+        ('model.network.width', 2**62, 'a network that can be built'),
+        ('model.network.width', 'wide', 'a network that can be built'),
+        ('model.network.depth', 10**9, 'depth to be at most'),
+        ('model.network.num_classes', 10**12, 'a network of'),
+        ('model.network.event_shape', [1, 10**6, 10**6], 'a network of'),
+    ],
+)
+def test_absurd_sizes_take_no_memory(export, tmp_path, path, value, message):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(UsageError, match=message):
+        FGMInferencer(tampered(export, tmp_path, path, value))
+    # kilobytes; the smallest of these networks would take gigabytes
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**19
+
+
+def test_samples_that_no_memory_holds_are_refused(export, tmp_path, monkeypatch):
+    monkeypatch.setattr(sizes, 'LARGEST_EVENT', 63)  # digits have 64 numbers
+    with pytest.raises(UsageError, match='samples of at most'):
+        FGMInferencer(str(export))
 
 
 def test_an_export_of_ours_is_read(export):
