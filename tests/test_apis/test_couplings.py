@@ -14,7 +14,7 @@ from mmengine.registry import DefaultScope
 from torch import nn
 
 from mmfgm.caches import ShardWriter
-from mmfgm.datasets import Couplings, check_finite_batch, item_seed, verify_cache
+from mmfgm.datasets import Couplings, WithReal, check_finite_batch, item_seed, verify_cache
 from mmfgm.errors import NonFiniteError, UsageError
 from mmfgm.flow import euler, uniform_times
 from mmfgm.models import FlowMatching, ImagePreprocessor
@@ -89,6 +89,17 @@ def content(folder):
 @pytest.fixture
 def linear(tmp_path):
     return teacher(tmp_path, type='LinearTeacher')
+
+
+def test_a_teachers_own_samples_stand_for_real_ones(linear, tmp_path):
+    pairs = everything(draw(linear, tmp_path / 'out', '--num-pairs', 4, '--nfe', 2))
+    data = WithReal(
+        conditions=dict(type='ConditionDataset', num_classes=0),
+        real=dict(type='Couplings', path=str(tmp_path / 'out')),
+    )
+    batch = data.__getitems__([2, 0])
+    assert batch['real'].keys() == {'x_0', 'cond'} and 'eps' not in batch
+    assert torch.equal(batch['real']['x_0'], pairs['x_0'][[2, 0]])
 
 
 def test_pairs_of_a_linear_teacher_are_the_closed_form(linear, tmp_path):
