@@ -50,9 +50,9 @@ VOCABULARY = (
     *COLORS,
 )
 
-# fractions of the canvas: radii by number of objects, free space between two boxes, and at the
+# fractions of the canvas: radii of one to four objects, free space between two boxes, and at the
 # border
-RADII = {1: (0.15, 0.25), 2: (0.14, 0.2), 3: (0.13, 0.17), 4: (0.13, 0.15)}
+RADII = ((0.15, 0.25), (0.14, 0.2), (0.13, 0.17), (0.13, 0.15))
 GAP = 2 / 32
 BORDER = 1 / 32
 
@@ -71,13 +71,56 @@ class Item(NamedTuple):
 Scene = tuple[dict, list[Item]]
 
 
-def _place(rng: np.random.Generator, n: int, relation: str | None) -> np.ndarray:
+@dataclass(frozen=True)
+class World:
+    """What scenes are made of; fewer kinds and larger shapes are an easier problem.
+
+    Args:
+        shapes (Sequence[str]): At least two of ``SHAPES``. Defaults to all.
+        colors (Sequence[str]): At least two of ``COLORS``. Defaults to all.
+        radii (Sequence[tuple[float, float]]): The range of half the side of one object, of each of
+            two, three and four, in fractions of the canvas. Defaults to ``RADII``.
+
+    Raises:
+        UsageError: If there are too few, or they do not fit on the canvas.
+    """
+
+    shapes: Sequence[str] = SHAPES
+    colors: Sequence[str] = tuple(COLORS)
+    radii: Sequence[Sequence[float]] = RADII
+
+    def __post_init__(self):
+        for name, known in (('shapes', SHAPES), ('colors', tuple(COLORS))):
+            chosen = getattr(self, name)
+            if len(set(chosen)) < 2 or set(chosen) - set(known):
+                raise UsageError(
+                    f'expected at least two {name} of {list(known)}, found {list(chosen)}; name'
+                    ' those to draw'
+                )
+        if len(self.radii) != len(RADII):
+            raise UsageError(
+                f'expected radii of one to {len(RADII)} objects, found {len(self.radii)} of them;'
+                f' give as many ranges, as {RADII}'
+            )
+        for n, (low, high) in enumerate(self.radii, 1):
+            rows = min(n, 2)  # of two boxes at most
+            largest = (1 - 2 * BORDER - (rows - 1) * GAP) / (2 * rows)
+            if not 0 < low <= high <= largest:
+                raise UsageError(
+                    f'expected radii of {n} objects that fit beside each other, found'
+                    f' {(low, high)}; give 0 < low <= high <= {largest}'
+                )
+
+
+def _place(
+    rng: np.random.Generator, n: int, relation: str | None, radii: Sequence[float]
+) -> np.ndarray:
     """``(n, 3)`` of x, y, r: disjoint boxes; of two, the first stands in ``relation`` to the
     second."""
     tries = (1, 8, 32, 128)[n - 1]  # drawn at once, about as many as it takes
     i, j = np.triu_indices(n, 1)
     while True:
-        r = rng.uniform(*RADII[n], (tries, n, 1))
+        r = rng.uniform(*radii, (tries, n, 1))
         centre = BORDER + r + rng.random((tries, n, 2)) * (1 - 2 * (BORDER + r))
         apart = np.abs(centre[:, i] - centre[:, j]).max(-1) >= (r[:, i] + r[:, j])[..., 0] + GAP
         good = apart.all(-1)
@@ -92,8 +135,9 @@ def _place(rng: np.random.Generator, n: int, relation: str | None) -> np.ndarray
             return np.concatenate([centre[found[0]], r[found[0]]], -1)
 
 
-def sample_scene(rng: np.random.Generator, tag: str) -> Scene:
-    """Draw a caption of one task kind and a scene that shows it, with nothing else in it.
+def sample_scene(rng: np.random.Generator, tag: str, world: World | None = None) -> Scene:
+    """Draw a caption of one task kind and a scene that shows it, with nothing else in it; by
+    default of all shapes and colours.
 
     Returns:
         tuple[dict, list[Item]]: GenEval's metadata row, ``dict(tag, include, [exclude], prompt)``,
@@ -104,8 +148,10 @@ def sample_scene(rng: np.random.Generator, tag: str) -> Scene:
     """
     if tag not in TAGS:
         raise UsageError(f'there is no task {tag!r}; choose from {list(TAGS)}')
-    a, b = (SHAPES[i] for i in rng.permutation(len(SHAPES))[:2])
-    colors = [list(COLORS)[i] for i in rng.integers(len(COLORS), size=max(COUNTS))]
+    world = world or World()
+    kinds, palette = world.shapes, world.colors
+    a, b = (kinds[i] for i in rng.permutation(len(kinds))[:2])
+    colors = [palette[i] for i in rng.integers(len(palette), size=max(COUNTS))]
     count = 1
     relation = None
     if tag == 'counting':
@@ -113,7 +159,7 @@ def sample_scene(rng: np.random.Generator, tag: str) -> Scene:
     elif tag == 'position':
         relation = list(RELATIONS)[rng.integers(len(RELATIONS))]
     elif tag == 'color_attr':
-        colors = [list(COLORS)[i] for i in rng.permutation(len(COLORS))[:2]]
+        colors = [palette[i] for i in rng.permutation(len(palette))[:2]]
     first = {'class': a, 'count': count}
     second = {'class': b, 'count': 1}
     row: dict[str, Any] = dict(tag=tag, include=[first])
@@ -131,7 +177,7 @@ def sample_scene(rng: np.random.Generator, tag: str) -> Scene:
         row['exclude'] = [{'class': a, 'count': count + 1}]
     row['prompt'] = _caption(first, second if len(row['include']) == 2 else None)
     shapes = [a] * count if len(row['include']) == 1 else [a, b]
-    places = _place(rng, len(shapes), relation)
+    places = _place(rng, len(shapes), relation, world.radii[len(shapes) - 1])
     return row, [
         Item(shape, color, *place) for shape, color, place in zip(shapes, colors, places.tolist())
     ]
@@ -283,9 +329,10 @@ class Shapes(BatchDataset):
         tags (Sequence[str]): Task kinds. Defaults to all six.
         encoder (dict): Arguments of :class:`WordEncoder`.
         images (bool): False for FGM, which needs no data: items without ``x_0``.
+        world (dict): Arguments of :class:`World`.
 
     Raises:
-        UsageError: If there is no such task, or nothing to do.
+        UsageError: If there is no such task, nothing to do, or no such world.
     """
 
     def __init__(
@@ -296,6 +343,7 @@ class Shapes(BatchDataset):
         tags: Sequence[str] = TAGS,
         encoder: dict | None = None,
         images: bool = True,
+        world: dict | None = None,
     ):
         super().__init__()
         if length < 1 or not tags or set(tags) - set(TAGS):
@@ -309,6 +357,7 @@ class Shapes(BatchDataset):
         self.images = images
         self.event_shape = (3, size, size)
         self.encoder = WordEncoder(**(encoder or {}))
+        self.world = World(**(world or {}))
 
     def __len__(self) -> int:
         return self.length
@@ -316,7 +365,9 @@ class Shapes(BatchDataset):
     def scene(self, index: int) -> Scene:
         """Metadata row and objects of an item; see :func:`sample_scene`."""
         return sample_scene(
-            np.random.default_rng([self.seed, index]), self.tags[index % len(self.tags)]
+            np.random.default_rng([self.seed, index]),
+            self.tags[index % len(self.tags)],
+            self.world,
         )
 
     def row(self, index: int) -> dict:
@@ -338,7 +389,7 @@ class ShapePrompts(Shapes):
     """What to generate in an evaluation: items ``dict(idx, seed, cond=dict(prompt_embeds,
     pooled_embeds))``, tasks in equal parts.
 
-    The captions are those of :class:`Shapes` with the same seed, tags and encoder.
+    The captions are those of :class:`Shapes` with the same seed, tags, encoder and world.
 
     Args:
         num_samples (int): Number of items; larger indices are padding.
@@ -346,6 +397,7 @@ class ShapePrompts(Shapes):
             training data.
         tags (Sequence[str]): Task kinds. Defaults to all six.
         encoder (dict): Arguments of :class:`WordEncoder`.
+        world (dict): Arguments of :class:`World`.
     """
 
     def __init__(
@@ -354,8 +406,11 @@ class ShapePrompts(Shapes):
         seed: int = 1,
         tags: Sequence[str] = TAGS,
         encoder: dict | None = None,
+        world: dict | None = None,
     ):
-        super().__init__(length=num_samples, seed=seed, tags=tags, encoder=encoder, images=False)
+        super().__init__(
+            length=num_samples, seed=seed, tags=tags, encoder=encoder, images=False, world=world
+        )
 
     def __getitems__(self, indices: Sequence[int]) -> Batch:
         batch = super().__getitems__(indices)

@@ -169,6 +169,40 @@ def test_options():
         sample_scene(np.random.default_rng(0), 'spelling')
 
 
+def test_a_smaller_world():
+    world = dict(
+        shapes=['circle', 'cross'],
+        colors=['red', 'white'],
+        radii=[(0.3, 0.35), (0.18, 0.21), (0.17, 0.19), (0.16, 0.18)],
+    )
+    shapes = Shapes(seed=1, world=world)
+    assert shapes.row(0) == ShapePrompts(10, seed=1, world=world).row(0)
+    scenes = [shapes.scene(i)[1] for i in range(120)]
+    for index, scene in enumerate(scenes):
+        assert {item.shape for item in scene} <= set(world['shapes'])
+        assert {item.color for item in scene} <= set(world['colors'])
+        low, high = world['radii'][len(scene) - 1]
+        assert all(low <= item.r <= high for item in scene)
+        words = set(shapes.row(index)['prompt'].split())
+        assert not words & {'square', 'squares', 'triangle', 'triangles', 'blue'}
+    assert {len(scene) for scene in scenes} == {1, 2, 3, 4}
+
+
+@pytest.mark.parametrize(
+    'world, message',
+    [
+        (dict(shapes=['circle']), 'at least two shapes'),
+        (dict(colors=['red', 'pink']), 'at least two colors'),
+        (dict(radii=[(0.1, 0.2)]), 'radii of one to 4'),
+        (dict(radii=[(0.1, 0.2)] * 3 + [(0.2, 0.3)]), 'radii of 4 objects'),
+        (dict(radii=[(0.3, 0.2)] * 4), 'radii of 1 objects'),
+    ],
+)
+def test_no_such_world(world, message):
+    with pytest.raises(UsageError, match=message):
+        Shapes(world=world)
+
+
 def test_prompts_of_an_evaluation():
     prompts = DATASETS.build(dict(type='ShapePrompts', num_samples=10, seed=3))
     assert len(prompts) == 10
