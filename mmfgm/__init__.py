@@ -2,6 +2,8 @@
 """mmfgm: one-step generators from flow-matching models, by Flow Generator Matching."""
 
 import sys
+from collections.abc import Callable
+from functools import partial
 from importlib import metadata
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
@@ -45,6 +47,7 @@ def _check_distributions() -> None:
 
 _CONFIG_UTILS = 'mmengine.config.utils'
 _OPTIMIZERS = 'mmengine.optim.optimizer.builder'
+Execute = Callable[[ModuleType], None]
 
 
 def _announce(config_utils: ModuleType) -> None:
@@ -52,38 +55,46 @@ def _announce(config_utils: ModuleType) -> None:
     config_utils.MODULE2PACKAGE['mmfgm'] = 'mmfgm'
 
 
+def _execute_and_announce(execute: Execute, config_utils: ModuleType) -> None:
+    execute(config_utils)
+    _announce(config_utils)
+
+
+def _execute_alone(execute: Execute, optimizers: ModuleType) -> None:
+    """MMEngine imports transformers, which imports peft, for Adafactor alone: a part of the time
+    that every training needs to start. PerNetworkConstructor makes up for it."""
+    with absent('transformers'):
+        execute(optimizers)
+
+
 class _WhenImported(MetaPathFinder):
-    """Changes two modules of MMEngine as they are imported, whoever imports them first.
+    """Changes a module of MMEngine as it is imported, whoever imports it first.
 
     Importing MMEngine for it would take seconds that a command's ``--help`` does not need.
     """
 
+    def __init__(self, name: str, change: Callable[[Execute, ModuleType], None]):
+        self.name = name
+        self.change = change
+
     def find_spec(self, fullname, path=None, target=None) -> ModuleSpec | None:
-        if fullname not in (_CONFIG_UTILS, _OPTIMIZERS):
+        if fullname != self.name:
             return None
         spec = PathFinder.find_spec(fullname, path, target)
         if spec is None or spec.loader is None:
             return None
-        execute = spec.loader.exec_module
-
-        def execute_and_announce(module: ModuleType) -> None:
-            execute(module)
-            _announce(module)
-
-        def execute_alone(module: ModuleType) -> None:
-            # it imports transformers, which imports peft, for Adafactor alone: half of the time
-            # that a training needs to start. PerNetworkConstructor makes up for it.
-            with absent('transformers'):
-                execute(module)
-
-        chosen = execute_and_announce if fullname == _CONFIG_UTILS else execute_alone
-        spec.loader.exec_module = chosen  # type: ignore[method-assign]
+        sys.meta_path.remove(self)
+        execute = partial(self.change, spec.loader.exec_module)
+        spec.loader.exec_module = execute  # type: ignore[method-assign]
         return spec
 
 
 _check_distributions()
-sys.meta_path.insert(0, _WhenImported())
 if _CONFIG_UTILS in sys.modules:
     _announce(sys.modules[_CONFIG_UTILS])
+else:
+    sys.meta_path.insert(0, _WhenImported(_CONFIG_UTILS, _execute_and_announce))
+if _OPTIMIZERS not in sys.modules:
+    sys.meta_path.insert(0, _WhenImported(_OPTIMIZERS, _execute_alone))
 
 __all__ = ['__version__']

@@ -64,9 +64,10 @@ def test_configs_are_found_whichever_package_is_imported_first(imports, tmp_path
 
 
 def test_the_package_waits_for_mmengine():
-    """Importing mmfgm imports nothing heavy, and its finder is gone once MMEngine is there."""
+    """Importing mmfgm imports nothing heavy, and its finders are gone once MMEngine is
+    there."""
     out = python(
-        f'import sys, mmfgm; {SHOW}; import mmengine.config; '
+        f'import sys, mmfgm; {SHOW}; import mmengine.config, mmengine.optim; '
         "print([f for f in sys.meta_path if type(f).__module__ == 'mmfgm'])"
     )
     assert out == 'HEAVY []\n[]\n'
