@@ -49,10 +49,11 @@ def jump(seconds: float) -> None:
     clock setting moves.
     """
     clock, local, shift = time.time, time.localtime, [0.0]
+    own = random.Random()  # the training compares the state of the other one
 
     def move() -> None:
         for shift[0] in (seconds, -seconds, 0.0, seconds):
-            time.sleep(random.uniform(0, 2))
+            time.sleep(own.uniform(0, 2))
 
     time.time = lambda: clock() + shift[0]
     time.localtime = lambda at=None: local(time.time() if at is None else at)

@@ -2,14 +2,17 @@
 """Runs of a config under faults, on tiny problems and on one that does not hold."""
 
 import os
+import random
 import signal
 import sys
+import threading
 import time
 
 import pytest
 import torch
 
 from mmfgm.apis.faults import Torture, descendants, first_difference
+from mmfgm.tools.torture import jump
 from tests.conftest import run_module, started, train
 
 # a run that saves how often it was started
@@ -53,6 +56,20 @@ def test_descendants_are_found(tmp_path):
 
 
 @pytest.mark.slow
+def test_a_jumping_clock_leaves_the_training_its_random_numbers(monkeypatch):
+    monkeypatch.setattr(time, 'time', time.time)
+    monkeypatch.setattr(time, 'localtime', time.localtime)
+    naps = []
+    monkeypatch.setattr(time, 'sleep', naps.append)
+    before, real = random.getstate(), time.time()
+    jump(86400.0)
+    for thread in threading.enumerate():
+        if thread.name.endswith('(move)'):
+            thread.join()
+    assert len(naps) == 4 and random.getstate() == before
+    assert time.time() - real >= 86400
+
+
 def test_a_run_that_parts_is_named(tmp_path):
     (tmp_path / 'run.py').write_text(STARTS)
 
