@@ -236,6 +236,10 @@ COMMANDS = {
             'bash tools/install_mmcv_ops.sh',
             'bash tools/run_tests.sh -k uninterrupted --kills 20',
             'python tools/torture.py work_dirs/fgm/digits',
+            (
+                'python tools/compare.py configs/fgm/digits*.py --seeds 0 1'
+                ' --cfg-options train_cfg.max_iters=1200'
+            ),
             'python tools/torture.py work_dirs/fgm/digits --processes 2 --strategy ddp',
             'python tools/torture.py work_dirs/fgm/digits --processes 2 --strategy fsdp2'
             ' --cfg-options strategy.block_types=AdaLNBlock,',
