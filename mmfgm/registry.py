@@ -51,6 +51,7 @@ _METRICS = [
         'features',
         'fid',
         'metrics',
+        'preference',
         'shapes',
         'geneval.colors',
         'geneval.metric',

@@ -11,6 +11,7 @@ __getattr__, __dir__, __all__ = attach(
         'frechet': ['StreamingMoments', 'frechet_distance'],
         'metrics': ['FrechetDistance', 'GatheredMetric', 'SampleMetric', 'SlicedWasserstein'],
         'pictures': ['draw_captioned', 'draw_over_nfe', 'draw_panels'],
+        'preference': ['CLIPScore', 'DINOv2', 'FDDINOv2', 'PickScore'],
         'reference': ['Reference', 'load_reference', 'save_reference'],
         'shapes': ['ShapeScore'],
         'wasserstein': ['sliced_wasserstein'],
