@@ -59,10 +59,7 @@ class ConsistencyFM(FlowMatching):
         self.start = start
 
     def loss(self, phase: str, samples: dict[str, Any]) -> dict[str, Tensor]:
-        x_0 = samples['x_0']
-        cond = self._drop_conditions(samples['cond'], len(x_0), x_0.device)
-        t = self.time_sampler(len(x_0), x_0.device)
-        path = LinearPath.sample(x_0, t, samples.get('eps'))
+        path, cond = self._noised(samples)
         u = None
         if self.iteration >= self.start:
             r = self.loss_fm.earlier(path.t)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from mmfgm.datasets import Couplings
 from mmfgm.errors import UsageError
-from mmfgm.flow import LinearPath, expand_t
+from mmfgm.flow import LinearPath, PathSample, expand_t
 from mmfgm.registry import MODELS, TASK_UTILS
 
 from .base import FlowModel, Phase
@@ -108,10 +108,14 @@ class FlowMatching(FlowModel):
         null = self.null(cond)
         return {k: torch.where(expand_t(drop, v).bool(), null[k], v) for k, v in cond.items()}
 
-    def loss(self, phase: str, samples: dict[str, Any]) -> dict[str, Tensor]:
+    def _noised(self, samples: dict[str, Any]) -> tuple[PathSample, Conditions]:
+        """Data at random times, and the conditions that are not dropped."""
         x_0 = samples['x_0']
         cond = self._drop_conditions(samples['cond'], len(x_0), x_0.device)
         t = self.time_sampler(len(x_0), x_0.device)
-        path = LinearPath.sample(x_0, t, samples.get('eps'))
+        return LinearPath.sample(x_0, t, samples.get('eps')), cond
+
+    def loss(self, phase: str, samples: dict[str, Any]) -> dict[str, Tensor]:
+        path, cond = self._noised(samples)
         v = self.network(path.x_t, path.t, **cond)
         return self.loss_fm(None, v, path)  # (3.6)

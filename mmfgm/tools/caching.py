@@ -6,6 +6,8 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
+from .cli import add_launcher
+
 if TYPE_CHECKING:
     from mmfgm.caches import CacheOptions
 
@@ -54,8 +56,7 @@ def add_caching_arguments(parser: argparse.ArgumentParser) -> None:
             'what to do about bad items; those skipped are listed in the manifest (default: error)'
         ),
     )
-    parser.add_argument('--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'], default='none')
-    parser.add_argument('--local_rank', '--local-rank', type=int, default=0, help=argparse.SUPPRESS)
+    add_launcher(parser)
 
 
 def start(args: argparse.Namespace) -> CacheOptions:
