@@ -9,10 +9,13 @@ import torch
 WORDS = (
     'a an the red green blue cat dog bird house tree on in of with and photo painting small large'
 ).split()
+# what Stable Diffusion 3.5 medium adds: norms of queries and keys, and a second attention of the
+# image alone in some blocks
+SD35 = dict(qk_norm='rms_norm', dual_attention_layers=(0,))
 FACTOR = 2  # pixels per latent; 8 in the published models
 
 
-def make_tiny_sd3(folder, seed=0, sample_size=8):
+def make_tiny_sd3(folder, seed=0, sample_size=8, **transformer_config):
     """Save a random ``StableDiffusion3Pipeline`` to ``folder`` and return the folder as a string.
 
     Its transformer takes latents ``(16, sample_size, sample_size)``, prompt embeddings ``(77 + T5
@@ -23,6 +26,7 @@ def make_tiny_sd3(folder, seed=0, sample_size=8):
         folder (Path or str): Made if it is missing.
         seed (int): Of the weights; the tokenizers are always the same.
         sample_size (int): Height and width of the latents; images have twice as many pixels.
+        **transformer_config: Of the transformer, such as :data:`SD35`.
     """
     from diffusers import (
         AutoencoderKL,
@@ -46,6 +50,7 @@ def make_tiny_sd3(folder, seed=0, sample_size=8):
             caption_projection_dim=32,
             pooled_projection_dim=64,
             pos_embed_max_size=sample_size,
+            **transformer_config,
         )
         clip_l, clip_g = (
             CLIPTextModelWithProjection(_clip_config(hidden, projection)).eval()

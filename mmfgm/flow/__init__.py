@@ -1,6 +1,15 @@
 # Copyright (c) mmfgm authors.
 from .guidance import ClassifierFreeGuidance, NullLabel
-from .ode import CountNFE, edm_times, euler, heun, shifted_times, uniform_times
+from .ode import (
+    CountNFE,
+    edm_times,
+    euler,
+    flux_times,
+    heun,
+    shift_time,
+    shifted_times,
+    uniform_times,
+)
 from .path import LinearPath, PathSample, expand_t
 from .time_samplers import Beta, EDMGrid, LogitNormal, Uniform
 from .weights import (
@@ -30,8 +39,10 @@ __all__ = [
     'edm_times',
     'euler',
     'expand_t',
+    'flux_times',
     'heun',
     'mean_over_event',
+    'shift_time',
     'shifted_times',
     'uniform_times',
     'velocity_error',

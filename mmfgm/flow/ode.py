@@ -42,23 +42,43 @@ def uniform_times(steps: int, device: Device = None) -> Tensor:
     return torch.linspace(1, 0, steps + 1, device=device)
 
 
+def shift_time(t: Times, shift: float) -> Times:
+    """``shift t / (1 + (shift - 1) t)``, by which schedules spend more of their steps on noise
+    (Esser et al., 2024, Eq. 23)."""
+    return shift * t / (1 + (shift - 1) * t)
+
+
 def shifted_times(steps: int, shift: float, device: Device = None) -> Tensor:
     """The ``steps + 1`` float32 times of diffusers'
     ``FlowMatchEulerDiscreteScheduler(shift=shift)``.
 
-    ``t -> shift t / (1 + (shift - 1) t)`` (Esser et al., 2024, Eq. 23) of an even grid, whose low
-    end, 1/1000, the scheduler has shifted once already; then 0.
+    :func:`shift_time` of an even grid, whose low end, 1/1000, the scheduler has shifted once
+    already; then 0.
     """
     if steps < 1 or shift <= 0:
         raise ValueError(
             f'needs at least 1 step and a positive shift, but got steps={steps}, shift={shift}'
         )
 
-    def shifted(t: Times) -> Times:
-        return shift * t / (1 + (shift - 1) * t)
-
-    times = shifted(torch.linspace(1, shifted(1 / 1000), steps, dtype=torch.float64))
+    times = shift_time(
+        torch.linspace(1, shift_time(1 / 1000, shift), steps, dtype=torch.float64), shift
+    )
     return torch.cat([times, times.new_zeros(1)]).float().to(device)
+
+
+def flux_times(steps: int, shift: float, device: Device = None) -> Tensor:
+    """The ``steps + 1`` float32 times of FLUX's pipeline and of those after it, which hand the even
+    grid ``1, 1 - 1 / steps, ..., 0`` to the scheduler and let it shift that.
+
+    Where the scheduler shifts by the number of tokens (``use_dynamic_shifting``), ``shift`` is
+    ``exp(mu)``.
+    """
+    if steps < 1 or shift <= 0:
+        raise ValueError(
+            f'needs at least 1 step and a positive shift, but got steps={steps}, shift={shift}'
+        )
+    even = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
+    return shift_time(even, shift).float().to(device)
 
 
 def edm_times(

@@ -42,8 +42,9 @@ class FlowModel(BaseModel):
     ema_source: str = ''
     # networks that come from elsewhere and are not part of this model's checkpoints
     pretrained: tuple[str, ...] = ()
-    # networks that map noise to samples in one call; all others are integrated
-    one_step: tuple[str, ...] = ()
+    # networks that map noise to samples, and the most calls that a sample of each takes; all others
+    # are integrated
+    generators: dict[str, int] = {}
     event_shape: tuple[int, ...]
     num_classes: int | None
     # iterations that training has finished; the loop says so, for what begins later
@@ -123,7 +124,7 @@ class FlowModel(BaseModel):
         return Sampler(
             self.networks,
             self.event_shape,
-            self.one_step,
+            self.generators,
             self.num_classes,
             self.null,
             self.decoder,

@@ -9,6 +9,7 @@ import os
 import pickle
 import re
 from collections import Counter
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 from mmfgm.errors import DamagedError, UsageError
 from mmfgm.files import check_regular
 
-from .networks import EDMUNet
+from .networks import ADMUNet, EDMUNet
 from .pickles import Inert, InertDict, read_inert, stand_in
 from .weights import check_finite
 
@@ -25,6 +26,9 @@ ADVICE = (
     "expected one of EDM's published networks, such as edm-cifar10-32x32-cond-vp.pkl; download it"
     ' again'
 )
+# class names in the files to ours
+UNETS: dict[str, type[ADMUNet] | type[EDMUNet]] = {'SongUNet': EDMUNet, 'DhariwalUNet': ADMUNet}
+NAMES: dict[type, str] = {EDMUNet: 'DDPM++', ADMUNet: 'ADM'}
 # how torch pickles a storage: first its magic number 0x1950a86a20f9469cfc6c; not a zip or tar
 # archive
 STORAGE_START = b'\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.'
@@ -131,16 +135,19 @@ def _collect(
             _collect(child, f'{prefix}{name}.', tensors, states, seen)
 
 
-def _check_class(module: Any, expected: str, what: str, fix: str) -> None:
+def _check_class(module: Any, expected: Collection[str], what: str, fix: str) -> str:
+    """The name of a module's class, which must be one of those expected."""
     if not isinstance(module, _Persistent):
         raise UsageError(
             f'has a {type(module).__name__} as its {what}, where a network was expected; {ADVICE}'
         )
     name = module.args[0]['class_name']
-    if name != expected:
+    if name not in expected:
         raise UsageError(
-            f'has the {what} {str(name)[:80]}, but only {expected} can be converted; {fix}'
+            f'has the {what} {str(name)[:80]}, but only {" and ".join(expected)} can be converted;'
+            f' {fix}'
         )
+    return name
 
 
 def _refuse_other_architectures(tensors: dict[str, Tensor]) -> None:
@@ -151,7 +158,8 @@ def _refuse_other_architectures(tensors: dict[str, Tensor]) -> None:
         ):
             raise UsageError(
                 f'is an NCSN++ network (it has the tensor {name!r} {tuple(value.shape)}), but only'
-                " DDPM++ can be converted; use the file with 'vp' instead of 've' in its name"
+                " DDPM++ and ADM can be converted; use the file with 'vp' instead of 've' in its"
+                ' name'
             )
         if resampling and not value.eq(0.25).all():
             raise UsageError(
@@ -169,8 +177,8 @@ def _recorded(states: list[dict], name: str, default: float) -> float:
     return default
 
 
-def _infer_unet(tensors: dict[str, Tensor]) -> dict[str, Any]:
-    """The arguments of EDMUNet, but for the dropout, from the names and shapes of its tensors."""
+def _infer_unet(tensors: dict[str, Tensor], unet: type) -> dict[str, Any]:
+    """The arguments of a U-Net, but for the dropout, from the names and shapes of its tensors."""
     blocks = Counter(
         re.findall(r'^enc\.(\d+)x\1_block\d+\.conv0\.weight$', '\n'.join(tensors), re.MULTILINE)
     )
@@ -181,6 +189,10 @@ def _infer_unet(tensors: dict[str, Tensor]) -> dict[str, Any]:
         )
     full = f'{levels[0]}x{levels[0]}'
     model_channels, in_channels = tensors[f'enc.{full}_conv.weight'].shape[:2]
+    out_conv = f'dec.{full}_aux_conv.weight'
+    if unet is ADMUNet:  # its first convolution has the first level's channels
+        model_channels = tensors['map_layer0.weight'].shape[1]
+        out_conv = 'out_conv.weight'
 
     def inputs(layer: str) -> int:
         return tensors[f'{layer}.weight'].shape[1] if f'{layer}.weight' in tensors else 0
@@ -188,7 +200,7 @@ def _infer_unet(tensors: dict[str, Tensor]) -> dict[str, Any]:
     return dict(
         img_resolution=int(levels[0]),
         in_channels=in_channels,
-        out_channels=tensors[f'dec.{full}_aux_conv.weight'].shape[0],
+        out_channels=tensors[out_conv].shape[0],
         label_dim=inputs('map_label'),
         augment_dim=inputs('map_augment'),
         model_channels=model_channels,
@@ -201,17 +213,16 @@ def _infer_unet(tensors: dict[str, Tensor]) -> dict[str, Any]:
     )
 
 
-def _check_shapes(tensors: dict[str, Tensor], unet: dict[str, Any]) -> None:
+def _check_shapes(tensors: dict[str, Tensor], unet: type, arguments: dict[str, Any]) -> None:
     with torch.device('meta'):
-        expected = {
-            name: tuple(value.shape) for name, value in EDMUNet(**unet).state_dict().items()
-        }
+        state = unet(**arguments).state_dict()
+    expected = {name: tuple(value.shape) for name, value in state.items()}
     found = {name: tuple(value.shape) for name, value in tensors.items()}
     for name in (*expected, *found):
         if expected.get(name) != found.get(name):
             raise UsageError(
-                f'is no DDPM++ network: {name[:200]!r} has the shape {found.get(name)} there, but '
-                f'{expected.get(name)} in EDMUNet with {unet}; {ADVICE}'
+                f'is no {NAMES[unet]} network: {name[:200]!r} has the shape {found.get(name)}'
+                f' there, but {expected.get(name)} in {unet.__name__} with {arguments}; {ADVICE}'
             )
 
 
@@ -228,12 +239,15 @@ def _convert(content: Any, key: str) -> tuple[dict[str, Tensor], dict[str, Any]]
     states = []
     _check_class(
         network,
-        'EDMPrecond',
+        ['EDMPrecond'],
         f'preconditioning (at {key!r})',
         'use a file edm-*.pkl of EDM: they all have it',
     )
-    _check_class(
-        _state(network)['_modules']['model'], 'SongUNet', 'model class', "use a 'vp' file (DDPM++)"
+    name = _check_class(
+        _state(network)['_modules']['model'],
+        UNETS,
+        'model class',
+        "use a 'vp' file (DDPM++) or an 'adm' file",
     )
     _collect(network, '', tensors, states, set())
     tensors = {re.sub(r'^model\.', '', name): value for name, value in tensors.items()}
@@ -245,30 +259,31 @@ def _convert(content: Any, key: str) -> tuple[dict[str, Tensor], dict[str, Any]]
         raise UsageError(
             f'records sigma_data={sigma_data} and dropout={dropout}, which no network has; {ADVICE}'
         )
-    unet = dict(_infer_unet(tensors), dropout=dropout)
-    _check_shapes(tensors, unet)
+    unet = UNETS[name]
+    arguments = dict(_infer_unet(tensors, unet), dropout=dropout)
+    _check_shapes(tensors, unet, arguments)
     check_finite(tensors, key)
-    return tensors, dict(unet=unet, sigma_data=sigma_data)
+    return tensors, dict(unet=dict(type=unet.__name__, **arguments), sigma_data=sigma_data)
 
 
 def read_edm_pickle(
     filename: str, key: str = 'ema', sha256: str | None = None
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read a DDPM++ network from one of EDM's pickles, on the CPU and in float32; nothing in the
-    file is run.
+    """Read a DDPM++ or ADM network from one of EDM's pickles, on the CPU and in float32; nothing in
+    the file is run.
 
     Args:
-        filename (str): For example ``edm-cifar10-32x32-cond-vp.pkl``.
+        filename (str): For example ``edm-cifar10-32x32-cond-vp.pkl`` or
+            ``edm-imagenet-64x64-cond-adm.pkl``.
         key (str): Which network of the file. Defaults to ``'ema'``, the only one in published
             files.
         sha256 (str, optional): What the file must have. The format has no checksum of its own, so
             damage to its numbers is noticed only with it.
 
     Returns:
-        tuple: The state dict of :class:`EDMUNet`, and ``dict(unet=..., sigma_data=...)`` with the
-            arguments
-        of ``EDMUNet`` and :class:`EDMVelocity`, inferred from the tensors and what the file
-        records.
+        tuple: The state dict of :class:`EDMUNet` or :class:`ADMUNet`, and the arguments of
+            :class:`EDMVelocity` around it, ``dict(unet=dict(type=...), sigma_data=...)``, inferred
+            from the tensors and what the file records.
 
     Raises:
         UsageError: If the file does not exist, is damaged, holds anything that could run code, or

@@ -20,10 +20,20 @@ from .weights import load_network
 EMA = dict(generator_ema=0.999)
 
 
+def build_generator(cfg: dict | None, network: nn.Module) -> nn.Module:
+    """The map from noise to samples that ``model.generator`` of a config puts around a network."""
+    return MODELS.build({'type': 'OneStepGenerator', **(cfg or {}), 'network': network})
+
+
+def max_nfe(cfg: dict | None) -> int:
+    """Network calls that a sample of such a generator takes at most."""
+    return getattr(build_generator(cfg, nn.Identity()), 'max_nfe', 1)
+
+
 @MODELS.register_module()
 class FGM(FlowModel):
-    """Flow Generator Matching (Algorithm 1): distil a flow-matching teacher into a one-step
-    generator.
+    """Flow Generator Matching (Algorithm 1): distil a flow-matching teacher into a generator
+    of one step or a few.
 
     Four networks of one architecture: ``teacher`` u (frozen), ``online`` v_psi (learns the flow of
     what the generator makes now), ``generator`` g_theta, and its averages. All start from the
@@ -41,7 +51,8 @@ class FGM(FlowModel):
         fm_time_sampler (dict): Density of ``t`` in the online phase's flow-matching loss.
         fgm_time_sampler (dict): Density of ``t`` in the generator phase's FGM loss.
         generator (dict): Config of the map from noise to samples around the network. Its ``type``
-            defaults to :class:`OneStepGenerator`, which takes ``t_star, c_skip, c_out, c_in``.
+            defaults to :class:`OneStepGenerator`, which takes ``t_star, c_skip, c_out, c_in``;
+            :class:`FewStepGenerator` takes ``times``.
         loss (dict): Config of the generator's loss, called as ``loss(u, v, path)``. Defaults to
             ``dict(type='FGMLoss')``; :mod:`mmfgm.models.losses` has the methods beside it.
         loss_scale (float): Multiplies the generator's whole loss, its GAN term included; the paper
@@ -108,11 +119,9 @@ class FGM(FlowModel):
         ema = dict(EMA if ema is None else ema)
         self._check_ema(ema)
         wanted = self._choose(self.network_names(dict(gan=gan, ema=ema)), networks)
-        self._make_networks(
-            wanted, network, teacher, generator or {}, LoRA(**lora) if lora else None
-        )
+        self._make_networks(wanted, network, teacher, generator, LoRA(**lora) if lora else None)
         self.ema_decays = {name: decay for name, decay in ema.items() if name in wanted}
-        self.one_step = ('generator', *ema)
+        self.generators = dict.fromkeys(('generator', *ema), max_nfe(generator))
         self.loss_fgm = MODELS.build(loss or dict(type='FGMLoss'))
         self.loss_online = MODELS.build(online_loss or dict(type='FlowMatchingLoss'))
         self.fm_time_sampler = TASK_UTILS.build(fm_time_sampler)
@@ -142,7 +151,12 @@ class FGM(FlowModel):
             )
 
     def _make_networks(
-        self, wanted: list[str], network: dict, teacher: dict, generator: dict, lora: LoRA | None
+        self,
+        wanted: list[str],
+        network: dict,
+        teacher: dict,
+        generator: dict | None,
+        lora: LoRA | None,
     ) -> None:
         """Make the ``wanted`` networks, all as the teacher stands; others cost no memory."""
         base = MODELS.build(network)
@@ -167,7 +181,7 @@ class FGM(FlowModel):
             elif name != 'generator' and 'generator' in wanted:
                 self.add_module(name, copy_network(self.generator).requires_grad_(False))
             else:
-                made = MODELS.build({'type': 'OneStepGenerator', **generator, 'network': copied()})
+                made = build_generator(generator, copied())
                 self.add_module(name, made if name == 'generator' else made.requires_grad_(False))
         if 'teacher' in wanted:
             self.teacher.requires_grad_(False)

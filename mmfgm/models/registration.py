@@ -19,7 +19,7 @@ from mmfgm.flow import (
 )
 from mmfgm.registry import FUNCTIONS, MODELS, TASK_UTILS
 
-from .generators import OneStepGenerator
+from .generators import DataSpaceGenerator, FewStepGenerator, OneStepGenerator
 from .losses import (
     DiffInstructLoss,
     DMDLoss,
@@ -38,6 +38,8 @@ for module in (
     DMDLoss,
     DiffInstructLoss,
     FGMLoss,
+    DataSpaceGenerator,
+    FewStepGenerator,
     FlowMatchingLoss,
     OneStepGenerator,
     RealUIDLoss,

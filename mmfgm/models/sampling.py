@@ -1,9 +1,9 @@
 # Copyright (c) mmfgm authors.
 """What to draw, and the only way to draw it."""
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mmfgm.errors import NonFiniteError, UsageError
-from mmfgm.flow import ClassifierFreeGuidance, edm_times, shifted_times, uniform_times
+from mmfgm.flow import ClassifierFreeGuidance, edm_times, flux_times, shifted_times, uniform_times
 from mmfgm.processes import is_finite, local
 from mmfgm.registry import FUNCTIONS
 
@@ -19,7 +19,9 @@ Conditions = dict[str, Tensor]
 # of a CPU that multiplies matrices in bf16; any other converts each number, many times slower
 BF16_FLAGS = ('avx512_bf16', 'amx_bf16')
 
-SPACINGS = dict(uniform=uniform_times, edm=edm_times)
+SPACINGS = dict(uniform=uniform_times, edm=edm_times, flux=uniform_times)
+# of those that a shift moves
+SHIFTED = dict(uniform=shifted_times, flux=flux_times)
 
 
 @dataclass(frozen=True)
@@ -29,14 +31,20 @@ class Sampling:
 
     Args:
         network (str): Name of a network of the model, for example ``generator_ema`` or ``teacher``.
-        nfe (int): Network evaluations; a one-step generator always takes 1.
+        nfe (int): Network evaluations; a generator takes 1 or, of few steps, up to one for each of
+            its times.
         solver (str): A solver of :mod:`mmfgm.flow.ode`.
         shift (float, optional): The time grid of diffusers' scheduler of this shift, which SD3's
             pipeline uses (3 there). Defaults to evenly spaced times.
         guidance (float, optional): Scale of classifier-free guidance; one batched call, so one
             evaluation.
-        spacing (str): Of the times: ``'uniform'``, or ``'edm'`` for those of EDM's sampler, which
-            its published networks are sampled at. Defaults to ``'uniform'``.
+        spacing (str): Of the times: ``'uniform'``; ``'edm'`` for those of EDM's sampler, which
+            its published networks are sampled at; or ``'flux'``, where ``shift`` moves the even
+            grid of FLUX's pipeline. Defaults to ``'uniform'``.
+        guidance_channels (int, optional): Guide the first so many channels only, see
+            :class:`~mmfgm.flow.ClassifierFreeGuidance`. Defaults to all.
+        deterministic (bool): Of a generator of few steps: the noise between calls is the one that
+            the estimate implies, instead of fresh noise of the item's own seed. Defaults to False.
 
     Raises:
         UsageError: If the solver cannot spend exactly ``nfe`` evaluations, there is no such
@@ -49,13 +57,15 @@ class Sampling:
     shift: float | None = None
     guidance: float | None = None
     spacing: str = 'uniform'
+    guidance_channels: int | None = None
+    deterministic: bool = False
 
     def times(self, device) -> Tensor:
         """The solver's time grid, from 1 to 0."""
         steps = self.nfe // FUNCTIONS.get(self.solver).evaluations_per_step
         if self.shift is None:
             return SPACINGS[self.spacing](steps, device)
-        return shifted_times(steps, self.shift, device)
+        return SHIFTED[self.spacing](steps, self.shift, device)
 
     def __post_init__(self):
         solver = FUNCTIONS.get(self.solver)
@@ -70,7 +80,7 @@ class Sampling:
             raise UsageError(
                 f'there is no spacing of times {self.spacing!r}; use {" or ".join(SPACINGS)}'
             )
-        if self.shift is not None and self.spacing != 'uniform':
+        if self.shift is not None and self.spacing not in SHIFTED:
             raise UsageError(
                 f'shift={self.shift} moves uniform times, but spacing={self.spacing!r}; leave one'
                 ' of the two out'
@@ -147,8 +157,8 @@ class Sampler:
     Args:
         networks (Mapping[str, nn.Module]): By name.
         event_shape (tuple[int, ...]): Of one sample.
-        one_step (Collection[str]): Networks that map noise to samples in one call; all others are
-            integrated.
+        generators (Mapping[str, int]): Networks that map noise to samples, and the most calls that
+            a sample of each takes; all others are integrated.
         num_classes (int, optional): See :func:`check_labels`.
         null (callable, optional): Maps conditions to "no condition", for guidance.
         decoder (callable, optional): Turns samples into images.
@@ -159,7 +169,7 @@ class Sampler:
 
     networks: Mapping[str, nn.Module]
     event_shape: tuple[int, ...]
-    one_step: Collection[str] = ()
+    generators: Mapping[str, int] = field(default_factory=dict)
     num_classes: int | None = None
     null: Callable[[Conditions], Conditions] | None = None
     decoder: Callable[[Tensor], Tensor] | None = None
@@ -171,20 +181,25 @@ class Sampler:
         """Compare a sampling with the networks, before any sample is drawn.
 
         Raises:
-            UsageError: If there is no such network, or ``nfe`` is not 1 for a one-step generator.
+            UsageError: If there is no such network, or a generator takes no ``nfe`` calls.
         """
         if sampling.network not in self.networks:
             raise UsageError(
                 f'{self.name} has no network {sampling.network!r}; choose from'
                 f' {list(self.networks)}'
             )
-        if sampling.network in self.one_step and sampling.nfe != 1:
+        most = self.generators.get(sampling.network)
+        if most is not None and sampling.nfe > most:
             raise UsageError(
-                f'{sampling.network} is a one-step generator: its NFE is 1, not {sampling.nfe}'
+                f'{sampling.network} is a generator of {most} step{"s" if most > 1 else ""}: its'
+                f' NFE is 1{f" to {most}" if most > 1 else ""}, not {sampling.nfe}'
             )
-        if sampling.guidance is not None and (
-            self.null is None or sampling.network in self.one_step
-        ):
+        if sampling.deterministic and (most or 1) < 2:
+            raise UsageError(
+                f'expected deterministic=True of a generator of few steps, found'
+                f' {sampling.network}, which draws no noise between calls; leave it out'
+            )
+        if sampling.guidance is not None and (self.null is None or most is not None):
             raise UsageError(
                 f'guidance={sampling.guidance} of {sampling.network} needs a network that is'
                 ' integrated, and a model that knows "no condition": set model.guidance (FGM) or'
@@ -196,11 +211,17 @@ class Sampler:
 
         It is drawn on the CPU, so that the same seeds give the same images on every device.
         """
-        rows = [
-            torch.randn(self.event_shape, generator=torch.Generator().manual_seed(int(seed)))
-            for seed in seeds
-        ]
-        return torch.stack(rows)
+        return self.noises(seeds, 1)[0]
+
+    def noises(self, seeds, count: int) -> Tensor:
+        """``count`` draws of :meth:`noise`, ``(count, N, *event)``; more of them begin with the
+        same."""
+        rows = []
+        for seed in seeds:
+            generator = torch.Generator().manual_seed(int(seed))
+            draws = [torch.randn(self.event_shape, generator=generator) for _ in range(count)]
+            rows.append(torch.stack(draws))
+        return torch.stack(rows, dim=1)
 
     @torch.no_grad()
     def sample(self, batch: dict[str, Any], sampling: Sampling) -> Tensor:
@@ -216,15 +237,16 @@ class Sampler:
         """
         self.check(sampling)
         check_labels(batch.get('cond', {}), self.num_classes)
-        inputs = self.preprocess({**batch, 'z': self.noise(batch['seed'])})
-        z = inputs['z']
+        stochastic = sampling.network in self.generators and not sampling.deterministic
+        noises = self.noises(batch['seed'], sampling.nfe if stochastic else 1)
+        inputs = self.preprocess({**batch, 'noises': noises})
         cond = inputs.get('cond', {})
         network = self.networks[sampling.network]
         training = network.training
         network.eval()
         try:
             with self.autocast():
-                samples = self._draw(network, z, cond, sampling)
+                samples = self._draw(network, inputs['noises'], cond, sampling)
         finally:
             network.train(training)
         self._check_finite(samples, 'made', batch, cond, sampling)
@@ -262,12 +284,21 @@ class Sampler:
             f' {len(rows)} of {len(samples)}, of the seeds {seeds}. {why}.'
         )
 
-    def _draw(self, network: nn.Module, z: Tensor, cond: Conditions, sampling: Sampling) -> Tensor:
-        if sampling.network in self.one_step:
+    def _draw(
+        self, network: nn.Module, noises: Tensor, cond: Conditions, sampling: Sampling
+    ) -> Tensor:
+        z = noises[0]
+        most = self.generators.get(sampling.network)
+        if most == 1:
             return network(z, **cond)
+        if most is not None:
+            eps = None if sampling.deterministic else noises[1:]
+            return network(z, sampling.nfe, eps, **cond)
         if sampling.guidance is None:
             velocity = partial(network, **cond)
         else:
-            guidance = ClassifierFreeGuidance(sampling.guidance, self.null)
+            guidance = ClassifierFreeGuidance(
+                sampling.guidance, self.null, channels=sampling.guidance_channels
+            )
             velocity = partial(guidance, network, cond=cond)
         return FUNCTIONS.get(sampling.solver)(velocity, z, sampling.times(z.device))

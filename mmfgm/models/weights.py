@@ -21,6 +21,8 @@ from .sharded import EXTRAS, INDEX, SHARDS, check_shards, read_shards, sharded_s
 
 # where a sharded checkpoint keeps the model
 STATE_DICT = 'state_dict.'
+# where a file keeps tensors beside other things: ours, and those that SiT's training saves
+TENSOR_KEYS = ('state_dict', 'ema')
 
 
 def latest_checkpoint(work_dir: str) -> str | None:
@@ -42,9 +44,10 @@ def read_state_dict(
     """Read the model's tensors from a checkpoint, on the CPU.
 
     Args:
-        checkpoint (str): A ``.safetensors`` file, a ``.pth`` file (with or without a ``state_dict``
-            key), a directory that a sharded run saved, a work directory, meaning its last
-            checkpoint, or ``mmfgm::assets/...``, see :func:`~mmfgm.files.asset_path`.
+        checkpoint (str): A ``.safetensors`` file, a ``.pth`` or ``.pt`` file (with or without a
+            ``state_dict`` or, as SiT's training writes, an ``ema`` key), a directory that a sharded
+            run saved, a work directory, meaning its last checkpoint, or ``mmfgm::assets/...``, see
+            :func:`~mmfgm.files.asset_path`.
         weights_only (bool): Refuse pickles that hold anything but tensors and plain containers.
             ``False`` runs whatever code the file contains: only for files you trust.
         network (str): Only the tensors of this network, by their names in it; no others are read.
@@ -68,11 +71,11 @@ def read_state_dict(
         state = read_safetensors(checkpoint)
     else:
         content = read_pickle(checkpoint, weights_only, _is_of(network))
-        state = content.get('state_dict', content)
+        state = next((content[key] for key in TENSOR_KEYS if key in content), content)
         if not isinstance(state, dict) or not all(
             isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()
         ):
-            raise DamagedError(checkpoint, 'its state_dict does not hold names and tensors')
+            raise DamagedError(checkpoint, 'its state dict does not hold names and tensors')
     return {name: state[key] for name, key in _select(state, network, checkpoint).items()}
 
 

@@ -22,7 +22,7 @@ from mmfgm.errors import UsageError
 from mmfgm.models import Sampling
 from tests.conftest import LIMIT, ROOT, tool_env
 from tests.test_apis.conftest import make_problem, sd3_config
-from tests.tiny_sd3 import make_tiny_sd3
+from tests.tiny_sd3 import SD35, make_tiny_sd3
 
 PROMPTS = ['a red cat', 'the blue house on a green tree']
 SEEDS = [3, 4]
@@ -41,9 +41,10 @@ sys.meta_path.insert(0, Blocker())
 import torch
 from diffusers import StableDiffusion3Pipeline
 
-for folder, dtype, prompts, noise, out in json.load(open(sys.argv[1])):
+for folder, dtype, prompts, noise, out, options in json.load(open(sys.argv[1])):
     pipe = StableDiffusion3Pipeline.from_pretrained(folder, torch_dtype=getattr(torch, dtype))
-    options = dict(num_inference_steps=1, guidance_scale=1.0, output_type='pt')
+    options = dict(options, guidance_scale=1.0, output_type='pt')
+    torch.manual_seed(5)
     images = pipe(prompts, latents=torch.load(noise).to(pipe.dtype), **options)
     torch.save(images.images.float(), out)
 try:
@@ -112,9 +113,16 @@ def exports(sd3_folder, tmp_path_factory):
                     PROMPTS,
                     str(folder / 'noise'),
                     f'{out}.pt',
+                    dict(num_inference_steps=1),
                 ]
             )
         cases[t_star, c_in] = SimpleNamespace(problem=problem, folder=case)
+    run_stock(folder, jobs)
+    return cases
+
+
+def run_stock(folder, jobs):
+    """What diffusers makes of each job, in a process that cannot import mmfgm."""
     (folder / 'jobs.json').write_text(json.dumps(jobs))
     env = {key: value for key, value in tool_env().items() if key != 'PYTHONPATH'}
     result = subprocess.run(
@@ -128,7 +136,6 @@ def exports(sd3_folder, tmp_path_factory):
     assert result.returncode == 0 and result.stdout.strip() == 'without mmfgm', result.stderr[
         -3000:
     ]
-    return cases
 
 
 @pytest.mark.slow
@@ -379,6 +386,15 @@ def test_lora_is_merged_and_folded(sd3_folder, tmp_path):
             read_config(problem.config), problem.weights, str(tmp_path / 'lora'), lora=True
         )
     assert not (tmp_path / 'lora').exists()
+
+
+def test_sd35_is_folded_and_takes_adapters(tmp_path):
+    base = make_tiny_sd3(tmp_path / 'base', **SD35)
+    problem = lora_problem(tmp_path / 'run', base, t_star=0.97, c_in=0.8)
+    ours, out = images_of(problem.config, problem.weights), str(tmp_path / 'out')
+    export_generator(read_config(problem.config), problem.weights, out)
+    torch.testing.assert_close(stock(out), ours, rtol=0, atol=1e-5)
+    assert not torch.allclose(stock(base), ours, atol=0.01)
 
 
 def test_lora_in_bf16_after_its_teacher(sd3_folder, tmp_path):

@@ -7,13 +7,14 @@ import torch
 import torch.distributed.checkpoint as dcp
 from mmengine.config import Config
 from PIL import Image
+from safetensors.torch import load_file
 
 from mmfgm.apis import FGMInferencer
 from mmfgm.config import resolve
 from mmfgm.datasets import GenerationDataset, WordEncoder
 from mmfgm.errors import UsageError
 from mmfgm.evaluation import to_uint8
-from mmfgm.models import Sampling
+from mmfgm.models import Sampling, read_state_dict
 from mmfgm.registry import MODELS, TASK_UTILS
 from mmfgm.tools.merge_checkpoint import merge
 
@@ -62,17 +63,17 @@ def test_one_generator_and_no_teacher_unless_asked(digits, monkeypatch):
     monkeypatch.setattr(MODELS, 'build', lambda cfg: built.append(cfg['type']) or build(cfg))
 
     def networks_built():
-        return [name for name in built if name in ('AdaLNMLP', 'OneStepGenerator')]
+        return [name for name in built if name == 'AdaLNMLP']
 
     inferencer = FGMInferencer(digits.config, digits.weights)
     assert list(inferencer.model.networks) == ['generator_ema']
-    assert networks_built() == ['AdaLNMLP', 'OneStepGenerator']
+    assert networks_built() == ['AdaLNMLP']
     inferencer(0, network='generator')
     assert list(inferencer.model.networks) == ['generator']
-    assert networks_built() == ['AdaLNMLP', 'OneStepGenerator']
+    assert networks_built() == ['AdaLNMLP']
     inferencer(0, network='teacher')
     assert sorted(inferencer.model.networks) == ['generator', 'teacher']
-    assert networks_built() == ['AdaLNMLP', 'OneStepGenerator', 'AdaLNMLP']
+    assert networks_built() == ['AdaLNMLP'] * 2
     assert (
         inferencer.networks == ['generator_ema', 'generator', 'teacher']
         and inferencer.condition == 'labels'
@@ -94,6 +95,19 @@ def test_checkpoints_of_every_kind(digits, inferencer, tmp_path):
         other = FGMInferencer(digits.config, str(tmp_path / weights))
         assert torch.equal(torch.stack(other([1, 2], out='tensor')['predictions']), expected)
     assert other.networks == ['generator_ema', 'teacher']
+
+
+@pytest.mark.parametrize('dtype, bits', [('fp16', 11), ('bf16', 8)])
+def test_a_merged_file_of_half_the_size(dtype, bits, digits, tmp_path):
+    out = tmp_path / 'half.safetensors'
+    merge([digits.weights, str(out), '--dtype', dtype])
+    exact = read_state_dict(digits.weights, network='generator_ema')
+    for key, value in load_file(out).items():
+        assert value.element_size() == 2
+        # the nearest number of so many bits, which are fewer near zero
+        torch.testing.assert_close(value.float(), exact[key], rtol=2.0**-bits, atol=2.0**-25)
+    # and a network of float32 takes it
+    FGMInferencer(digits.config, str(out))(3)
 
 
 def test_bf16(digits, inferencer):
@@ -157,7 +171,7 @@ def test_points(toy):
 def test_words_of_shapes(shapes):
     inferencer = FGMInferencer(shapes.config, shapes.weights)
     prompts = ['a red circle', 'two squares', 'a cross above a circle']
-    cond = WordEncoder().encode(prompts)
+    cond = WordEncoder(max_words=8).encode(prompts)
     batch = dict(idx=torch.arange(3), seed=torch.arange(3) + 5, cond=cond)
     expected = shapes.model.sample(batch, Sampling('generator_ema'))
     samples = inferencer(prompts, seeds=5, out='tensor')['predictions']

@@ -111,6 +111,9 @@ def test_deep_nesting_is_refused(export, tmp_path):
         ('model.network.depth', 10**9, 'depth to be at most'),
         ('model.network.num_classes', 10**12, 'a network of'),
         ('model.network.event_shape', [1, 10**6, 10**6], 'a network of'),
+        ('model.generator', dict(type='FewStepGenerator', times=10**12), 'expected 1 to 1000'),
+        ('model.generator', dict(type='DataSpaceGenerator', steps=10**12), 'expected 1 to 1000'),
+        ('model.generator', dict(type='DataSpaceGenerator', steps=1000), 'a network of'),
     ],
 )
 def test_absurd_sizes_take_no_memory(export, tmp_path, path, value, message):

@@ -238,11 +238,11 @@ def edm_file(tmp_path, monkeypatch):
 def test_round_trip(edm_file, unet):
     state = random_state(unet)
     found, config = read_edm_pickle(edm_file(state, unet, sigma_data=0.7))
-    assert config == dict(unet=unet, sigma_data=0.7)
+    assert config == dict(unet=dict(type='EDMUNet', **unet), sigma_data=0.7)
     assert found.keys() == state.keys() and all(
         torch.equal(found[name], value) for name, value in state.items()
     )
-    EDMUNet(**config['unet']).load_state_dict(found, strict=True)
+    EDMUNet(**unet).load_state_dict(found, strict=True)
     assert not os.path.exists(MARKER) and 'dnnlib' not in sys.modules
 
 
@@ -261,14 +261,17 @@ def test_half_precision_strides_and_defaults(edm_file):
     found, config = read_edm_pickle(name)
     assert {value.dtype for value in found.values()} == {torch.float32}
     assert all(torch.equal(found[name], value.float()) for name, value in state.items())
-    assert config == dict(unet={**CONDITIONAL, 'dropout': 0.0}, sigma_data=0.5)
+    assert config['unet'] == dict(type='EDMUNet', **{**CONDITIONAL, 'dropout': 0.0})
+    assert config['sigma_data'] == 0.5
 
 
 @pytest.mark.parametrize(
     'kwargs, message',
     [
         (dict(outer='VPPrecond'), 'preconditioning .*VPPrecond, but only EDMPrecond'),
-        (dict(inner='DhariwalUNet'), 'model class DhariwalUNet, but only SongUNet'),
+        (dict(inner='UNet'), 'model class UNet, but only SongUNet and DhariwalUNet'),
+        # another class than its tensors are of
+        (dict(inner='DhariwalUNet'), r'is damaged .*out_conv\.weight'),
         (dict(sigma_data=float('nan')), 'sigma_data=nan'),
         (
             dict(change=lambda content: content.pop('ema')),
@@ -448,13 +451,14 @@ def test_the_tool(edm_file, capsys):
         hashlib.sha256(Path(name).read_bytes()).hexdigest(),
         json.loads(Path('out.json').read_text()),
     )
-    assert config == dict(unet=CONDITIONAL, sigma_data=0.5, source=name, sha256=sha256)
+    unet = dict(type='EDMUNet', **CONDITIONAL)
+    assert config == dict(unet=unet, sigma_data=0.5, source=name, sha256=sha256)
     with safe_open('out.safetensors', 'pt') as f:
         assert f.metadata().items() > dict(format='pt', source=name, sha256=sha256).items()
     assert all(
         torch.equal(value, state[key]) for key, value in load_file('out.safetensors').items()
     )
-    network = load_network(EDMUNet(**config['unet']), 'out.safetensors')
+    network = load_network(EDMUNet(**CONDITIONAL), 'out.safetensors')
     assert f'{sum(p.numel() for p in network.parameters()):,} parameters' in printed
 
     pasted = eval(f'dict({", ".join(printed.splitlines()[-2:])})')

@@ -16,7 +16,8 @@ from mmfgm.engine import SingleDeviceStrategy
 from mmfgm.errors import UsageError
 from mmfgm.flow import ClassifierFreeGuidance
 from mmfgm.models import FGM, SD3, CachedNullPrompt, FlowMatching, LatentDecoder, Sampling
-from tests.tiny_sd3 import make_tiny_sd3
+from mmfgm.models.families.flux import FluxTextEncoder
+from tests.tiny_sd3 import SD35, make_tiny_sd3
 
 CONFIG = dict(
     sample_size=8,
@@ -32,9 +33,9 @@ CONFIG = dict(
 )
 
 
-@pytest.fixture(scope='module')
-def folder(tmp_path_factory):
-    return make_tiny_sd3(tmp_path_factory.mktemp('sd3') / 'tiny')
+@pytest.fixture(scope='module', params=[{}, SD35], ids=['sd3', 'sd3.5'])
+def folder(request, tmp_path_factory):
+    return make_tiny_sd3(tmp_path_factory.mktemp('sd3') / 'tiny', **request.param)
 
 
 @pytest.fixture(scope='module')
@@ -132,8 +133,9 @@ def test_null_prompt_fits_the_batch(monkeypatch):
 
 
 @pytest.mark.parametrize('layer', [1, 2, 4])
-def test_features_are_those_of_the_layer(layer):
-    network, cond = random_sd3(), conditions(2)
+@pytest.mark.parametrize('config', [{}, SD35], ids=['sd3', 'sd3.5'])
+def test_features_are_those_of_the_layer(config, layer):
+    network, cond = random_sd3(**config), conditions(2)
     x_t, t = torch.randn(2, 16, 8, 8, dtype=torch.float64), torch.rand(2)
     outputs = []
     handles = [
@@ -311,6 +313,8 @@ def test_checkpointing_changes_nothing():
 
 
 def test_bad_input(folder, tmp_path):
+    with pytest.raises(UsageError, match='a Stable Diffusion 3 pipeline.*take SD3TextEncoder'):
+        FluxTextEncoder(folder)
     with pytest.raises(UsageError, match='(?s)cannot be loaded.*accepted'):
         SD3(8, pretrained=str(tmp_path))
     with pytest.raises(UsageError, match='multiple of the patch size 2, and at most 16'):

@@ -1,11 +1,11 @@
-# a small MM-DiT on 32x32 pixels: 64 image tokens beside 12 words
+# a small MM-DiT on 32x32 pixels: 64 image tokens beside 8 words
 model = dict(
     type='FlowMatching',
     network=dict(
         type='SD3',
-        latent_size=32,
+        latent_size='${image_size}',
         config=dict(
-            sample_size=32,
+            sample_size='${image_size}',
             patch_size=4,
             in_channels=3,
             out_channels=3,
@@ -26,4 +26,4 @@ model = dict(
     ema=dict(network_ema=0.999),
 )
 # what prompts mean to this network, for those who generate with it
-text_encoder = dict(type='WordEncoder')
+text_encoder = dict(type='WordEncoder', max_words='${max_words}')

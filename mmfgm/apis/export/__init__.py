@@ -6,11 +6,12 @@ import os.path as osp
 
 from mmengine.config import Config
 from mmengine.registry import DefaultScope
+from torch import nn
 
 from mmfgm.config import resolve
 from mmfgm.errors import UsageError
 from mmfgm.files import seal, whole_folder
-from mmfgm.models import FGM
+from mmfgm.models import FGM, DataSpaceGenerator, build_generator
 from mmfgm.models.families import family_of
 from mmfgm.registry import MODELS
 
@@ -18,7 +19,9 @@ from ..artifacts import EXPORT_FILE, SEAL, check_checkpoint
 from ..card import describe_source
 from ..sampling_model import SamplingModel
 from .exporter import DTYPES, BaseExporter, Exporter, write_text
+from .few_step import FewStepPipelineExporter
 from .generator import GeneratorExporter
+from .hub import HubRepository
 from .lora import LoRAExporter
 from .pipeline import PipelineExporter
 
@@ -26,7 +29,9 @@ __all__ = [
     'DTYPES',
     'BaseExporter',
     'Exporter',
+    'FewStepPipelineExporter',
     'GeneratorExporter',
+    'HubRepository',
     'LoRAExporter',
     'PipelineExporter',
     'choose_exporter',
@@ -59,7 +64,9 @@ def choose_exporter(
             ' give the config of the distillation, of configs/fgm'
         )
     family = family_of(part)
-    folds = family is not None and family.folds
+    generator = build_generator(model.get('generator'), nn.Identity())
+    # no pipeline hands its network the last estimate
+    folds = family is not None and family.folds and not isinstance(generator, DataSpaceGenerator)
     if base and not folds:
         raise UsageError(
             f'a network of type {named} is no part of {base!r}, and is exported without a base;'
@@ -71,8 +78,16 @@ def choose_exporter(
             'a LoRA file comes from a training with model.lora of a pre-trained network of a'
             ' family that exports pipelines; leave --lora out'
         )
+    few = getattr(generator, 'max_nfe', 1) > 1
+    if lora and few:
+        raise UsageError(
+            'a LoRA file cannot say at which times a generator of few steps is called; leave --lora'
+            ' out to export the pipeline with its scheduler'
+        )
     if lora:
         return LoRAExporter(cfg, dtype, family, base)
+    if folds and base and few:
+        return FewStepPipelineExporter(cfg, dtype, family, base, max_shard_size=max_shard_size)
     if folds and base:
         return PipelineExporter(cfg, dtype, family, base, max_shard_size=max_shard_size)
     return GeneratorExporter(cfg, dtype, family)
@@ -89,12 +104,12 @@ def export_generator(
     lora: bool = False,
     force: bool = False,
 ) -> str:
-    """Export a trained one-step generator; the folder appears only when it is whole.
+    """Export a trained generator; the folder appears only when it is whole.
 
     The network chooses the kind. One of a family that folds becomes a pipeline in diffusers' folder
-    format, in which only the network differs from the base. Any other becomes
-    ``generator.safetensors`` and ``mmfgm_export.json``, for :class:`~mmfgm.apis.FGMInferencer` and
-    :class:`~mmfgm.apis.OneStepPipeline`.
+    format, in which only the network differs from the base, and with several steps the scheduler.
+    Any other becomes ``generator.safetensors`` and ``mmfgm_export.json``, for
+    :class:`~mmfgm.apis.FGMInferencer` and :class:`~mmfgm.apis.OneStepPipeline`.
 
     Args:
         cfg (Config): Of the training.
@@ -128,9 +143,10 @@ def export_generator(
         model = {key: value for key, value in cfg.model.items() if key not in _UNUSED}
         trained = SamplingModel(model, checkpoint)
         name = network or trained.available[0]
-        if name not in trained.one_step:
+        if name not in trained.generators:
             raise UsageError(
-                f'{name!r} is no generator of this checkpoint; choose from {list(trained.one_step)}'
+                f'{name!r} is no generator of this checkpoint; choose from'
+                f' {list(trained.generators)}'
             )
         trained.load(name)
         source = describe_source(cfg, checkpoint, name)

@@ -4,17 +4,21 @@
 import os.path as osp
 import shutil
 from abc import ABC, abstractmethod
+from collections.abc import Collection
 from typing import Any
 
 import torch
 from mmengine.config import Config
+from torch import nn
 
-from mmfgm.models import OneStepGenerator, has_adapters, merge_adapters
+from mmfgm.models import build_generator, has_adapters, merge_adapters
 from mmfgm.models.families import DiffusersFamily
-from mmfgm.registry import MODELS
 
+from ..artifacts import PIPELINE_FILE
 from ..card import find_licence, licence_files, write_card
 
+# the export, in its model card
+HERE = 'THIS FOLDER'
 DTYPES = dict(fp32=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)
 
 
@@ -42,13 +46,11 @@ class Exporter(ABC):
         return DTYPES[self.dtype]
 
     @abstractmethod
-    def write(
-        self, generator: OneStepGenerator, folder: str, source: dict[str, Any]
-    ) -> dict[str, Any]:
+    def write(self, generator: Any, folder: str, source: dict[str, Any]) -> dict[str, Any]:
         """Write all but the description.
 
         Args:
-            generator (OneStepGenerator): With its weights, which may be changed.
+            generator (nn.Module): With its weights, which may be changed.
             folder (str): To write into.
             source (dict): Where the generator comes from, see
                 :func:`~mmfgm.apis.card.describe_source`.
@@ -67,10 +69,10 @@ class BaseExporter(Exporter):
 
     Attributes:
         local (str): Folder of the base.
-        step (PipelineStep): What the base computes in one step.
+        bare (nn.Module): The generator's coefficients, without its network.
 
     Raises:
-        UsageError: If the base is not there, is not whole, or its step cannot be the generator.
+        UsageError: If the base is not there or is not whole.
     """
 
     def __init__(self, cfg: Config, dtype: str, family: DiffusersFamily, base: str):
@@ -78,15 +80,20 @@ class BaseExporter(Exporter):
         self.family = family
         self.base = base
         self.local = family.open(base)
-        self.step = family.step(self.local)
-        self.bare = bare_generator(cfg)
-        self.step.check(self.bare)
+        self.bare: Any = build_generator(cfg.model.get('generator'), nn.Identity())
 
     @property
     def public_base(self) -> str:
         """A hub id as it is, but of a folder only its name: others do not have it where we do."""
         base = self.base
         return osp.basename(osp.abspath(base)) if osp.isdir(base) else base
+
+    def copy_parts(self, folder: str, but: Collection[str]) -> None:
+        """Copy the base, without some of its parts."""
+        for name in self.family.parts(self.local):
+            if name not in but:
+                shutil.copytree(osp.join(self.local, name), osp.join(folder, name))
+        shutil.copy(osp.join(self.local, PIPELINE_FILE), folder)
 
     def write_about(
         self, folder: str, usage: str, source: dict[str, Any], weights: dict[str, str]
@@ -95,18 +102,18 @@ class BaseExporter(Exporter):
         for file in licence_files(self.local):
             shutil.copy(file, folder)
         card = write_card(
-            usage, source, weights, self.dtype, self.public_base, find_licence(self.local)
+            usage,
+            source,
+            weights,
+            self.dtype,
+            getattr(self.bare, 'max_nfe', 1),
+            self.public_base,
+            find_licence(self.local),
         )
         write_text(osp.join(folder, 'README.md'), card)
 
 
-def bare_generator(cfg: Config) -> OneStepGenerator:
-    """The generator's coefficients, without its network."""
-    settings = {'type': 'OneStepGenerator', **(cfg.model.get('generator') or {})}
-    return MODELS.build({**settings, 'network': torch.nn.Identity()})
-
-
-def merged(generator: OneStepGenerator) -> OneStepGenerator:
+def merged(generator: nn.Module) -> nn.Module:
     """Without adapters, which are added in float32 at least."""
     return merge_adapters(generator.float()) if has_adapters(generator) else generator
 

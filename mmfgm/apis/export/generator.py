@@ -4,13 +4,13 @@ from typing import Any
 
 from mmengine.config import Config
 from safetensors.torch import save_file
+from torch import nn
 
-from mmfgm.models import OneStepGenerator
 from mmfgm.models.families import Family
 
 from ..artifacts import WEIGHTS_FILE
 from ..card import hash_weights, write_card
-from .exporter import Exporter, merged, write_text
+from .exporter import HERE, Exporter, merged, write_text
 
 
 class GeneratorExporter(Exporter):
@@ -28,9 +28,7 @@ class GeneratorExporter(Exporter):
         super().__init__(cfg, dtype)
         self.family = family
 
-    def write(
-        self, generator: OneStepGenerator, folder: str, source: dict[str, Any]
-    ) -> dict[str, Any]:
+    def write(self, generator: nn.Module, folder: str, source: dict[str, Any]) -> dict[str, Any]:
         tensors = {
             key: (value.to(self.torch_dtype) if value.is_floating_point() else value).contiguous()
             for key, value in merged(generator).state_dict().items()
@@ -48,12 +46,18 @@ class GeneratorExporter(Exporter):
             model['network'] = self.family.without_weights(model['network'])
             encoder = encoder or dict(family=self.family.name, pretrained=pretrained)
         weights = hash_weights(folder)
-        card = write_card(self._usage(generator, encoder), source, weights, self.dtype)
+        card = write_card(
+            self._usage(generator, encoder),
+            source,
+            weights,
+            self.dtype,
+            getattr(generator, 'max_nfe', 1),
+        )
         write_text(osp.join(folder, 'README.md'), card)
         return dict(model=dict(type='FGM', **model), text_encoder=encoder, weights_sha256=weights)
 
     @staticmethod
-    def _usage(generator: OneStepGenerator, encoder: dict | None) -> str:
+    def _usage(generator: nn.Module, encoder: dict | None) -> str:
         name = 'num_images'
         inputs = '4'
         if encoder:
@@ -64,7 +68,7 @@ class GeneratorExporter(Exporter):
             inputs = '[0, 1, 2, 3]'
         return f"""
 from mmfgm.apis import OneStepPipeline
-pipe = OneStepPipeline.from_pretrained('THIS FOLDER')
+pipe = OneStepPipeline.from_pretrained({HERE!r})
 image = pipe({name}={inputs}, seeds=0).images[0]
 image.save('image.png')
 """

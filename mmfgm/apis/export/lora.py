@@ -8,7 +8,7 @@ from mmfgm.models import OneStepGenerator
 from mmfgm.models.families import DiffusersFamily
 
 from ..card import hash_weights
-from .exporter import BaseExporter
+from .exporter import HERE, BaseExporter
 
 LORA_FILE = 'pytorch_lora_weights.safetensors'
 
@@ -25,6 +25,8 @@ class LoRAExporter(BaseExporter):
 
     def __init__(self, cfg: Config, dtype: str, family: DiffusersFamily, base: str):
         super().__init__(cfg, dtype, family, base)
+        self.step = family.step(self.local)
+        self.step.check(self.bare)
         generator = self.bare
         teacher = cfg.model['teacher'].get('checkpoint')
         if not self.step.is_generator(generator):
@@ -56,7 +58,7 @@ class LoRAExporter(BaseExporter):
                 tensors[key] = (p.detach() * scale).to(self.torch_dtype)
         family.save_adapters(tensors, folder, LORA_FILE)
         weights = hash_weights(folder)
-        usage = family.usage(self.public_base, "pipe.load_lora_weights('THIS FOLDER')")
+        usage = family.usage(self.public_base, network, f'pipe.load_lora_weights({HERE!r})')
         self.write_about(folder, usage, source, weights)
         return dict(
             model=dict(type='FGM', network=family.exported(network)), weights_sha256=weights

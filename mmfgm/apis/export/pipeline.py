@@ -1,24 +1,29 @@
 # Copyright (c) mmfgm authors.
 import os.path as osp
-import shutil
 from typing import Any
 
 from mmfgm.models import OneStepGenerator
 
-from ..artifacts import PIPELINE_FILE
 from ..card import hash_weights
-from .exporter import BaseExporter, merged
+from .exporter import HERE, BaseExporter, merged
 
 
 class PipelineExporter(BaseExporter):
     """The base's pipeline with the generator folded into its network, for plain diffusers; in one
-    step it is the generator."""
+    step it is the generator.
+
+    Raises:
+        UsageError: If no change of weights turns the step into the generator.
+    """
 
     kind = 'pipeline'
 
     def __init__(self, *args: Any, max_shard_size: str = '10GB'):
         super().__init__(*args)
         self.max_shard_size = max_shard_size
+        # what the base computes in one step
+        self.step = self.family.step(self.local)
+        self.step.check(self.bare)
 
     def write(
         self, generator: OneStepGenerator, folder: str, source: dict[str, Any]
@@ -30,13 +35,10 @@ class PipelineExporter(BaseExporter):
         trained_in = family.weights_dtype(network)
         module = family.fold(merged(generator), self.step, self.torch_dtype, trained_in)
         family.save(module, network, folder, self.max_shard_size)
-        for name in family.parts(self.local):
-            if name != family.subfolder:
-                shutil.copytree(osp.join(self.local, name), osp.join(folder, name))
-        shutil.copy(osp.join(self.local, PIPELINE_FILE), folder)
+        self.copy_parts(folder, but=[family.subfolder])
         weights = hash_weights(osp.join(folder, family.subfolder))
         usage = 'import torch\n' + family.usage(
-            'THIS FOLDER', options=f', torch_dtype={self.torch_dtype}'
+            HERE, network, options=f', torch_dtype={self.torch_dtype}'
         )
         self.write_about(folder, usage, source, weights)
         folded = dict(t_star=self.step.timestep / 1000, c_out=self.step.scale)

@@ -29,6 +29,13 @@ from mmfgm.flow import shifted_times, uniform_times
 from mmfgm.registry import MODELS
 
 Condition = dict[str, Tensor]
+# prompts tokenised at a time, where they are only counted
+AT_A_TIME = 10000
+
+
+def above(counts: Sequence[int], most: int, unit: str = 'tokens') -> list[str | None]:
+    """Reasons why prompts of so many tokens are too long, None where they are not."""
+    return [f'has {n} {unit}, more than {most}' if n > most else None for n in counts]
 
 
 class PromptEncoder(ABC):
@@ -58,15 +65,25 @@ class PromptEncoder(ABC):
         _move(self.components, device)
         return self
 
+    def too_long(self, prompts: Sequence[str]) -> list[str | None]:
+        """Why each prompt is too long, for example by :func:`above`, or None where it is not."""
+        return [None] * len(prompts)
+
     def bad(self, prompts: Sequence[Any]) -> dict[int, str]:
         """Number to reason of the prompts that are not text, are empty, or are too long."""
-        return {
+        bad = {
             i: 'is empty'
             if prompt is None or isinstance(prompt, str)
             else f'is not text but {prompt!r:.40}'
             for i, prompt in enumerate(prompts)
             if not isinstance(prompt, str) or not prompt.strip()
         }
+        good = [i for i in range(len(prompts)) if i not in bad]
+        for first in range(0, len(good), AT_A_TIME):
+            part = good[first : first + AT_A_TIME]
+            reasons = self.too_long([prompts[i] for i in part])
+            bad.update({i: reason for i, reason in zip(part, reasons) if reason})
+        return dict(sorted(bad.items()))
 
     def check(self, prompts: Sequence[str]) -> None:
         """Hold prompts against the limit, before any is encoded; the empty prompt is one, meaning

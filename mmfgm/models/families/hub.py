@@ -30,6 +30,17 @@ def diffusers_module():
     return diffusers
 
 
+def hub_module():
+    """huggingface_hub, or a UsageError that says how to install it."""
+    try:
+        import huggingface_hub
+    except ImportError as e:
+        raise UsageError(
+            f'the hub needs huggingface_hub ({e}); install it: pip install "mmfgm[sd3]"'
+        ) from e
+    return huggingface_hub
+
+
 def load_pretrained(cls: Any, pretrained: str, subfolder: str, **kwargs) -> nn.Module:
     """``cls.from_pretrained`` of one part of a diffusers pipeline, with errors that say what to do.
 
@@ -74,6 +85,13 @@ def load_or_explain(load: Callable[[], Any], model: str, kind: str) -> Any:
         UsageError: If ``model`` is neither a folder nor a hub id, is gated, cannot be reached, or
             is not whole.
     """
+    if osp.isfile(model):
+        raise UsageError(
+            f"{model!r} is a file, expected a folder in diffusers' format or a hub id; open a"
+            ' .safetensors of a whole model with from_single_file of its pipeline in diffusers and'
+            ' write the folder with save_pretrained; weights quantised as GGUF cannot be trained'
+            ' from, so take the ones that they were made of'
+        )
     if not osp.isdir(model) and not re.fullmatch(r'[\w.-]+/[\w.-]+', model):
         raise UsageError(
             f'there is no folder {model!r}, and it is no id on the hub either; expected'

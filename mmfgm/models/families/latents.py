@@ -17,29 +17,44 @@ from .base import LatentEncoder
 from .hub import diffusers_module, load_or_explain, load_pretrained
 
 
-class KLEncoder(LatentEncoder):
-    """The encoder of a pipeline's ``AutoencoderKL``: ``(mean - shift_factor) * scaling_factor`` of
-    its distribution, in float32, as half precision costs it accuracy.
+class VAEEncoder(LatentEncoder):
+    """The encoder of a pipeline's VAE, in float32, as half precision costs it accuracy.
 
     Args:
         pretrained (str): Hub id or local folder of a pipeline in diffusers' format.
         kind (str): What that should be, for messages.
+        subfolder (str): Defaults to ``'vae'``; ``''`` for a VAE that was published alone.
+
+    Attributes:
+        vae_class (str): The VAE's name in diffusers.
 
     Raises:
         UsageError: If it is missing, gated, or not whole.
     """
 
-    def __init__(self, pretrained: str, kind: str):
-        cls = diffusers_module().AutoencoderKL
+    vae_class: str
+
+    def __init__(self, pretrained: str, kind: str, subfolder: str = 'vae'):
+        cls = getattr(diffusers_module(), self.vae_class)
         vae = load_or_explain(
-            lambda: cls.from_pretrained(pretrained, subfolder='vae'), pretrained, kind
+            lambda: cls.from_pretrained(pretrained, subfolder=subfolder), pretrained, kind
         )
-        check_finite(vae.state_dict(), osp.join(pretrained, 'vae'))
+        check_finite(vae.state_dict(), osp.join(pretrained, subfolder))
         self.vae = vae.float().eval()
+        self.components: dict[str, Any] = dict(vae=self.vae)
+
+
+class KLEncoder(VAEEncoder):
+    """Of an ``AutoencoderKL``: ``(mean - shift_factor) * scaling_factor`` of its distribution;
+    arguments and errors as of :class:`VAEEncoder`."""
+
+    vae_class = 'AutoencoderKL'
+
+    def __init__(self, pretrained: str, kind: str, subfolder: str = 'vae'):
+        super().__init__(pretrained, kind, subfolder)
         config = self.vae.config
         self.factor = 2 ** (len(config.block_out_channels) - 1)
         self.channels = config.latent_channels
-        self.components: dict[str, Any] = dict(vae=self.vae)
         self.settings = dict(shift_factor=config.shift_factor, scaling_factor=config.scaling_factor)
 
     @torch.no_grad()
@@ -55,16 +70,21 @@ class LatentDecoder:
 
     Args:
         pretrained (str): Hub id or local folder of a pipeline in diffusers' format.
-        subfolder (str): Defaults to ``'vae'``.
+        subfolder (str): Defaults to ``'vae'``; ``''`` for a VAE that was published alone.
         dtype (str): Defaults to ``'float32'``: VAEs may overflow in float16.
         batch_size (int): Images decoded at a time. Defaults to 8.
+
+    Attributes:
+        vae_class (str): The VAE's name in diffusers.
     """
+
+    vae_class = 'AutoencoderKL'
 
     def __init__(
         self, pretrained: str, subfolder: str = 'vae', dtype: str = 'float32', batch_size: int = 8
     ):
         self.vae = load_pretrained(
-            diffusers_module().AutoencoderKL,
+            getattr(diffusers_module(), self.vae_class),
             pretrained,
             subfolder,
             torch_dtype=getattr(torch, dtype),
@@ -72,15 +92,23 @@ class LatentDecoder:
         self.vae.requires_grad_(False).eval()
         self.batch_size = batch_size
 
+    def unpack(self, latents: Tensor) -> Tensor:
+        """Latents of the network to those that the VAE decodes, in its dtype."""
+        config = self.vae.config
+        z = latents.to(self.vae.dtype)
+        return z / config.scaling_factor + (config.get('shift_factor') or 0)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents of the VAE to images ``(N, 3, H, W)``."""
+        return self.vae.decode(latents).sample
+
     @torch.no_grad()
     def __call__(self, latents: Tensor) -> Tensor:
         """Latents ``(N, C, h, w)`` to float32 images ``(N, 3, H, W)`` in [-1, 1] up to
         overshoot."""
-        vae = self.vae.to(latents.device)
-        z = latents.to(vae.device, vae.dtype) / vae.config.scaling_factor + (
-            vae.config.shift_factor or 0
-        )
-        return torch.cat([vae.decode(part).sample.float() for part in z.split(self.batch_size)])
+        self.vae.to(latents.device)
+        parts = self.unpack(latents).split(self.batch_size)
+        return torch.cat([self.decode(part).float() for part in parts])
 
 
 @TASK_UTILS.register_module()

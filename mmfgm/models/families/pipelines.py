@@ -2,6 +2,7 @@
 """Families whose models are pipelines in diffusers' folder format, and the one step of such a
 pipeline."""
 
+import inspect
 import json
 import os.path as osp
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -12,8 +13,8 @@ from torch import Tensor, nn
 from mmfgm.errors import UsageError
 from mmfgm.files import differences, read_json
 
-from .base import FAMILIES, Family
-from .hub import diffusers_module, load_or_explain, quiet
+from .base import FAMILIES, Family, LatentEncoder
+from .hub import diffusers_module, hub_module, load_or_explain, quiet
 from .latents import KLEncoder
 
 if TYPE_CHECKING:
@@ -35,12 +36,17 @@ class PipelineStep(NamedTuple):
         """Ask a scheduler of diffusers.
 
         Raises:
-            UsageError: If it is not the one for flow matching.
+            UsageError: If it is not one for flow matching.
         """
-        if type(scheduler).__name__ != 'FlowMatchEulerDiscreteScheduler':
+        kind = type(scheduler).__name__
+        # the first step of a solver of higher order, such as DPM-Solver++, is Euler's
+        if (
+            kind != 'FlowMatchEulerDiscreteScheduler'
+            and scheduler.config.get('prediction_type') != 'flow_prediction'
+        ):
             raise UsageError(
-                f'the base pipeline has a {type(scheduler).__name__}, expected its '
-                'FlowMatchEulerDiscreteScheduler; name a base as it was published'
+                f'the base pipeline has a {kind}, expected its FlowMatchEulerDiscreteScheduler, or'
+                ' one with prediction_type=flow_prediction; name a base as it was published'
             )
 
         def step(z, v):
@@ -128,6 +134,8 @@ class DiffusersFamily(Family):
     pipeline_class: str
     network_class: str
     attribute = 'transformer'
+    # of ClassifierFreeGuidance, to be the pipeline's own
+    guidance_options: dict[str, Any] = {}
 
     def pipeline_type(self) -> Any:
         return getattr(diffusers_module(), self.pipeline_class)
@@ -153,8 +161,33 @@ class DiffusersFamily(Family):
     def decoder(self, pretrained: str) -> dict[str, Any]:
         return dict(type='LatentDecoder', pretrained=pretrained)
 
-    def latent_encoder(self, pretrained: str) -> KLEncoder:
+    def latent_encoder(self, pretrained: str) -> LatentEncoder:
         return KLEncoder(pretrained, self.title)
+
+    # the stock pipeline beside our ODE, for tools/check_teacher.py
+    def stock_scale(self, pipeline: Any) -> float | None:
+        """Guidance of two passes that the pipeline's call has unless told otherwise, in our scale;
+        None where it makes one pass alone."""
+        return inspect.signature(pipeline.__call__).parameters['guidance_scale'].default
+
+    def stock_options(
+        self, pipeline: Any, network: nn.Module, scale: float | None, count: int
+    ) -> dict[str, Any]:
+        """Arguments of the pipeline's call with which it is our ODE under that guidance, beside
+        ``count`` prompts, noise and the number of steps."""
+        return dict(guidance_scale=scale)
+
+    def stock_times(self, steps: int, network: nn.Module, pretrained: str) -> Tensor:
+        """:meth:`times` of this network's size and this pipeline."""
+        return self.times(steps)
+
+    def to_stock(self, x_t: Tensor) -> Tensor:
+        """The network's latents ``(N, *event)`` as the pipeline takes them."""
+        return x_t
+
+    def from_stock(self, latents: Tensor, like: Tensor) -> Tensor:
+        """What the pipeline computes with, as the network's latents, whose shape ``like`` has."""
+        return latents
 
     # export
     def open(self, pretrained: str) -> str:
@@ -172,14 +205,14 @@ class DiffusersFamily(Family):
             )
         local = pretrained
         if not osp.isdir(pretrained):
-            from huggingface_hub import snapshot_download
-
             local = load_or_explain(
                 lambda: self.pipeline_type().download(pretrained), pretrained, self.title
             )
             # into the same folder; the pipeline does not ask for them
             load_or_explain(
-                lambda: snapshot_download(pretrained, allow_patterns=['README.md', 'LICENSE*']),
+                lambda: hub_module().snapshot_download(
+                    pretrained, allow_patterns=['README.md', 'LICENSE*']
+                ),
                 pretrained,
                 self.title,
             )
@@ -294,21 +327,38 @@ class DiffusersFamily(Family):
         """The network's config in the description of an export, without ``pretrained``."""
         return dict(type=self.network.__name__, latent_size=network.event_shape[-1])
 
-    def usage(self, opened: str, *lines: str, options: str = '') -> str:
+    def call_options(self, network: nn.Module) -> dict[str, Any]:
+        """Arguments with which the stock pipeline, called with a prompt, is the generator."""
+        return dict(num_inference_steps=1, guidance_scale=1.0)
+
+    def usage(
+        self,
+        opened: str,
+        network: nn.Module,
+        *lines: str,
+        options: str = '',
+        call: dict[str, Any] | None = None,
+    ) -> str:
         """Python lines for a model card: open a pipeline with plain diffusers and make an image.
 
         Args:
             opened (str): Folder or hub id to open.
+            network (nn.Module): Of the generator.
             *lines (str): To add after it is opened.
             options (str): To add to the arguments of ``from_pretrained``.
+            call (dict, optional): Arguments of the pipeline's call. Defaults to
+                :meth:`call_options`.
         """
         cls = self.pipeline_type()
+        given = (call or self.call_options(network)).items()
+        arguments = ', '.join(f'{key}={value!r}' for key, value in given)
         return '\n'.join(
             [
                 f'from {cls.__module__.split(".")[0]} import {cls.__name__}',
                 f"pipe = {cls.__name__}.from_pretrained({opened!r}{options}).to('cuda')",
                 *lines,
-                "image = pipe('a red cat', num_inference_steps=1, guidance_scale=1.0).images[0]",
+                # by name, as the first argument of some pipelines is an image
+                f"image = pipe(prompt='a red cat', {arguments}).images[0]",
                 "image.save('image.png')",
             ]
         )

@@ -24,8 +24,56 @@ def _xavier_(layer: nn.Module, gain: float = 1.0) -> nn.Module:
     return layer
 
 
-def _norm(channels: int) -> nn.GroupNorm:
-    return nn.GroupNorm(min(32, channels // 4), channels, eps=1e-6)
+def group_norm(channels: int, eps: float = 1e-6) -> nn.GroupNorm:
+    """In 32 groups, or fewer of at least 4 channels each."""
+    return nn.GroupNorm(min(32, channels // 4), channels, eps=eps)
+
+
+def check_levels(
+    name: str, img_resolution: int, model_channels: int, channel_mult: Sequence[int]
+) -> None:
+    """Raise a UsageError of the network ``name`` if the resolution cannot be halved often enough,
+    or channels do not fill a group."""
+    factor = 2 ** (len(channel_mult) - 1)
+    if img_resolution % factor:
+        raise UsageError(
+            f'{name} with {len(channel_mult)} levels needs an img_resolution divisible by'
+            f' {factor}, but got {img_resolution}; shorten channel_mult or resize the images'
+        )
+    for channels in {model_channels, *(mult * model_channels for mult in channel_mult)}:
+        if model_channels < 4 or channels % min(32, channels // 4):
+            raise UsageError(
+                f'{name} normalises {channels} channels in groups of min(32, channels / 4):'
+                f' choose model_channels (now {model_channels}) as a multiple of 32, or below'
+                ' 128 as a multiple of 4'
+            )
+
+
+def check_labels(labels: Tensor | None, label_dim: int) -> None:
+    """Raise a ValueError if labels are given to an unconditional network, missing for a conditional
+    one, or (on the CPU, where looking is free) outside ``[0, label_dim]``."""
+    if (labels is None) == bool(label_dim):
+        raise ValueError(
+            f'a network of {label_dim} classes was called with labels={labels}; make'
+            ' label_dim agree with the dataset'
+        )
+    if (
+        labels is not None
+        and labels.device.type == 'cpu'
+        and not torch.compiler.is_compiling()
+        and labels.numel()
+        and not 0 <= labels.min() <= labels.max() <= label_dim
+    ):
+        raise ValueError(
+            f'labels must lie in [0, {label_dim}] ({label_dim} means "no class"), but'
+            f' lie in [{int(labels.min())}, {int(labels.max())}]'
+        )
+
+
+def one_hot(labels: Tensor, label_dim: int) -> Tensor:
+    """``(N, label_dim)``, without a look at the values, which would wait for the GPU; ``label_dim``
+    itself means "no class" and has no 1."""
+    return labels[:, None] == torch.arange(label_dim, device=labels.device)
 
 
 class Conv2d(nn.Conv2d):
@@ -75,10 +123,10 @@ class UNetBlock(nn.Module):
     ):
         super().__init__()
         self.dropout = dropout
-        self.norm0 = _norm(in_channels)
+        self.norm0 = group_norm(in_channels)
         self.conv0 = Conv2d(in_channels, out_channels, 3, up, down)
         self.affine = _xavier_(nn.Linear(emb_channels, out_channels))
-        self.norm1 = _norm(out_channels)
+        self.norm1 = group_norm(out_channels)
         self.conv1 = Conv2d(out_channels, out_channels, 3, gain=NEAR_ZERO)
         self.skip = (
             Conv2d(in_channels, out_channels, 1, up, down)
@@ -87,7 +135,7 @@ class UNetBlock(nn.Module):
         )
         self.norm2 = self.qkv = self.proj = None
         if attention:
-            self.norm2 = _norm(out_channels)
+            self.norm2 = group_norm(out_channels)
             self.qkv = Conv2d(out_channels, 3 * out_channels, 1, gain=ATTENTION)
             self.proj = Conv2d(out_channels, out_channels, 1, gain=NEAR_ZERO)
 
@@ -149,7 +197,7 @@ class EDMUNet(nn.Module):
         dropout: float = 0.13,
     ):
         super().__init__()
-        self._check(img_resolution, model_channels, channel_mult)
+        check_levels(type(self).__name__, img_resolution, model_channels, channel_mult)
         self.img_resolution = img_resolution
         self.in_channels = in_channels
         self.out_channels = out_channels
@@ -198,27 +246,11 @@ class EDMUNet(nn.Module):
                     **block,
                 )
                 channels = mult * model_channels
-        self.dec[f'{r}x{r}_aux_norm'] = _norm(channels)
+        self.dec[f'{r}x{r}_aux_norm'] = group_norm(channels)
         self.dec[f'{r}x{r}_aux_conv'] = Conv2d(channels, out_channels, 3, gain=NEAR_ZERO)
 
         # cuDNN and oneDNN are fastest there; activations follow the weights
         self.to(memory_format=torch.channels_last)
-
-    @staticmethod
-    def _check(img_resolution: int, model_channels: int, channel_mult: Sequence[int]) -> None:
-        factor = 2 ** (len(channel_mult) - 1)
-        if img_resolution % factor:
-            raise UsageError(
-                f'EDMUNet with {len(channel_mult)} levels needs an img_resolution divisible by'
-                f' {factor}, but got {img_resolution}; shorten channel_mult or resize the images'
-            )
-        for channels in {model_channels, *(mult * model_channels for mult in channel_mult)}:
-            if model_channels < 4 or channels % min(32, channels // 4):
-                raise UsageError(
-                    f'EDMUNet normalises {channels} channels in groups of min(32, channels / 4):'
-                    f' choose model_channels (now {model_channels}) as a multiple of 32, or below'
-                    ' 128 as a multiple of 4'
-                )
 
     def embed(
         self, noise_labels: Tensor, labels: Tensor | None, augment_labels: Tensor | None
@@ -235,10 +267,8 @@ class EDMUNet(nn.Module):
         angles = noise_labels[:, None] * (1 / 10000) ** (i / (half - 1))
         emb = torch.cat([angles.sin(), angles.cos()], dim=1).to(dtype)
         if self.map_label is not None:
-            # one-hot without a look at the values, which would wait for the GPU; label_dim itself
-            # means "no class"
-            onehot = labels[:, None] == torch.arange(self.label_dim, device=labels.device)
-            emb = emb + self.map_label(onehot.to(dtype) * math.sqrt(self.label_dim))
+            onehot = one_hot(labels, self.label_dim).to(dtype)
+            emb = emb + self.map_label(onehot * math.sqrt(self.label_dim))
         if self.map_augment is not None and augment_labels is not None:
             emb = emb + self.map_augment(augment_labels.to(dtype))
         return F.silu(self.map_layer1(F.silu(self.map_layer0(emb))))
@@ -264,22 +294,7 @@ class EDMUNet(nn.Module):
             ValueError: If labels are given to an unconditional network, missing for a conditional
                 one, or (on the CPU, where looking is free) outside the classes.
         """
-        if (labels is None) == (self.map_label is not None):
-            raise ValueError(
-                f'a network of {self.label_dim} classes was called with labels={labels}; make'
-                ' label_dim agree with the dataset'
-            )
-        if (
-            labels is not None
-            and labels.device.type == 'cpu'
-            and not torch.compiler.is_compiling()
-            and labels.numel()
-            and not 0 <= labels.min() <= labels.max() <= self.label_dim
-        ):
-            raise ValueError(
-                f'labels must lie in [0, {self.label_dim}] ({self.label_dim} means "no class"), but'
-                f' lie in [{int(labels.min())}, {int(labels.max())}]'
-            )
+        check_labels(labels, self.label_dim)
         emb = self.embed(noise_labels, labels, augment_labels)
         x = x.to(self.map_layer0.weight.dtype)
         skips = []

@@ -21,6 +21,11 @@ class _UNetFlow(nn.Module):
         )
         self.num_classes = self.unet.label_dim
 
+    @property
+    def input_layer(self) -> nn.Module:
+        """What takes ``x_t``."""
+        return next(iter(self.unet.enc.values()))
+
 
 @MODELS.register_module()
 class UNetVelocity(_UNetFlow):

@@ -80,6 +80,11 @@ class AdaLNMLP(nn.Module):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
 
+    @property
+    def input_layer(self) -> nn.Module:
+        """What takes ``x_t``."""
+        return self.input
+
     def forward(self, x_t: Tensor, t: Tensor, labels: Tensor | None = None) -> Tensor:
         """Velocity at ``x_t (N, *event_shape)`` and ``t (N,)`` in [0, 1], for ``labels (N,)`` or
         none.

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from mmfgm.errors import UsageError
 from mmfgm.registry import MODELS
 
-from ..hub import diffusers_module, load_pretrained
+from ..blocks import check_layer
+from ..networks import stock_transformer
 
 
 @MODELS.register_module()
@@ -47,24 +48,9 @@ class SD3(nn.Module):
         checkpointing: bool = False,
     ):
         super().__init__()
-        if (pretrained is None) == (config is None):
-            raise UsageError(
-                "SD3 takes either pretrained (a pipeline in diffusers' format) or config (of a"
-                f' random initialisation), but got pretrained={pretrained!r}, config={config!r};'
-                ' set one of them'
-            )
-        cls = diffusers_module().SD3Transformer2DModel
-        if pretrained is None:
-            self.transformer = cls(**config).to(getattr(torch, dtype))
-        else:
-            self.transformer = load_pretrained(
-                cls,
-                pretrained,
-                subfolder,
-                revision=revision,
-                variant=variant,
-                torch_dtype=getattr(torch, dtype),
-            )
+        self.transformer = stock_transformer(
+            'SD3', 'SD3Transformer2DModel', pretrained, config, subfolder, revision, variant, dtype
+        )
         patch = self.transformer.config.patch_size
         largest = self.transformer.config.pos_embed_max_size
         if latent_size % patch or latent_size // patch > largest:
@@ -79,11 +65,7 @@ class SD3(nn.Module):
 
     def check_feature_layer(self, layer: int) -> None:
         """Raise a UsageError unless there is a layer of that number, counted from 1."""
-        layers = len(self.transformer.transformer_blocks)
-        if not 1 <= layer <= layers:
-            raise UsageError(
-                f'feature_layer={layer} is out of range: this network has the layers 1 to {layers}'
-            )
+        check_layer(self.transformer, ('transformer_blocks',), layer)
 
     def dummy_conditions(self, batch_size: int) -> dict[str, Tensor]:
         """Conditions of the shapes that a cache of full-length prompts yields, for estimates of
@@ -93,6 +75,11 @@ class SD3(nn.Module):
             prompt_embeds=torch.zeros(batch_size, 333, config.joint_attention_dim),
             pooled_embeds=torch.zeros(batch_size, config.pooled_projection_dim),
         )
+
+    @property
+    def input_layer(self) -> nn.Module:
+        """What takes ``x_t``."""
+        return self.transformer.pos_embed.proj
 
     def forward(
         self,

@@ -4,7 +4,6 @@ what to do."""
 
 from collections.abc import Sequence
 from types import SimpleNamespace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,18 +11,16 @@ from torch import Tensor
 from mmfgm.errors import UsageError
 from mmfgm.registry import TASK_UTILS
 
-from ..base import PromptEncoder
-from ..hub import load_or_explain
-from ..pipelines import read_index
+from ..base import above
+from ..hub import diffusers_module, load_or_explain
+from ..text import PipelineText, check_length
 
 TITLE = 'Stable Diffusion 3'
-# what diffusers' encode_prompt takes
-LONGEST = 512
 PADDING = ('none', 't5', 'all')
 
 
 @TASK_UTILS.register_module()
-class SD3TextEncoder(PromptEncoder):
+class SD3TextEncoder(PipelineText):
     """The three text encoders of a Stable Diffusion 3 pipeline, or CLIP's two.
 
     A cache gets the parts ``clip``, ``t5`` and ``pooled``: CLIP's channels are stored without the
@@ -39,7 +36,7 @@ class SD3TextEncoder(PromptEncoder):
 
     Attributes:
         pipeline (StableDiffusion3Pipeline): Without transformer and VAE.
-        parts (list[str]): Names of the encoders and tokenizers in it.
+        parts (list[str]): Names of the encoders and tokenizers in it that are used.
 
     Raises:
         UsageError: If the pipeline is missing, gated or of another kind, an encoder is missing, or
@@ -54,63 +51,33 @@ class SD3TextEncoder(PromptEncoder):
         without_t5: bool = False,
         drop_padding: str = 'none',
     ):
-        if not 1 <= max_length <= LONGEST:
-            raise UsageError(
-                f'--max-length must be at least 1 and at most {LONGEST}, but is {max_length}'
-            )
+        check_length(max_length)
         if drop_padding not in PADDING:
             raise UsageError(f'drop_padding must be one of {PADDING}, but is {drop_padding!r}')
-        index, _ = read_index(pretrained)
         self.parts = ['text_encoder', 'tokenizer', 'text_encoder_2', 'tokenizer_2']
-        self.parts += [] if without_t5 else ['text_encoder_3', 'tokenizer_3']
-        missing = [part for part in self.parts if not (index.get(part) or [None])[0]]
-        if missing:
-            raise UsageError(
-                f'{pretrained!r} has no {", ".join(missing)}; download all of it, or leave T5 out '
-                'with --without-t5, or without_t5=True in a config'
-            )
-        from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
-
-        unused = dict(
-            transformer=None,
-            vae=None,
-            **(dict(text_encoder_3=None, tokenizer_3=None) if without_t5 else {}),
+        t5 = ['text_encoder_3', 'tokenizer_3']
+        self.parts += [] if without_t5 else t5
+        advice = (
+            'download all of it, or leave T5 out with --without-t5, or without_t5=True in a config'
         )
-        self.pipeline = load_or_explain(
-            lambda: StableDiffusion3Pipeline.from_pretrained(
-                pretrained, torch_dtype=getattr(torch, dtype), **unused
-            ),
-            pretrained,
-            TITLE,
-        )
+        absent = dict.fromkeys(t5) if without_t5 else {}
+        super().__init__(pretrained, max_length, dtype, advice, **absent)
         if without_t5:  # encode_prompt asks the transformer how many channels T5's zeros have
             config = load_or_explain(
-                lambda: SD3Transformer2DModel.load_config(pretrained, subfolder='transformer'),
+                lambda: diffusers_module().SD3Transformer2DModel.load_config(
+                    pretrained, subfolder='transformer'
+                ),
                 pretrained,
                 TITLE,
             )
             self.pipeline.transformer = SimpleNamespace(config=SimpleNamespace(**config))
-        self.max_length = max_length
         self.without_t5 = without_t5
-        self.device = torch.device('cpu')
         self.clip_length = self.pipeline.tokenizer_max_length
         self.settings = dict(
             max_length=max_length, drop_padding=drop_padding, without_t5=without_t5
         )
         self.drop_clip = drop_padding == 'all'
         self.drop_t5 = without_t5 or drop_padding != 'none'
-
-    @property
-    def components(self) -> dict[str, Any]:  # type: ignore[override]
-        return {part: getattr(self.pipeline, part) for part in self.parts}
-
-    def to(self, device) -> 'SD3TextEncoder':
-        """Move the encoders, in place."""
-        for part in self.parts:
-            if part.startswith('text_encoder'):
-                getattr(self.pipeline, part).to(device)
-        self.device = torch.device(device)
-        return self
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> dict[str, Tensor]:
@@ -133,23 +100,11 @@ class SD3TextEncoder(PromptEncoder):
             len(ids) for ids in tokenizer(list(prompts), padding=False, truncation=False).input_ids
         ]
 
-    def bad(self, prompts: Sequence[Any]) -> dict[int, str]:
-        """Number to reason of the prompts that are no text, empty, or too long."""
-        bad = super().bad(prompts)
-        name, limit = ('CLIP', self.clip_length) if self.without_t5 else ('T5', self.max_length)
-        for first in range(0, len(prompts), 10000):
-            part = [
-                (i, prompts[i])
-                for i in range(first, min(len(prompts), first + 10000))
-                if i not in bad
-            ]
-            for (i, _), tokens in zip(
-                part,
-                self.count_tokens([prompt for _, prompt in part], self.without_t5) if part else (),
-            ):
-                if tokens > limit:
-                    bad[i] = f'has {tokens} {name} tokens, more than {limit}'
-        return dict(sorted(bad.items()))
+    def too_long(self, prompts: Sequence[str]) -> list[str | None]:
+        counts = self.count_tokens(prompts, clip=self.without_t5)
+        if self.without_t5:
+            return above(counts, self.clip_length, 'CLIP tokens')
+        return above(counts, self.max_length, 'T5 tokens')
 
     # what a cache stores
     @property

@@ -1,0 +1,117 @@
+# Copyright (c) mmfgm authors.
+"""What velocity networks over diffusers' stock transformers have in common."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from mmfgm.errors import UsageError
+
+from .blocks import check_layer
+from .hub import diffusers_module, load_pretrained
+
+
+def stock_transformer(
+    owner: str,
+    network_class: str,
+    pretrained: str | None,
+    config: dict[str, Any] | None,
+    subfolder: str,
+    revision: str | None,
+    variant: str | None,
+    dtype: str,
+) -> Any:
+    """A class of diffusers with the weights of a pipeline, or with random ones.
+
+    Further arguments are those of :class:`DiffusersNetwork`.
+
+    Args:
+        owner (str): The network that asks for it, for the message.
+        network_class (str): The transformer's name in diffusers.
+
+    Raises:
+        UsageError: Unless exactly one of ``pretrained`` and ``config`` is given, or if weights
+            cannot be loaded.
+    """
+    cls = getattr(diffusers_module(), network_class)
+    if pretrained is not None and config is None:
+        place = dict(revision=revision, variant=variant, torch_dtype=getattr(torch, dtype))
+        return load_pretrained(cls, pretrained, subfolder, **place)
+    if config is not None and pretrained is None:
+        return cls(**config).to(getattr(torch, dtype))
+    raise UsageError(
+        f"{owner} takes either pretrained (a pipeline in diffusers' format) or config (of a random"
+        f' initialisation), but got pretrained={pretrained!r}, config={config!r}; set one of them'
+    )
+
+
+class DiffusersNetwork(nn.Module):
+    """One of diffusers' transformers on latents ``(N, C, h, w)``; a family's class says how it is
+    called, in ``forward``.
+
+    Args:
+        latent_size (int, optional): Height and width of the latents. Defaults to those that the
+            transformer was made for; ``forward`` takes any.
+        pretrained (str, optional): Hub id or local folder of a pipeline in diffusers' format.
+        config (dict, optional): Arguments of the transformer for a random initialisation; exactly
+            one of ``pretrained`` and ``config``.
+        subfolder (str): Where the transformer lies in the pipeline. Defaults to ``'transformer'``.
+        revision (str, optional): Git revision on the hub.
+        variant (str, optional): Variant of the weight files, for example ``'fp16'``.
+        dtype (str): Type the weights are kept in. Defaults to ``'float32'``: optimizers need it.
+        checkpointing (bool): Recompute each transformer block in the backward pass. Defaults to
+            False.
+
+    Attributes:
+        network_class (str): The transformer's name in diffusers.
+        blocks (str): The transformer's attribute with the blocks whose output a GAN may see.
+
+    Raises:
+        UsageError: If weights cannot be loaded, or the latents do not fit the network.
+    """
+
+    network_class: str
+    blocks: str
+
+    def __init__(
+        self,
+        latent_size: int | None = None,
+        pretrained: str | None = None,
+        config: dict[str, Any] | None = None,
+        subfolder: str = 'transformer',
+        revision: str | None = None,
+        variant: str | None = None,
+        dtype: str = 'float32',
+        checkpointing: bool = False,
+    ):
+        super().__init__()
+        self.transformer = stock_transformer(
+            type(self).__name__,
+            self.network_class,
+            pretrained,
+            config,
+            subfolder,
+            revision,
+            variant,
+            dtype,
+        )
+        latent_size = latent_size or self.transformer.config.sample_size
+        patch = self.transformer.config.patch_size
+        if latent_size % patch:
+            raise UsageError(
+                f'expected latent_size to be a multiple of the patch size {patch}, found'
+                f' {latent_size}; choose another size of images'
+            )
+        self.event_shape = (self.transformer.config.in_channels, latent_size, latent_size)
+        if checkpointing:
+            self.transformer.enable_gradient_checkpointing()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the transformer's weights."""
+        return next(self.transformer.parameters()).dtype
+
+    def check_feature_layer(self, layer: int) -> None:
+        """Raise a UsageError unless there is a layer of that number, counted from 1."""
+        check_layer(self.transformer, (self.blocks,), layer)
