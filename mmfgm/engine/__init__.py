@@ -17,7 +17,7 @@ __getattr__, __dir__, __all__ = attach(
         ],
         'loops': ['AlternatingTrainLoop'],
         'optim': ['NetworkOptimWrapper', 'PerNetworkConstructor'],
-        'runner': ['FlowRunner'],
+        'runner': ['FlowRunner', 'check_config'],
         'strategies': [
             'DDPStrategy',
             'FSDP2Strategy',

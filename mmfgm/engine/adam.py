@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.optim import Optimizer
 
 from mmfgm.errors import UsageError
@@ -18,6 +19,11 @@ def _check_betas(betas: tuple[float, float]) -> None:
             'MomentumFreeAdam is Adam with betas=(0.0, beta2), beta2 in [0, 1), but betas is'
             f" {tuple(betas)}; use torch's Adam for a beta1 that is not 0"
         )
+
+
+def _count(step: Tensor) -> float:
+    """Steps taken. A rehearsal's tensors have no values; there it is the first."""
+    return 1.0 if isinstance(step, FakeTensor) else step.item()
 
 
 @OPTIMIZERS.register_module()
@@ -118,7 +124,7 @@ class MomentumFreeAdam(Optimizer):
         torch._foreach_addcmul_(second, grads, grads, 1 - betas[1])
         denominators = torch._foreach_sqrt(second)
         torch._foreach_div_(
-            denominators, [(1 - betas[1] ** state['step'].item()) ** 0.5 for state in states]
+            denominators, [(1 - betas[1] ** _count(state['step'])) ** 0.5 for state in states]
         )
         torch._foreach_add_(denominators, eps)
         torch._foreach_addcdiv_(params, grads, denominators, -lr)

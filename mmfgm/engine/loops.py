@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from mmengine.runner import IterBasedTrainLoop
 from torch import Tensor
+from torch.profiler import record_function
 
 from mmfgm.datasets import check_finite_batch, collate
 from mmfgm.errors import UsageError
@@ -49,11 +50,13 @@ class CycleRecord:
         values (dict[str, Tensor]): ``'PHASE/NAME'`` to a scalar; the last update of the phase in
             this iteration.
         marks (dict[str, list]): Phase to its (start, end) marks.
+        preparing (list): The marks of what phases spend on loading batches and generating samples.
     """
 
     iteration: int
     values: dict[str, Tensor] = field(default_factory=dict)
     marks: dict[str, list[tuple[Any, Any]]] = field(default_factory=dict)
+    preparing: list[tuple[Any, Any]] = field(default_factory=list)
 
 
 @LOOPS.register_module()
@@ -185,17 +188,24 @@ class AlternatingTrainLoop(IterBasedTrainLoop):
         for phase in self.schedule:
             start = self.clock.mark()
             first = phase not in self.record.marks
-            self._update(phase, shared if first else None)
+            with record_function(f'{phase} phase'):
+                self._update(phase, shared if first else None)
             self.record.marks.setdefault(phase, []).append((start, self.clock.mark()))
-        self.runner.call_hook('after_train_iter', batch_idx=self._iter)
+        # hooks of others ask for both, though a cycle has several batches
+        self.runner.call_hook(
+            'after_train_iter', batch_idx=self._iter, data_batch=None, outputs=None
+        )
         self._iter += 1
 
     def _prepare(self, differentiable: bool) -> dict:
         model = self.runner.model
+        start = self.clock.mark()
         with model.autocast():
             batch = next(self._batches)
             check_finite_batch(batch, self.dataloader.dataset)
-            return model.prepare(batch, differentiable)
+            samples = model.prepare(batch, differentiable)
+        self.record.preparing.append((start, self.clock.mark()))
+        return samples
 
     def _update(self, phase: str, shared: dict | None) -> None:
         """One optimizer step of every network that ``phase`` trains, on ``shared`` samples or fresh

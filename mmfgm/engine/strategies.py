@@ -25,7 +25,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
@@ -225,6 +225,9 @@ class FSDP2Strategy(ProcessGroupStrategy):
     Args:
         block_types (Sequence[str]): Class names of the layers that are gathered one at a time, for
             example ``('AdaLNBlock',)`` or ``('JointTransformerBlock',)``.
+        shard_size (int, optional): Processes that share one copy, usually those of a machine; each
+            such group holds all of it, and between groups only gradients travel (HSDP). Defaults to
+            all processes.
         **kwargs: Those of :class:`SingleDeviceStrategy`, of which two mean more here. With
             ``precision='bf16'`` parameters are communicated in bf16 too; gradients are reduced in
             float32 and the sharded master weights stay float32. ``compile=True`` runs each of those
@@ -232,20 +235,39 @@ class FSDP2Strategy(ProcessGroupStrategy):
 
     Raises:
         UsageError: If no layer of the velocity network is of ``block_types``; small networks beside
-            it need none.
+            it need none. If the processes are no multiple of ``shard_size``.
     """
 
     sharded_checkpoints = True
 
-    def __init__(self, *, block_types: Sequence[str], **kwargs):
+    def __init__(self, *, block_types: Sequence[str], shard_size: int | None = None, **kwargs):
         self.block_types = tuple(block_types)
+        self.shard_size = shard_size
         super().__init__(**kwargs)
+
+    def _mesh(self, device: str) -> DeviceMesh:
+        """Of all processes, or groups of neighbours by ``shard_size``."""
+        kind, processes = torch.device(device).type, dist.get_world_size()
+        if self.shard_size is None:
+            return init_device_mesh(kind, (processes,))
+        if self.shard_size < 1 or processes % self.shard_size:
+            raise UsageError(
+                f'expected strategy.shard_size to divide the number of processes, found'
+                f' {self.shard_size} and {processes} processes; set it to the GPUs of one machine,'
+                ' or leave it out'
+            )
+        # fully_shard replicates over the first dimension and shards over the second
+        return init_device_mesh(
+            kind,
+            (processes // self.shard_size, self.shard_size),
+            mesh_dim_names=('replicate', 'shard'),
+        )
 
     def _wrap_model(self, model: Any) -> Any:
         self._allow_tf32()
         self._take_fingerprints(model)
         device = get_device()
-        mesh = init_device_mesh(torch.device(device).type, (dist.get_world_size(),))
+        mesh = self._mesh(device)
         # networks cast their inputs themselves, so that t stays float32; outputs feed losses in
         # float32
         compute = torch.bfloat16 if self.precision == 'bf16' else None

@@ -3,15 +3,26 @@
 process."""
 
 import shutil
+import struct
+import zipfile
 
 import pytest
 
 from tests.conftest import train
 
 
-def flip(path, at=0.5):
+def flip(path):
+    """A bit that counts: in the middle of the largest entry of a zip, as the space between entries
+    holds nothing, or of another file."""
     data = bytearray(path.read_bytes())
-    data[int(at * len(data))] ^= 1
+    at = len(data) // 2
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            entry = max(archive.infolist(), key=lambda entry: entry.file_size)
+        # name and extra field stand between the 30 bytes of an entry's header and its content
+        name, extra = struct.unpack_from('<HH', data, entry.header_offset + 26)
+        at = entry.header_offset + 30 + name + extra + entry.file_size // 2
+    data[at] ^= 1
     path.write_bytes(data)
 
 
@@ -26,7 +37,8 @@ def test_resuming_offers_the_newest_whole_checkpoint(tiny, tmp_path):
     result = train(tiny / 'fgm.py', run, resume=True, codes=(2,))
     whole = run / 'iter_2.pth'
     assert f'--resume {whole}' in result.stderr and 'Traceback' not in result.stderr
-    assert result.stderr.count('error:') == 1
+    # one error, told once: its words may hold those of torch, which say 'error:' themselves
+    assert sum(line.startswith('error: ') for line in result.stderr.splitlines()) == 1
     # nothing went back in silence
     assert 'iter_6.pth' in (run / 'last_checkpoint').read_text()
     train(tiny / 'fgm.py', run, resume=whole)

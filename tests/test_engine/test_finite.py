@@ -69,7 +69,7 @@ class Scale(torch.nn.Module):
     ],
 )
 def test_samples_say_what_they_come_from(weight, embeds, decoder, cause):
-    sampler = Sampler(dict(net=Scale(weight)), (64,), ('net',), decoder=decoder)
+    sampler = Sampler(dict(net=Scale(weight)), (64,), dict(net=1), decoder=decoder)
     batch = dict(seed=[5, 9], cond=dict(embeds=torch.tensor([[0.0], [embeds]])))
     with pytest.raises(NonFiniteError, match=cause) as found:
         sampler.sample(batch, Sampling('net'))

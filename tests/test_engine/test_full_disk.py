@@ -4,6 +4,8 @@
 import errno
 import os
 import shutil
+import sys
+import threading
 
 import pytest
 
@@ -37,6 +39,23 @@ def test_the_system_is_quoted_whatever_a_library_makes_of_it(tmp_path):
     # it never was there: what is wrong is something else
     with pytest.raises(FileNotFoundError), disk_errors(str(tmp_path), 'go on'):
         open(tmp_path / 'file', 'w')
+
+
+def test_a_thread_that_cannot_write_says_so_in_one_line(tmp_path, capsys):
+    def run(target):
+        with disk_errors(str(tmp_path), 'go on'):
+            thread = threading.Thread(target=target, name='writer')
+            thread.start()
+            thread.join()
+        return capsys.readouterr().err
+
+    assert run(full) == 'writer stopped: [Errno 28] No space left on device\n'
+    usual = threading.excepthook
+    threading.excepthook = lambda args: print(args.exc_type.__name__, file=sys.stderr)
+    try:
+        assert run(lambda: 1 / 0) == 'ZeroDivisionError\n'
+    finally:
+        threading.excepthook = usual
 
 
 @pytest.mark.slow

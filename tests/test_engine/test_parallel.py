@@ -6,8 +6,9 @@ import shutil
 
 import pytest
 import torch
+import torch.distributed as dist
 
-from mmfgm.engine import SingleDeviceStrategy
+from mmfgm.engine import FSDP2Strategy, SingleDeviceStrategy
 from mmfgm.errors import UsageError
 from mmfgm.models import choose_precision, read_state_dict
 from tests.conftest import tool_env, train
@@ -57,7 +58,48 @@ def test_two_processes_equal_one(single, strategy, tiny, tmp_path):
         'train_dataloader.batch_size=4',
         nproc=2,
     )
-    expected, found = final_state(work_dir), final_state(tmp_path)
+    check_equal(work_dir, tmp_path, tiny)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('single', [3], ids=['accumulation 3'], indirect=True)
+def test_two_groups_of_two_processes_equal_one(single, tiny, tmp_path):
+    """HSDP: sharded within a group, replicated across groups."""
+    _, work_dir = single
+    train(
+        tiny / 'fgm.py',
+        tmp_path,
+        *OPTIONS,
+        *FSDP2,
+        'strategy.shard_size=2',
+        'train_cfg.accumulation=3',
+        'train_dataloader.batch_size=2',
+        nproc=4,
+    )
+    check_equal(work_dir, tmp_path, tiny)
+
+
+def test_groups_are_neighbours_and_must_divide_the_processes():
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group('fake', rank=0, world_size=6, store=FakeStore())
+    try:
+        strategy = object.__new__(FSDP2Strategy)
+        strategy.shard_size = 3
+        mesh = strategy._mesh('cpu')
+        assert mesh.mesh.tolist() == [[0, 1, 2], [3, 4, 5]]
+        assert mesh.mesh_dim_names == ('replicate', 'shard')
+        for size in (0, 4):
+            strategy.shard_size = size
+            with pytest.raises(UsageError, match=f'to divide.*found {size} and 6 processes'):
+                strategy._mesh('cpu')
+    finally:
+        dist.destroy_process_group()
+
+
+def check_equal(work_dir, other, tiny):
+    """The run in ``other`` ended where that in ``work_dir`` did."""
+    expected, found = final_state(work_dir), final_state(other)
     assert expected.keys() == found.keys() and {key.split('.')[0] for key in found} == {
         'online',
         'generator',
@@ -76,7 +118,7 @@ def test_two_processes_equal_one(single, strategy, tiny, tmp_path):
     assert moved > 100 * TOLERANCE['atol'], (
         'the networks hardly moved, so the comparison shows nothing'
     )
-    assert fd_values(tmp_path) == [pytest.approx(v, rel=1e-3) for v in fd_values(work_dir)]
+    assert fd_values(other) == [pytest.approx(v, rel=1e-3) for v in fd_values(work_dir)]
 
 
 @pytest.mark.slow

@@ -141,6 +141,10 @@ def _to_fake_gpu(model: FlowModel, bf16: bool, sharded: bool) -> None:
                 new = torch.empty_strided(old.shape, old.stride(), dtype=dtype, device='cuda')
                 tensors[name] = nn.Parameter(new, old.requires_grad) if weight else new
                 replaced[id(old)] = old, tensors[name]
+        # tables that are neither, such as those of rotary embeddings
+        for name, old in list(vars(module).items()):
+            if isinstance(old, Tensor):
+                setattr(module, name, torch.empty(old.shape, dtype=old.dtype, device='cuda'))
     model.data_preprocessor.to('cuda')
     # labels without values cannot be looked at
     model.num_classes = None

@@ -5,6 +5,7 @@ from .evaluation import EvaluationHook, SampleHook
 from .monitor import MonitorHook
 from .preemption import PreemptionHook
 from .rng import RNGStateHook, preserve_rng
+from .watch import WatchHook
 
 __all__ = [
     'CheckpointHook',
@@ -14,5 +15,6 @@ __all__ = [
     'PreemptionHook',
     'RNGStateHook',
     'SampleHook',
+    'WatchHook',
     'preserve_rng',
 ]

@@ -29,9 +29,10 @@ class MonitorHook(Hook):
     """Scalars of every phase for the log, and an end to a run that has gone wrong.
 
     Logs, for each phase, its losses, gradient norm (before clipping) and share of the time, and the
-    samples that the last network of a cycle was trained on per second. On a GPU the numbers of an
-    iteration are read during the next one, so the step never waits for them; a checkpoint is
-    written only after those of its own iteration were found finite.
+    samples that the last network of a cycle was trained on per second. ``prepare_time`` is the
+    seconds of an iteration in which data is loaded and samples are generated, by all the steps of a
+    generator. On a GPU the numbers of an iteration are read during the next one, so the step never
+    waits for them; a checkpoint is written only after those of its own iteration were found finite.
 
     Raises:
         NonFiniteError: Names the iteration, the phase and the networks; the last good checkpoint
@@ -105,6 +106,8 @@ class MonitorHook(Hook):
             runner.message_hub.update_scalar(
                 f'train/{phase}/time_share', spent / max(sum(seconds.values()), 1e-9)
             )
+        preparing = sum(clock.seconds(*m) for m in record.preparing)
+        runner.message_hub.update_scalar('train/prepare_time', preparing)
 
     @staticmethod
     def _stop(runner, iteration: int, name: str, values: dict[str, float]) -> None:

@@ -1,0 +1,262 @@
+# Copyright (c) mmfgm authors.
+"""A training run without values, data, weights or GPUs: what is built is what a run builds, and
+what needs values is left out or pretended."""
+
+import itertools
+import os
+import os.path as osp
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from mmengine.config import Config
+from mmengine.registry import init_default_scope
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor._sharding_prop import ShardingPropagator
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+
+from mmfgm.apis.config import building
+from mmfgm.apis.memory import build_on_meta, dummy_batch
+from mmfgm.engine import FlowRunner
+from mmfgm.errors import UsageError
+from mmfgm.files import read_json
+from mmfgm.models import FlowModel
+
+ARCHITECTURES = osp.join(osp.dirname(__file__), 'architectures')
+
+
+def known_architecture(network: dict[str, Any]) -> dict[str, Any]:
+    """A network config that names a model on the hub, with its architecture instead, if it is one
+    of those that come with mmfgm; a local folder stays as it is.
+
+    Raises:
+        UsageError: If it is another model's.
+    """
+    pretrained = network.get('pretrained')
+    if not pretrained or osp.isdir(pretrained):
+        return network
+    known = sorted(name[: -len('.json')].replace('--', '/') for name in os.listdir(ARCHITECTURES))
+    if pretrained not in known:
+        raise UsageError(
+            f'expected model.network.pretrained to be a local folder or one of {known}, whose'
+            f' architectures come with mmfgm, found {pretrained!r}; a rehearsal does not ask the'
+            ' hub: put the config.json of its network where a download would'
+            ' (FOLDER/transformer/config.json), and set pretrained=FOLDER'
+        )
+    file = osp.join(ARCHITECTURES, f'{pretrained.replace("/", "--")}.json')
+    architecture = read_json(file, 'install mmfgm again', dict)
+    dropped = ('pretrained', 'subfolder', 'revision', 'variant')
+    return {
+        **{key: value for key, value in network.items() if key not in dropped},
+        'config': {key: value for key, value in architecture.items() if key[0] != '_'},
+    }
+
+
+class _Endless:
+    """Stands in for the training data, of which a rehearsal needs the shapes only."""
+
+    metainfo: dict[str, Any] = {}
+
+    def __len__(self) -> int:
+        return 1 << 40
+
+    def __getitem__(self, index: int) -> dict[str, int]:
+        return dict(idx=index)
+
+
+class _SoundValues(TorchDispatchMode):
+    """Answers code that asks a tensor without values for one: True, as checks of a sound run are
+    answered, or 1."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
+            kind = args[0].dtype
+            if kind is torch.bool:
+                return True
+            return 1.0 if kind.is_floating_point else 1
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def pretended_processes(number: int) -> Iterator[None]:
+    """This process as the first of ``number``; what it sends arrives nowhere."""
+    if dist.is_initialized():
+        raise UsageError(
+            'a rehearsal needs a process without a process group; run it in one of its own'
+        )
+    if number > 1:
+        dist.init_process_group('fake', store=FakeStore(), rank=0, world_size=number)
+    try:
+        yield
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+@contextmanager
+def without_values() -> Iterator[None]:
+    """Replace what reads values or asks for a device, in the strategies and the loop."""
+
+    def outside(*args, **kwargs):
+        # a mesh is made of numbers
+        with unset_fake_temporarily():
+            return init_device_mesh(*args, **kwargs)
+
+    propagate = ShardingPropagator._propagate_tensor_meta_non_cached
+
+    def uncounted(*args, **kwargs):
+        # DTensor works out shapes by running operations on tensors of the whole size
+        with _disable_current_modes():
+            return propagate(*args, **kwargs)
+
+    def bf16(strategy) -> None:
+        # GPUs that a rehearsal is about compute in bf16
+        strategy.precision = 'bf16' if strategy.precision == 'auto' else strategy.precision
+
+    single = 'strategies.SingleDeviceStrategy'
+    with ExitStack() as stack:
+        for name, new in {
+            'strategies.init_device_mesh': outside,
+            'strategies.get_device': lambda: 'cpu',
+            'strategies.move_to': lambda model, device: model,
+            'strategies.DistributedDataParallel': Replicated,
+            f'{single}._choose_precision': bf16,
+            f'{single}._take_fingerprints': lambda strategy, model: None,
+            'loops.check_finite_batch': lambda batch, dataset: None,
+        }.items():
+            stack.enter_context(mock.patch(f'mmfgm.engine.{name}', new))
+        name = '_propagate_tensor_meta_non_cached'
+        stack.enter_context(mock.patch.object(ShardingPropagator, name, uncounted))
+        yield
+
+
+class Replicated(nn.Module):
+    """DistributedDataParallel without values, which its C++ needs: gradients lie in buckets that
+    stay, and are summed over processes at the end of a backward pass, here each on its own."""
+
+    def __init__(self, module: nn.Module, device_ids: Any, **kwargs: Any):
+        super().__init__()
+        self.module = module
+        self.synchronised = True
+        self._queued = False
+        self.buckets = {p: torch.empty_like(p) for p in module.parameters() if p.requires_grad}
+        for p in self.buckets:
+            p.register_post_accumulate_grad_hook(self._into_bucket)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__('module'), name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.module(*args, **kwargs)
+
+    @contextmanager
+    def no_sync(self) -> Iterator[None]:
+        before, self.synchronised = self.synchronised, False
+        try:
+            yield
+        finally:
+            self.synchronised = before
+
+    def _into_bucket(self, p: Tensor) -> None:
+        p.grad = self.buckets[p].copy_(p.grad)
+        if self.synchronised and not self._queued:
+            self._queued = True
+            torch.autograd.Variable._execution_engine.queue_callback(self._reduce)
+
+    def _reduce(self) -> None:
+        self._queued = False
+        for bucket in self.buckets.values():
+            dist.all_reduce(bucket)
+
+
+def _to_fake(model: FlowModel) -> None:
+    """Replace tensors on the meta device by fake ones; networks with adapters share some."""
+    replaced: dict[int, tuple[Tensor, Tensor]] = {}
+    for module in model.modules():
+        for tensors in (module._parameters, module._buffers):
+            for name, old in tensors.items():
+                if old is None:
+                    continue
+                if id(old) not in replaced:
+                    new = torch.empty_strided(old.shape, old.stride(), dtype=old.dtype)
+                    if isinstance(old, nn.Parameter):
+                        new = nn.Parameter(new, old.requires_grad)
+                    replaced[id(old)] = old, new
+                tensors[name] = replaced[id(old)][1]
+        # tables that are neither, such as those of rotary embeddings
+        for name, old in list(vars(module).items()):
+            if isinstance(old, Tensor):
+                setattr(module, name, torch.empty(old.shape, dtype=old.dtype))
+
+
+def training_batch(cfg: Config, model: FlowModel, batch_size: int) -> dict[str, Any]:
+    """A batch of the shapes that the config's data have: real samples only where it names some."""
+    batch = dummy_batch(next(iter(model.networks.values())), batch_size)
+    dataset = cfg.train_dataloader.dataset
+    if dataset.get('type') != 'WithReal':
+        del batch['real']
+        return batch
+    shape = dataset.get('real', {}).get('latent_shape')
+    if shape is not None:
+        batch['real']['x_0'] = torch.zeros(batch_size, *shape)
+    return batch
+
+
+@contextmanager
+def pretended_run(cfg: Config, gpus: int) -> Iterator[FlowRunner]:
+    """The config's runner on tensors without values, as the first of ``gpus`` processes, ready for
+    an iteration (``runner.train_loop.run_iter()``) of one micro-batch an update.
+
+    Raises:
+        UsageError: If the config cannot be built, or needs values to be.
+    """
+    init_default_scope('mmfgm')
+    cfg = cfg.copy()
+    cfg.model.network = known_architecture(cfg.model.network.to_dict())
+    with (
+        tempfile.TemporaryDirectory() as work_dir,
+        pretended_processes(gpus),
+        without_values(),
+    ):
+        model = build_on_meta(cfg)
+        ema = (cfg.get('default_hooks') or {}).get('ema')
+        cfg.merge_from_dict(
+            dict(
+                work_dir=work_dir,
+                launcher='none' if gpus == 1 else 'pytorch',
+                log_level='ERROR',
+                load_from=None,
+                resume=False,
+            )
+        )
+        # what else hooks do, they do with values
+        for key in ('custom_hooks', 'evaluations', 'visualizer'):
+            cfg[key] = None
+        cfg.default_hooks = dict.fromkeys(
+            ('timer', 'logger', 'param_scheduler', 'checkpoint', 'sampler_seed', 'runtime_info')
+        )
+        if ema:
+            cfg.default_hooks.ema = ema
+        runner = building(lambda: FlowRunner.from_cfg(cfg))
+        runner._train_dataloader['dataset'] = _Endless()
+        runner._train_dataloader['num_workers'] = 0
+        runner.model = model
+        with FakeTensorMode(), _SoundValues():
+            _to_fake(model)
+            object.__setattr__(model, 'to', lambda *args, **kwargs: model)
+            runner.prepare()
+            loop = runner.train_loop
+            loop.accumulation = 1
+            loop._batches = itertools.repeat(training_batch(cfg, model, loop.dataloader.batch_size))
+            model.train()
+            yield runner
