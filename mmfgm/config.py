@@ -16,7 +16,16 @@ from typing import Any
 from mmfgm.errors import UsageError
 
 # the top-level keys that our configs refer to
-SHARED_KEYS = ('latent_cache', 'latent_size', 'num_classes', 'pretrained', 'prompt_cache')
+SHARED_KEYS = (
+    'image_size',
+    'latent_cache',
+    'latent_size',
+    'max_words',
+    'num_classes',
+    'pretrained',
+    'prompt_cache',
+    'world',
+)
 REFERENCE = re.compile(r'\$\{(\w+)\}')
 
 

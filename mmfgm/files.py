@@ -12,7 +12,9 @@ import os
 import os.path as osp
 import shutil
 import stat
+import sys
 import tempfile
+import threading
 import uuid
 import zipfile
 from collections.abc import Iterator
@@ -389,7 +391,8 @@ def disk_errors(folder: str, then: str) -> Iterator[None]:
     """
     existed = osp.isdir(folder)
     try:
-        yield
+        with _terse_threads():
+            yield
     except UsageError:
         raise
     except Exception as e:  # each library that writes has errors of its own
@@ -404,6 +407,26 @@ def disk_errors(folder: str, then: str) -> Iterator[None]:
         raise UsageError(
             f'{folder!r} cannot be written: {_words(e)}; make room, then {then}'
         ) from e
+
+
+@contextmanager
+def _terse_threads() -> Iterator[None]:
+    """Threads that cannot write say so in one line, for those of TensorBoard hand their error on to
+    whoever writes next."""
+    usual = threading.excepthook
+
+    def say(args: threading.ExceptHookArgs) -> None:
+        if isinstance(args.exc_value, OSError):
+            name = args.thread.name if args.thread else 'a thread'
+            print(f'{name} stopped: {args.exc_value}', file=sys.stderr)
+        else:
+            usual(args)
+
+    threading.excepthook = say
+    try:
+        yield
+    finally:
+        threading.excepthook = usual
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

@@ -38,9 +38,11 @@ _MODELS = [
         'fgm',
         'flow_matching',
         'families',
+        'networks.adm_unet',
         'networks.edm_unet',
         'networks.edm_velocity',
         'networks.mlp',
+        'networks.sit',
         'preprocessor',
     )
 ]

@@ -40,8 +40,8 @@ class Parse:
 
 def quickstart_run(folder):
     """The run that the quickstart would leave."""
-    (folder / 'work_dirs/quickstart').mkdir(parents=True)
-    (folder / 'work_dirs/quickstart/fgm').symlink_to(folder / 'work_dirs/fgm/digits')
+    (folder / 'work_dirs/quickstart/digits').mkdir(parents=True)
+    (folder / 'work_dirs/quickstart/digits/fgm').symlink_to(folder / 'work_dirs/fgm/digits')
 
 
 def sd3_inputs(folder):
@@ -159,12 +159,15 @@ COMMANDS = {
     f'python tools/generate.py {DIGITS} --labels 0 1 2 3 --compare 50 --out digits': Run(
         '', 'digits/compare.png', (TRAIN,)
     ),
-    'python tools/generate.py work_dirs/quickstart/fgm --labels 0 1 2 3 --compare 50'
+    'python tools/generate.py work_dirs/quickstart/digits/fgm --labels 0 1 2 3 --compare 50'
     ' --out quickstart_digits': Run('', 'quickstart_digits/compare.png', (TRAIN, quickstart_run)),
     'python tools/browse_dataset.py configs/reflow/shapes_small.py --out shapes.png': Run(
         '', 'shapes.png'
     ),
     f'python tools/demo.py {DIGITS}': Serve(needs=(TRAIN,)),
+    'python tools/demo.py mmfgm::fgm/shapes_small.py mmfgm::assets/shapes/generator.safetensors': (
+        Serve()
+    ),
     f'python tools/export_diffusers.py {DIGITS} exports/digits': Run(
         '', 'exports/digits', (TRAIN,)
     ),
@@ -199,8 +202,12 @@ COMMANDS = {
     f'{CACHE_LATENTS} --resolution 1024 --captions captions.jsonl': Run(
         '--resolution 16', 'data/sd3/latents', (sd3_inputs,)
     ),
+    f'python tools/check_teacher.py {SD3}': Run('', '', (sd3_inputs,)),
     'python tools/estimate_memory.py configs/fgm/sd3_1024.py --gpus 8 --gpu H100-80GB': Run(
         TINY_SD3, '', (sd3_inputs,)
+    ),
+    'python tools/rehearse.py configs/fgm/digits.py --gpu H100-80GB --json digits.json': Run(
+        '', 'digits.json'
     ),
     f'python tools/generate.py {SD3_RUN} --prompt "a red cat" --precision auto --out cats': Run(
         TINY_SD3, 'cats/grid.png', (sd3_inputs, sd3_checkpoint)
@@ -230,7 +237,9 @@ COMMANDS = {
     **{
         command: Parse()
         for command in (
+            'python tools/rehearse.py configs/fgm/sd3_1024.py --gpus 8 --gpu H100-80GB',
             'bash tools/quickstart.sh',
+            'bash tools/quickstart.sh shapes',
             'bash tools/run_tests.sh',
             'bash tools/run_tests.sh -m "not slow"',
             'bash tools/install_mmcv_ops.sh',
@@ -243,10 +252,11 @@ COMMANDS = {
             'python tools/torture.py work_dirs/fgm/digits --processes 2 --strategy ddp',
             'python tools/torture.py work_dirs/fgm/digits --processes 2 --strategy fsdp2'
             ' --cfg-options strategy.block_types=AdaLNBlock,',
+            'python tools/train.py configs/fgm/fashion.py',
             'pip install -e . -c requirements/constraints.txt',
             *(
                 f'pip install -e ".[{extra}]" -c requirements/constraints.txt'
-                for extra in ('eval', 'sd3', 'sd3,geneval', 'demo')
+                for extra in ('eval', 'sd3', 'sd3,geneval', 'sd3,demo', 'demo')
             ),
             *(
                 f'tools/dist_train.sh configs/{name}.py 8'
@@ -264,7 +274,8 @@ COMMANDS = {
             f'python tools/test.py {SD3_RUN}/iter_20000.pth --evaluation geneval',
             (
                 'python tools/report.py work_dirs/fgm/shapes_small --curves docs/losses_shapes.png'
-                ' --panels shapes/score_overall loss_ d_accuracy /l_'
+                ' --panels shapes/score_overall shapes/quality_blur shapes/fd loss_ d_accuracy'
+                ' watch'
             ),
             (
                 f'{DRAW}/cifar10_uncond.py work_dirs/reflow/cifar10_uncond'
@@ -274,6 +285,11 @@ COMMANDS = {
                 f'python tools/generate.py {SD3_RUN} --prompts configs/fgm/prompts/figure2.txt'
                 ' --compare 28 --out figure2'
             ),
+            'python tools/cache_latents.py ILSVRC/train data/imagenet256/latents'
+            ' --model stabilityai/sd-vae-ft-ema --vae-only --labels folders --resolution 256',
+            'tools/dist_train.sh configs/fgm/sit_xl2_256.py 8',
+            'python tools/convert_edm.py edm-imagenet-64x64-cond-adm.pkl'
+            ' work_dirs/edm/imagenet64_cond.safetensors',
             'python tools/geneval.py score FOLDER',
             'python tools/geneval.py run configs/geneval/sd3.py',
             'python tools/geneval.py run configs/geneval/fgm_sd3.py',

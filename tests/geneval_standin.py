@@ -113,6 +113,8 @@ class StandInDetector:
 class StandInColors:
     """White or black, whichever the masked pixels are closer to."""
 
+    label = 'white or black'
+
     def to(self, device):
         return self
 

@@ -2,6 +2,7 @@
 """Hooks and models that tests name in configs (``custom_imports``)."""
 
 import os
+import random
 import resource
 import shutil
 import signal
@@ -152,12 +153,19 @@ def row_noise(idx, salt):
             ]
         )
 
+    def choices(values, weights, k):
+        call = next(calls)
+        assert k == len(idx)
+        draws = [random.Random(hash((int(i), salt, call))) for i in idx]
+        return [draw.choices(values, weights)[0] for draw in draws]
+
     def randn(*shape, device=None, generator=None, dtype=None):
         return rows(shape, lambda s, g: torch.randn(s, generator=g))
 
     with (
         mock.patch('torch.randn', randn_guard(randn)),
         mock.patch('torch.randn_like', lambda x: randn_rows(rows, x.shape)),
+        mock.patch('random.choices', choices),
     ):
         yield
 

@@ -6,7 +6,7 @@ _base_ = [
 
 model = dict(
     type='FGM',
-    teacher=dict(checkpoint='work_dirs/reflow/fashion', prefix='network_ema'),
+    teacher=dict(checkpoint='mmfgm::assets/fashion/teacher.safetensors', prefix=''),
     # the recipe of digits: one denoising step of the teacher from t* to begin with, L_2 alone, and
     # more noise than in pre-training, most of all for the generator
     generator=dict(type='OneStepGenerator', t_star=0.8, c_skip=0.8, c_in=0.8),
@@ -21,7 +21,7 @@ train_dataloader = dict(
     sampler=dict(type='InfiniteSampler', shuffle=True),
     dataset=dict(type='ConditionDataset', num_classes='${num_classes}'),
 )
-train_cfg = dict(type='AlternatingTrainLoop', max_iters=2400, online_updates=1, share_samples=False)
+train_cfg = dict(type='AlternatingTrainLoop', max_iters=800, online_updates=1, share_samples=False)
 # a quarter of digits' rates, as the teacher's is that of EDM's U-Net
 optim_wrapper = dict(
     constructor='PerNetworkConstructor',
@@ -37,7 +37,7 @@ default_hooks = dict(
     checkpoint=dict(interval=100, save_best='fd/fd', rule='less'),
     samples=dict(
         type='SampleHook',
-        interval=500,
+        interval=400,
         dataset=dict(type='GenerationDataset', num_samples=100, num_classes='${num_classes}'),
         samplings={
             'teacher, 50 NFE': dict(network='teacher', nfe=50),

@@ -20,4 +20,12 @@ default_hooks = dict(
             'generator, 1 NFE': dict(network='generator_ema'),
         },
     ),
+    # latents are of about unit variance
+    watch=dict(
+        type='WatchHook',
+        interval=500,
+        bound=5.0,
+        batch_size=4,
+        dataset=dict(type='CachedPromptSamples', path='${prompt_cache}', num_samples=64),
+    ),
 )

@@ -1,5 +1,6 @@
 _base_ = [
     '../_base_/models/shapes_reflow.py',
+    '../_base_/datasets/shapes.py',
     '../_base_/evaluation/shapes.py',
     '../_base_/default_runtime.py',
 ]
@@ -8,7 +9,23 @@ train_dataloader = dict(
     batch_size=256,
     num_workers=2,
     sampler=dict(type='InfiniteSampler', shuffle=True),
-    dataset=dict(type='Shapes', size=32, length=200000),
+    dataset=dict(
+        type='Shapes',
+        size='${image_size}',
+        length=200000,
+        # with a kind that has no score: "a red circle left of a blue square"
+        tags=(
+            'single_object',
+            'two_object',
+            'counting',
+            'colors',
+            'position',
+            'color_attr',
+            'color_position',
+        ),
+        encoder=dict(max_words='${max_words}'),
+        world='${world}',
+    ),
 )
 train_cfg = dict(type='AlternatingTrainLoop', max_iters=20000)
 optim_wrapper = dict(
@@ -26,7 +43,12 @@ default_hooks = dict(
     samples=dict(
         type='SampleHook',
         interval=2000,
-        dataset=dict(type='ShapePrompts', num_samples=60),
+        dataset=dict(
+            type='ShapePrompts',
+            num_samples=60,
+            encoder=dict(max_words='${max_words}'),
+            world='${world}',
+        ),
         samplings={'teacher, 50 NFE': dict(network='network_ema', nfe=50, guidance=2.0)},
     )
 )

@@ -18,6 +18,7 @@ __getattr__, __dir__, __all__ = attach(
         'quickstart': ['run_quickstart'],
         'sampling_model': ['SamplingModel'],
         'schema': ['allow_in_exports'],
+        'teacher_check': ['TeacherCheck', 'check_teacher'],
         'testing': ['measure'],
         'training': ['train'],
         'values': ['as_seeds', 'check_images', 'convert', 'draw_grid'],

@@ -69,7 +69,7 @@ def browse(cfg: Config, num: int = 16, weights: str | None = None) -> np.ndarray
         batch['seed'] = item_seed(batch['idx'])
         averages = list(cfg.model.get('ema') or {}) or ['generator']
         model = build_for_sampling(cfg, averages[:1], weights).model
-        sampling = Sampling(averages[0])
+        sampling = Sampling(averages[0], model.generators.get(averages[0], 1))
         model.check(sampling)
         panels['generated'] = (model.sample(batch, sampling).cpu(), asked)
     if not panels:

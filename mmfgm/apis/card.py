@@ -95,6 +95,7 @@ def write_card(
     source: dict[str, Any],
     weights: dict[str, str],
     dtype: str,
+    max_nfe: int = 1,
     base: str | None = None,
     licence: dict[str, str] | None = None,
 ) -> str:
@@ -105,9 +106,11 @@ def write_card(
         source (dict): See :func:`describe_source`.
         weights (dict[str, str]): See :func:`hash_weights`.
         dtype (str): Of the weights.
+        max_nfe (int): Network calls of an image at most.
         base (str, optional): Name of the pipeline that the other parts come from.
         licence (dict[str, str], optional): Of the base, see :func:`find_licence`.
     """
+    steps = 'one' if max_nfe == 1 else 'few'
     library = 'diffusers' if base else 'mmfgm'
     licence = licence or {}
     stated = ', '.join(licence[key] for key in LICENCE_FIELDS if key in licence)
@@ -118,11 +121,11 @@ def write_card(
         f'library_name: {library}',
         *([f'base_model: {base}'] if base and re.fullmatch(r'[\w.-]+/[\w.-]+', base) else []),
         *(f'{key}: {licence[key]}' for key in LICENCE_FIELDS if key in licence),
-        'tags: [one-step, flow-matching, flow-generator-matching]',
+        f'tags: [{steps}-step, flow-matching, flow-generator-matching]',
     ]
     metrics = ''.join(f'| {name} | {value:.6g} |\n' for name, value in source['metrics'].items())
     rows = {
-        'Network calls per image': 1,
+        'Network calls per image': 1 if max_nfe == 1 else f'1 to {max_nfe}',
         'Config': f'`{source["config"]}`, sha256 of its content `{source["config_sha256"]}`',
         'Checkpoint': f'`{source["checkpoint"]}`, network `{source["network"]}`',
         'Iterations': (
@@ -144,7 +147,7 @@ def write_card(
             *head,
             '---',
             '',
-            '# One-step generator',
+            f'# {steps.capitalize()}-step generator',
             '',
             (
                 'Distilled from a flow-matching model by Flow Generator Matching'

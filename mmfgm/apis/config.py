@@ -112,9 +112,12 @@ def read_run_config(work_dir: str) -> Config:
 
 def weights_of(config: str, weights: str | None) -> str | None:
     """The weights of a command that takes a config and perhaps weights: alone, the work dir of a
-    run stands for its config and its last checkpoint.
+    run stands for its config and its last checkpoint; ``mmfgm::assets/...`` names weights that come
+    with mmfgm.
     """
-    return config if weights is None and osp.isdir(config) else weights
+    if weights is not None:
+        return asset_path(weights)
+    return config if osp.isdir(config) else None
 
 
 def building(build: Callable[[], T]) -> T:

@@ -26,6 +26,8 @@ KEPT = 3600  # seconds until a picture is removed from the disk
 # The page takes no files, but gradio's server would take any that is sent to it.
 UPLOAD_LIMIT = 1 << 10  # bytes
 AUTH_VARIABLE = 'MMFGM_DEMO_AUTH'
+# what the page shows before anybody has typed
+FIRST_PROMPT = 'a red circle left of a blue square'
 WHOLE_NUMBER = 'fill in every field with a whole number'
 STYLE = """
 .gradio-container { width: 100% !important; max-width: 1120px !important; margin: 0 auto; }
@@ -66,6 +68,7 @@ class Demo:
         self.gradio = import_gradio()
         self.inferencer = inferencer
         self.network = inferencer.networks[0]
+        self.steps = inferencer.default_sampling(self.network).nfe
         self.seeds = list(range(gallery))
         if len(inferencer.model.event_shape) != 3:
             raise UsageError(
@@ -114,18 +117,15 @@ class Demo:
         ]
         return [enlarge(image) for image in images], time.perf_counter() - start
 
-    def generate(self, condition: Any, seed: Any, with_teacher: bool, nfe: Any) -> list:
-        """Values of the two pictures; the second is hidden unless it is asked for."""
+    def generate(
+        self, condition: Any, seed: Any, with_teacher: bool, nfe: Any, steps: Any = 0
+    ) -> list:
+        """Values of the two pictures, ``steps`` calls of the generator (0: as many as it
+        has) and ``nfe`` of the teacher; the second is hidden unless it is asked for."""
         update = self.gradio.update
-        (image,), seconds = self.pictures(condition, [seed], self.network)
-        shown = [
-            update(
-                value=image,
-                label=caption(
-                    self.network, self.inferencer.default_sampling(self.network).nfe, seconds
-                ),
-            )
-        ]
+        steps = steps or self.steps
+        (image,), seconds = self.pictures(condition, [seed], self.network, steps)
+        shown = [update(value=image, label=caption(self.network, steps, seconds))]
         if self.teacher is None or not with_teacher:
             return [*shown, update(value=None, visible=False)]
         (image,), seconds = self.pictures(condition, [seed], self.teacher, nfe)
@@ -134,9 +134,22 @@ class Demo:
             update(value=image, visible=True, label=caption(self.teacher, nfe, seconds)),
         ]
 
-    def gallery(self, condition: Any) -> list:
+    def preview(self, condition: Any, seed: Any) -> list:
+        """Values of the two pictures while a visitor types: the generator's for what there is by
+        now, and no teacher's, which would be for something else.
+
+        What cannot be drawn leaves the last picture: half a word is no mistake.
+        """
+        try:
+            if None in (condition, seed):
+                raise UsageError(WHOLE_NUMBER)
+            return self.generate(condition, seed, False, None)
+        except (UsageError, NonFiniteError):
+            return [self.gradio.skip()] * 2
+
+    def gallery(self, condition: Any, steps: Any = 0) -> list:
         """Pictures of the fixed seeds, captioned."""
-        images, _ = self.pictures(condition, self.seeds, self.network)
+        images, _ = self.pictures(condition, self.seeds, self.network, steps or self.steps)
         return [(image, f'seed {seed}') for image, seed in zip(images, self.seeds)]
 
     def _checked(self, action: Callable) -> Callable:
@@ -176,6 +189,7 @@ class Demo:
     def build(self, about: str):
         """The page, as ``gradio.Blocks``."""
         gr = self.gradio
+        most = self.inferencer.model.generators.get(self.network)
         with gr.Blocks(title='mmfgm', analytics_enabled=False, delete_cache=(KEPT, KEPT)) as blocks:
             gr.Markdown(f'# One-step generation\n{about}')
             with gr.Row():
@@ -191,11 +205,14 @@ class Demo:
                         visible=self.teacher is not None,
                         elem_id='with-teacher',
                     )
-                    steps = (
-                        self.inferencer.default_sampling(self.teacher).nfe if self.teacher else 1
-                    )
+                    # no input of pages of one step, which programs call without
+                    steps = [
+                        gr.Slider(1, n, n, step=1, label="Generator's steps", elem_id='steps')
+                        for n in [self.steps]
+                        if most is not None and n > 1
+                    ]
                     nfe = self._number(
-                        steps,
+                        self.inferencer.default_sampling(self.teacher).nfe if self.teacher else 1,
                         label="Teacher's network calls (NFE)",
                         minimum=1,
                         maximum=1000,
@@ -228,12 +245,13 @@ class Demo:
                 buttons=[],
                 elem_id='gallery',
             )
-            inputs = [condition, seed, with_teacher, nfe]
+            inputs = [condition, seed, with_teacher, nfe, *steps]
             gr.on(
                 [
                     generate.click,
                     *([condition.submit] if hasattr(condition, 'submit') else []),
                     seed.submit,
+                    *(slider.release for slider in steps),
                 ],
                 self._checked(self.generate),
                 inputs,
@@ -243,7 +261,20 @@ class Demo:
             other.click(lambda: secrets.randbelow(2**32), None, seed, api_name=False).then(
                 self._checked(self.generate), inputs, [image, compared], api_name=False
             )
-            show.click(self._checked(self.gallery), condition, gallery, api_name='gallery')
+            if most == 1:
+                # from the start, and as one types: of the keys pressed meanwhile the last counts
+                gr.on(
+                    [blocks.load, condition.input, seed.input],
+                    self.preview,
+                    [condition, seed],
+                    [image, compared],
+                    trigger_mode='always_last',
+                    show_progress='hidden',
+                    api_name=False,
+                )
+            show.click(
+                self._checked(self.gallery), [condition, *steps], gallery, api_name='gallery'
+            )
         # one call at a time: networks share the machine, and a latency is of one call alone
         return blocks.queue(max_size=QUEUE, default_concurrency_limit=1)
 
@@ -252,7 +283,12 @@ class Demo:
         kind = self.inferencer.condition
         if kind == 'prompts':
             return gr.Textbox(
-                label='Prompt', lines=2, max_lines=4, submit_btn=False, elem_id='condition'
+                FIRST_PROMPT,
+                label='Prompt',
+                lines=2,
+                max_lines=4,
+                submit_btn=False,
+                elem_id='condition',
             )
         last = self.inferencer.num_classes - 1
         return self._number(

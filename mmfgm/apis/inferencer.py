@@ -192,12 +192,12 @@ class FGMInferencer(BaseInferencer):
     def default_sampling(self, network: str | None = None) -> Sampling:
         """How a network is sampled unless the call says otherwise.
 
-        One call for a one-step generator; for others what the config's sample pictures or
-        evaluations do, or else 50 Euler steps.
+        A generator takes as many calls as it has times; others do what the config's sample
+        pictures or evaluations say, or else 50 Euler steps.
         """
         network = network or self.networks[0]
-        if network in self.model.one_step:
-            return Sampling(network)
+        if network in self.model.generators:
+            return Sampling(network, self.model.generators[network])
         pictures = (self.cfg.get('default_hooks') or {}).get('samples') or {}
         named = [
             *(pictures.get('samplings') or {}).values(),
@@ -223,6 +223,8 @@ class FGMInferencer(BaseInferencer):
         shift: float | None = None,
         guidance: float | None = None,
         spacing: str | None = None,
+        guidance_channels: int | None = None,
+        deterministic: bool | None = None,
         out: str = 'pil',
         grid: int = 0,
         return_datasamples: bool = False,
@@ -238,11 +240,14 @@ class FGMInferencer(BaseInferencer):
             batch_size (int): Inputs per network call. Defaults to 8.
             network (str, optional): One of :attr:`networks`. Defaults to the first.
             nfe (int, optional): Network calls; see :class:`~mmfgm.models.Sampling`. Defaults, as
-                the next four do, to that of :meth:`default_sampling`.
+                the next six do, to that of :meth:`default_sampling`.
             solver (str, optional): ``'euler'`` or ``'heun'``.
             shift (float, optional): Of the time grid.
             guidance (float, optional): Scale of classifier-free guidance; 1 is none.
-            spacing (str, optional): Of the times, ``'uniform'`` or ``'edm'``.
+            spacing (str, optional): Of the times: ``'uniform'``, ``'edm'`` or ``'flux'``.
+            guidance_channels (int, optional): Guide the first so many channels only.
+            deterministic (bool, optional): Of a generator of few steps, see
+                :class:`~mmfgm.models.Sampling`.
             out (str): ``'pil'``; ``'numpy'``, uint8 ``(H, W, C)``, or points as float32; or
                 ``'tensor'``, float32 as the model makes them, images ``(C, H, W)`` in [-1, 1] up to
                 overshoot, on the CPU. Defaults to ``'pil'``.
@@ -264,7 +269,13 @@ class FGMInferencer(BaseInferencer):
         given = {
             name: value
             for name, value in dict(
-                nfe=nfe, solver=solver, shift=shift, guidance=guidance, spacing=spacing
+                nfe=nfe,
+                solver=solver,
+                shift=shift,
+                guidance=guidance,
+                spacing=spacing,
+                guidance_channels=guidance_channels,
+                deterministic=deterministic,
             ).items()
             if value is not None
         }

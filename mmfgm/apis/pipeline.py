@@ -1,4 +1,6 @@
 # Copyright (c) mmfgm authors.
+import os.path as osp
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -6,6 +8,7 @@ import torch
 from PIL import Image
 
 from mmfgm.errors import UsageError
+from mmfgm.models.families import hub_module, load_or_explain
 
 from .artifacts import read_export
 from .inferencer import FGMInferencer
@@ -41,13 +44,17 @@ class OneStepPipeline:
         """Open an export of ``tools/export_diffusers.py``.
 
         Args:
-            folder (str): The export.
+            folder (str): The export, or its id on the hub.
             device (str, optional): Defaults to the GPU, if there is one.
             precision (str): ``'fp32'`` or ``'bf16'`` for compute. Defaults to ``'fp32'``.
 
         Raises:
-            UsageError: If the folder is something else, such as a training checkpoint.
+            UsageError: If the folder is something else, such as a training checkpoint, or the hub
+                does not have it.
         """
+        if not osp.exists(folder) and re.fullmatch(r'[\w.-]+/[\w.-]+', folder):
+            download = hub_module().snapshot_download
+            folder = load_or_explain(lambda: download(folder), folder, 'export of mmfgm')
         read_export(folder)
         return cls(FGMInferencer(folder, device=device, precision=precision))
 
@@ -59,6 +66,7 @@ class OneStepPipeline:
         seeds: int | Sequence[int] | None = None,
         generator: torch.Generator | None = None,
         batch_size: int = 8,
+        nfe: int | None = None,
         output_type: str = 'pil',
     ) -> OneStepOutput:
         """Generate images.
@@ -70,6 +78,7 @@ class OneStepPipeline:
             seeds: One for each image, or the first of them.
             generator (torch.Generator, optional): Draws the seeds, if none are given.
             batch_size (int): Images per network call. Defaults to 8.
+            nfe (int, optional): Network calls; defaults to as many as the generator has times.
             output_type (str): ``'pil'``, ``'numpy'`` or ``'tensor'``, see :class:`FGMInferencer`.
 
         Raises:
@@ -102,8 +111,7 @@ class OneStepPipeline:
             seeds = torch.randint(
                 SEEDS, (count,), generator=generator, device=generator.device
             ).tolist()
-        return OneStepOutput(
-            self.inferencer(given[expected], seeds=seeds, batch_size=batch_size, out=output_type)[
-                'predictions'
-            ]
+        made = self.inferencer(
+            given[expected], seeds=seeds, batch_size=batch_size, nfe=nfe, out=output_type
         )
+        return OneStepOutput(made['predictions'])

@@ -1,29 +1,41 @@
 # Copyright (c) mmfgm authors.
-"""Pre-train a teacher on scikit-learn's digits, distil it, and measure both. Run again, it reuses
-what is finished."""
+"""A problem from its data to a one-step generator that is measured, pictured and exported. Run
+again, it reuses what is finished."""
 
 import json
 import os
 import os.path as osp
 import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from mmengine.config import Config
 from PIL import Image
 
 import mmfgm
-from mmfgm.datasets import Digits
+from mmfgm.config import resolve
+from mmfgm.datasets import Digits, render
 from mmfgm.errors import UsageError
-from mmfgm.evaluation import build_evaluations, draw_over_nfe, draw_panels
+from mmfgm.evaluation import draw_captioned, draw_panels
 from mmfgm.files import read_json, write_file
 from mmfgm.models import Sampling, latest_checkpoint, read_pickle
+from mmfgm.registry import DATASETS
 
 from .config import read_config
-from .testing import build_for_sampling, format_table
+from .export import export_generator
+from .report import write_report
+from .runs import is_work_dir
+from .testing import Table, build_for_sampling, measure
 from .training import train
 
-TEACHER_NFE = (1, 10, 50, 100)
+# of each class of digits, and of captions of shapes, two of each kind
 PICTURES_PER_CLASS = 8
+CAPTIONS = 12
+
+Sampler = Callable[[dict, Sampling], torch.Tensor]
 
 
 def _config_path(name: str) -> str:
@@ -89,74 +101,8 @@ def train_stage(
     )
 
 
-def run_quickstart(
-    folder: str,
-    pretrain_iters: int | None = None,
-    distill_iters: int | None = None,
-    num_samples: int = 10000,
-) -> dict[str, dict]:
-    """Run all stages; prints the table and returns the content of ``metrics.json``.
-
-    Args:
-        folder (str): Gets the runs, ``metrics.json`` and the pictures.
-        pretrain_iters (int, optional), distill_iters (int, optional): Default to the configs'.
-        num_samples (int): Samples per measurement.
-    """
-    teacher_dir = osp.join(folder, 'teacher')
-    fgm_dir = osp.join(folder, 'fgm')
-    teacher = _config_path('reflow/digits.py')
-    fgm = _config_path('fgm/digits.py')
-    # the teacher is measured once, at the end
-    pretrain = train_stage(teacher, teacher_dir, pretrain_iters, {'evaluations.fd.interval': 0})
-    distill = train_stage(
-        fgm,
-        fgm_dir,
-        distill_iters,
-        {'model.teacher.checkpoint': teacher_dir},
-        pretrain['made_from'],
-    )
-
-    paths = [osp.join(folder, name) for name in ('metrics.json', 'samples.png', 'fd_vs_nfe.png')]
-    request = dict(made_from=distill['made_from'], num_samples=num_samples)
-    if fresh_unless_same(osp.join(folder, 'test'), request) and all(map(osp.isfile, paths)):
-        metrics = read_json(paths[0], 'delete it and start again', dict)
-    else:
-        seconds = dict(pretrain=pretrain['seconds'], distill=distill['seconds'])
-        metrics = measure(fgm, teacher_dir, folder, num_samples, distill['checkpoint'], seconds)
-        write_file(paths[0], json.dumps(metrics, indent=2) + '\n')
-    report(metrics, folder)
-    return metrics
-
-
-def measure(
-    config: str,
-    teacher_dir: str,
-    folder: str,
-    num_samples: int,
-    checkpoint: str,
-    seconds: dict[str, float],
-) -> dict:
-    """Fréchet distances by NFE, and the two pictures."""
-    cfg = read_config(
-        config,
-        {
-            'work_dir': osp.join(folder, 'test'),
-            'launcher': 'none',
-            'model.teacher.checkpoint': teacher_dir,
-            'evaluations.fd.dataset.num_samples': num_samples,
-        },
-    )
-    runner = build_for_sampling(cfg, ['teacher', 'generator_ema'], checkpoint)
-    evaluation = build_evaluations(cfg.evaluations)['fd']
-    metrics: dict[str, dict] = dict(teacher={}, generator={}, seconds=seconds)
-    samplings = [Sampling('teacher', nfe) for nfe in TEACHER_NFE] + [Sampling('generator_ema')]
-    for sampling in samplings:
-        distance = evaluation.run(runner.model, sampling)['fd/fd']
-        metrics[sampling.network.removesuffix('_ema')][str(sampling.nfe)] = distance
-        runner.logger.info(
-            f'{sampling.network} at {sampling.nfe} NFE: Frechet distance {distance:.4f}'
-        )
-
+def digits_picture(cfg: Config, sample: Sampler, samplings: dict[str, Sampling]) -> np.ndarray:
+    """Eight of each class: real ones, and each sampling of the same noise."""
     digits = Digits()
     real = torch.cat(
         [digits.x_0[digits.cond['labels'] == c][:PICTURES_PER_CLASS] for c in range(10)]
@@ -164,36 +110,166 @@ def measure(
     labels = torch.arange(10).repeat_interleave(PICTURES_PER_CLASS)
     numbers = torch.arange(len(labels))
     batch = dict(idx=numbers, seed=numbers, cond=dict(labels=labels))
-    panels = {
-        'real digits': real,
-        'teacher, 50 NFE': runner.model.sample(batch, Sampling('teacher', 50)),
-        'generator, 1 NFE': runner.model.sample(batch, Sampling('generator_ema')),
-    }
-    Image.fromarray(draw_panels(panels, nrow=PICTURES_PER_CLASS)).save(
-        osp.join(folder, 'samples.png')
-    )
-    curves = {
-        name: {int(n): value for n, value in metrics[name].items()}
-        for name in ('teacher', 'generator')
-    }
-    Image.fromarray(draw_over_nfe(curves, 'Fréchet distance on pixels')).save(
-        osp.join(folder, 'fd_vs_nfe.png')
-    )
-    return metrics
+    panels = {title: sample(batch, sampling) for title, sampling in samplings.items()}
+    return draw_panels({'real digits': real, **panels}, nrow=PICTURES_PER_CLASS)
 
 
-def report(metrics: dict[str, dict], work_dir: str) -> None:
+def shapes_picture(cfg: Config, sample: Sampler, samplings: dict[str, Sampling]) -> np.ndarray:
+    """Captions of every kind below a rendering of each, and below what each sampling makes."""
+    prompts = DATASETS.build(cfg.evaluations.shapes.dataset)
+    indices = list(range(CAPTIONS))
+    captions = [prompts.caption(i) for i in indices]
+    scenes = [prompts.scene(i)[1] for i in indices]
+    real = render(scenes, cfg.model.network.latent_size) / 127.5 - 1
+    batch = prompts.__getitems__(indices)
+    panels = {title: sample(batch, sampling) for title, sampling in samplings.items()}
+    return draw_captioned(
+        {title: (images, captions) for title, images in dict(real=real, **panels).items()}
+    )
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What a quickstart trains, measures and shows.
+
+    Args:
+        config (str): Of the distillation, under ``configs``.
+        evaluation (str): Which of its evaluations is run.
+        metric (str): The value that generator and teacher are compared by.
+        picture (Callable): Draws the real thing beside samples, from the config, what samples a
+            batch, and a sampling for each title.
+        teacher (str, optional): Config of the teacher's training. Defaults to none: the teacher
+            is released with mmfgm.
+        nfe (tuple[int]): Of the teacher. Defaults to 50 calls.
+    """
+
+    config: str
+    evaluation: str
+    metric: str
+    picture: Callable[[Config, Sampler, dict[str, Sampling]], np.ndarray]
+    teacher: str | None = None
+    nfe: tuple[int, ...] = (50,)
+
+
+PROBLEMS = dict(
+    digits=Problem(
+        'fgm/digits.py', 'fd', 'fd/fd', digits_picture, 'reflow/digits.py', (1, 10, 50, 100)
+    ),
+    shapes=Problem('fgm/shapes_small.py', 'shapes', 'shapes/score_overall', shapes_picture),
+)
+
+
+def run_quickstart(
+    name: str = 'digits',
+    folder: str | None = None,
+    pretrain_iters: int | None = None,
+    distill_iters: int | None = None,
+    num_samples: int | None = None,
+) -> dict[str, dict]:
+    """Run all stages; prints the table and returns the content of ``metrics.json``.
+
+    Args:
+        name (str): One of ``PROBLEMS``. Defaults to ``'digits'``.
+        folder (str, optional): Gets the runs, ``metrics.json``, the pictures, the report and the
+            export. Defaults to ``work_dirs/quickstart`` and the name.
+        pretrain_iters (int, optional), distill_iters (int, optional), num_samples (int, optional):
+            Default to the configs'.
+
+    Returns:
+        dict: ``metrics`` (metric -> network -> NFE -> value) and ``seconds`` of each training.
+
+    Raises:
+        UsageError: If there is no such problem, or iterations are given for a teacher that is not
+            trained here.
+    """
+    if name not in PROBLEMS:
+        raise UsageError(f'there is no quickstart {name!r}; choose from {list(PROBLEMS)}')
+    problem = PROBLEMS[name]
+    folder = folder or osp.join('work_dirs', 'quickstart', name)
+    config = _config_path(problem.config)
+    seconds: dict[str, float] = {}
+    options: dict[str, Any] = {}
+    inputs = ''
+    if problem.teacher:
+        teacher_dir = osp.join(folder, 'teacher')
+        # the teacher is measured once, at the end
+        pretrain = train_stage(
+            _config_path(problem.teacher),
+            teacher_dir,
+            pretrain_iters,
+            {f'evaluations.{problem.evaluation}.interval': 0},
+        )
+        seconds['pretrain'] = pretrain['seconds']
+        options, inputs = {'model.teacher.checkpoint': teacher_dir}, pretrain['made_from']
+    elif pretrain_iters:
+        raise UsageError(
+            f'the teacher of {name} is released with mmfgm and not trained here; leave'
+            ' --pretrain-iters out'
+        )
+    distill = train_stage(config, osp.join(folder, 'fgm'), distill_iters, options, inputs)
+    seconds['distill'] = distill['seconds']
+
+    result = osp.join(folder, 'metrics.json')
+    request = dict(made_from=distill['made_from'], num_samples=num_samples)
+    if not (fresh_unless_same(osp.join(folder, 'test'), request) and osp.isfile(result)):
+        if num_samples:
+            options[f'evaluations.{problem.evaluation}.dataset.num_samples'] = num_samples
+        table = _measure(problem, config, options, folder, distill['checkpoint'])
+        write_file(result, json.dumps(dict(metrics=table, seconds=seconds), indent=2) + '\n')
+        # a run of less than one line of log has no curves
+        if is_work_dir(osp.join(folder, 'fgm')):
+            write_report(folder, curves=osp.join(folder, 'curves.png'))
+    content = read_json(result, 'delete it and start again', dict)
+    _say(problem, content, folder)
+    return content
+
+
+def _measure(
+    problem: Problem, config: str, options: dict[str, Any], folder: str, checkpoint: str
+) -> Table:
+    """Teacher and generator by the config's evaluation, their picture, and the export."""
+
+    def read() -> Config:
+        named = {'work_dir': osp.join(folder, 'fgm'), 'launcher': 'none', **options}
+        return resolve(read_config(config, named))
+
+    networks = ['teacher', 'generator_ema']
+    shown = [Sampling(**entry) for entry in read().default_hooks.samples.samplings.values()]
+    guidance = next(sampling.guidance for sampling in shown if sampling.network == 'teacher')
+    table = measure(
+        read(),
+        checkpoint,
+        networks,
+        problem.nfe,
+        guidance=guidance,
+        evaluation=[problem.evaluation],
+        out=osp.join(folder, 'test'),
+    )
+    cfg = read()
+    cfg.work_dir = osp.join(folder, 'test')
+    model = build_for_sampling(cfg, networks, checkpoint).model
+    samplings = {
+        f'{sampling.network.removesuffix("_ema")}, {sampling.nfe} NFE': sampling
+        for sampling in shown
+    }
+    picture = problem.picture(read(), model.sample, samplings)
+    Image.fromarray(picture).save(osp.join(folder, 'samples.png'))
+    export_generator(read(), checkpoint, osp.join(folder, 'export'), force=True)
+    return table
+
+
+def _say(problem: Problem, content: dict[str, dict], folder: str) -> None:
     """Print what was measured and where it lies."""
-    table = {'Frechet distance': {name: metrics[name] for name in ('teacher', 'generator')}}
-    print(f'\n{format_table(table)}\n')
-    ratio = metrics['generator']['1'] / metrics['teacher']['50']
-    seconds = metrics['seconds']
-    print(f'One call of the generator: {ratio:.2f} of the distance of 50 calls of the teacher.')
+    values = content['metrics'][problem.metric]
+    ratio = values['generator_ema']['1'] / values['teacher']['50']
     print(
-        f'Training: {seconds["pretrain"]:.0f} s for the teacher, {seconds["distill"]:.0f} s for the'
-        ' generator.'
+        f'One call of the generator: {ratio:.2f} times the {problem.metric} of 50 calls of the'
+        ' teacher.'
     )
+    for stage, seconds in content['seconds'].items():
+        print(f'{stage}: {seconds:.0f} s of training')
     print(
-        f'Look at {work_dir}/samples.png and {work_dir}/fd_vs_nfe.png; the numbers are in'
-        f' {work_dir}/metrics.json.'
+        f'Look at {folder}/samples.png, {folder}/curves.png and {folder}/report.html; the numbers'
+        f' are in {folder}/metrics.json, plots over NFE in {folder}/test, and the generator to give'
+        f' away in {folder}/export.'
     )

@@ -19,11 +19,13 @@ from mmfgm.models import (
     Sampling,
     bf16_autocast,
     load_network,
+    max_nfe,
     read_safetensors_metadata,
 )
 from mmfgm.registry import MODELS, TASK_UTILS
 
 from .artifacts import WEIGHTS_FILE, check_checkpoint
+from .config import building
 from .sizes import check_sizes
 
 # Guidance and decoder are made here, once, and not with each part.
@@ -59,7 +61,8 @@ class SamplingModel:
     Attributes:
         available (list[str]): Networks that :meth:`load` knows, the one to sample from first.
         networks (dict[str, nn.Module]): Those that are loaded.
-        one_step (tuple[str, ...]): Those that map noise to samples in one call.
+        generators (dict[str, int]): Those that map noise to samples, and the most calls that a
+            sample of each takes.
 
     Raises:
         UsageError: If the model is of another kind, or ``weights`` are none for it.
@@ -97,10 +100,14 @@ class SamplingModel:
         trained = self._trained_names()
         teacher = ['teacher'] if self.distilled and 'teacher' in model else []
         self.available: list[str] = [*trained, *teacher]
-        self.one_step = tuple(trained) if self.distilled else ()
+        described = (export or {}).get('model', model)
+        self.generators: dict[str, int] = {}
+        if self.distilled:
+            most = building(lambda: max_nfe(described.get('generator')))
+            self.generators = dict.fromkeys(trained, most)
         if not self.available:
             raise UsageError(f'{kind.__name__} has no network without weights: name a checkpoint')
-        decoder = (export or {}).get('model', model).get('decoder')
+        decoder = described.get('decoder')
         self.decoder = TASK_UTILS.build(decoder) if decoder else None
         self.null: Any | None = None
         self.networks: dict[str, nn.Module] = {}
@@ -126,7 +133,7 @@ class SamplingModel:
         return Sampler(
             self.networks,
             self.event_shape,
-            self.one_step,
+            self.generators,
             self.num_classes,
             self.null,
             self.decoder,
@@ -190,7 +197,7 @@ class SamplingModel:
         exported = self.export is not None and name != 'teacher'
         cfg = dict(self.export['model'] if exported else self.model)
         if exported and self.export['kind'] == 'generator':
-            check_sizes(self.weights, cfg['network'])
+            check_sizes(self.weights, cfg)
         cfg['type'] = self.model.get('type', 'FGM')
         cfg.update(APART[FGM if self.distilled else FlowMatching])
         if self.distilled:

@@ -20,12 +20,18 @@ from mmfgm.models.families import FAMILIES
 
 # Kind to the places of further kinds among its arguments. A name is not enough to build something:
 # it must be registered by us or by the program that loads the export.
+UNETS: dict[str, dict] = {'ADMUNet': {}, 'EDMUNet': {}}
 NETWORKS: dict[str, dict[str, dict]] = {
     'AdaLNMLP': {},
-    'EDMVelocity': dict(unet={'EDMUNet': {}}),
-    'UNetVelocity': dict(unet={'EDMUNet': {}}),
+    'EDMVelocity': dict(unet=UNETS),
+    'SiT': {},
+    'UNetVelocity': dict(unet=UNETS),
 }
-GENERATORS: dict[str, dict[str, dict]] = {'OneStepGenerator': {}}
+GENERATORS: dict[str, dict[str, dict]] = {
+    'DataSpaceGenerator': {},
+    'FewStepGenerator': {},
+    'OneStepGenerator': {},
+}
 DECODERS: dict[str, dict[str, dict]] = {'LatentDecoder': {}}
 ENCODERS: dict[str, dict[str, dict]] = {'WordEncoder': {}}
 PLACES = dict(network=NETWORKS, generator=GENERATORS, decoder=DECODERS, text_encoder=ENCODERS)

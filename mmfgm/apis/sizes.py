@@ -10,6 +10,7 @@ from safetensors import SafetensorError, safe_open
 
 from mmfgm.config import leaves
 from mmfgm.errors import DamagedError, UsageError
+from mmfgm.models import build_generator
 from mmfgm.registry import MODELS
 
 from .artifacts import EXPORT_FILE, WEIGHTS_FILE
@@ -20,12 +21,13 @@ COUNTS = ('depth', 'num_layers', 'num_single_layers', 'num_blocks', 'layers_per_
 LARGEST_EVENT = 2**26
 
 
-def check_sizes(path: str, network: dict[str, Any]) -> None:
+def check_sizes(path: str, model: dict[str, Any]) -> None:
     """Compare a description with the sizes in the header of the weights beside it.
 
     Args:
         path (str): An export of one generator.
-        network (dict): Config of its network, which :mod:`mmfgm.apis.schema` has let pass.
+        model (dict): Configs of its ``network`` and ``generator``, which :mod:`mmfgm.apis.schema`
+            has let pass.
 
     Raises:
         DamagedError: If the weights have no header.
@@ -39,12 +41,13 @@ def check_sizes(path: str, network: dict[str, Any]) -> None:
     except (SafetensorError, OSError) as e:
         raise DamagedError(file, str(e)) from e
     description = osp.join(path, EXPORT_FILE)
-    for place, value in leaves(network, 'model.network'):
+    for place, value in leaves(model['network'], 'model.network'):
         if place.rpartition('.')[2] in COUNTS and isinstance(value, int) and value > len(names):
             _refuse(description, f'{place} to be at most {len(names)}, the tensors there', value)
     try:
         with torch.device('meta'):  # shapes without numbers
-            built = MODELS.build(dict(network))
+            network = MODELS.build(dict(model['network']))
+            built = build_generator(model.get('generator'), network)
     except NotImplementedError:  # a class of the program's own that looks at its numbers
         return
     except (RuntimeError, OverflowError, ValueError, TypeError) as e:
@@ -52,8 +55,8 @@ def check_sizes(path: str, network: dict[str, Any]) -> None:
     size = sum(value.numel() for value in built.state_dict().values())
     if size != stored:
         _refuse(description, f'a network of {stored} numbers, as {WEIGHTS_FILE} holds', size)
-    if math.prod(built.event_shape) > LARGEST_EVENT:
-        _refuse(description, f'samples of at most {LARGEST_EVENT} numbers', built.event_shape)
+    if math.prod(network.event_shape) > LARGEST_EVENT:
+        _refuse(description, f'samples of at most {LARGEST_EVENT} numbers', network.event_shape)
 
 
 def _refuse(file: str, expected: str, found: Any) -> None:

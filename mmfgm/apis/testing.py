@@ -1,10 +1,11 @@
 # Copyright (c) mmfgm authors.
-"""Measure a teacher at any list of NFE, a generator at one, or both beside each other."""
+"""Measure a teacher and a generator, at any list of NFE, beside each other."""
 
 import json
 import os.path as osp
 from collections.abc import Sequence
 from dataclasses import fields
+from typing import Any
 
 import torch
 from mmengine.config import Config
@@ -21,6 +22,8 @@ from mmfgm.processes import StopSignals
 from .config import building
 
 Table = dict[str, dict[str, dict[int, float]]]  # metric -> network -> NFE -> value
+# of a table with a column for each metric, in a terminal
+MOST_COLUMNS = 6
 
 
 def build_for_sampling(cfg: Config, networks: Sequence[str], checkpoint: str | None) -> FlowRunner:
@@ -40,10 +43,16 @@ def build_for_sampling(cfg: Config, networks: Sequence[str], checkpoint: str | N
 
 
 def samplings_of(
-    model, networks: Sequence[str], nfe: Sequence[int], solver: str, **settings
+    model,
+    networks: Sequence[str],
+    nfe: Sequence[int],
+    solver: str,
+    deterministic: bool = False,
+    **settings: Any,
 ) -> list[Sampling]:
-    """One sampling for each one-step network, one for each NFE for the others, whose ``settings``
-    go to each."""
+    """One sampling for each network and NFE. A generator takes those of the NFE that it can, and
+    always its most; the ``settings`` are of networks that are integrated, but ``deterministic`` of
+    generators of few steps."""
     samplings = []
     for network in networks:
         if network not in model.networks:
@@ -51,11 +60,14 @@ def samplings_of(
                 f'--network {network}: {type(model).__name__} has the networks'
                 f' {list(model.networks)}'
             )
-        samplings += (
-            [Sampling(network)]
-            if network in model.one_step
-            else [Sampling(network, n, solver, **settings) for n in nfe]
-        )
+        most = model.generators.get(network)
+        if most is None:
+            samplings += [Sampling(network, n, solver, **settings) for n in nfe]
+        else:
+            calls = sorted({most, *(n for n in nfe if 1 <= n <= most)})
+            samplings += [
+                Sampling(network, n, deterministic=deterministic and most > 1) for n in calls
+            ]
     return samplings
 
 
@@ -70,14 +82,18 @@ def folder_name(sampling: Sampling) -> str:
 
 
 def format_table(table: Table) -> str:
-    """The measured values, one row per network and NFE."""
+    """The measured values, one row per network and NFE; of many metrics, one row for each."""
     metrics = list(table)
-    rows = [['network', 'NFE', *metrics]]
-    for network in table[metrics[0]]:
-        for nfe in table[metrics[0]][network]:
-            rows.append(
-                [network, str(nfe), *(f'{table[metric][network][nfe]:.4f}' for metric in metrics)]
-            )
+    measured = [(network, nfe) for network, values in table[metrics[0]].items() for nfe in values]
+    rows = [
+        ['network', 'NFE', *metrics],
+        *(
+            [network, str(nfe), *(f'{table[metric][network][nfe]:.4f}' for metric in metrics)]
+            for network, nfe in measured
+        ),
+    ]
+    if len(metrics) > MOST_COLUMNS:
+        rows = [list(column) for column in zip(*rows)]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = [
         '  '.join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows
@@ -94,6 +110,7 @@ def measure(
     guidance: float | None = None,
     shift: float | None = None,
     spacing: str = 'uniform',
+    deterministic: bool = False,
     evaluation: Sequence[str] | None = None,
     out: str | None = None,
 ) -> Table:
@@ -103,9 +120,10 @@ def measure(
         cfg (Config): With ``launcher`` and ``work_dir``; it is changed.
         checkpoint (str, optional): Checkpoint or work dir; not needed for the teacher alone.
         networks (Sequence[str], optional): Defaults to the one each evaluation names.
-        nfe (Sequence[int]): Network evaluations of networks that are integrated.
-        solver (str), guidance (float, optional), shift (float, optional), spacing (str): Of these;
-            see :class:`~mmfgm.models.Sampling`.
+        nfe (Sequence[int]): Network evaluations; see :func:`samplings_of`.
+        solver (str), guidance (float, optional), shift (float, optional), spacing (str): Of
+            networks that are integrated; see :class:`~mmfgm.models.Sampling`.
+        deterministic (bool): Of generators of few steps; likewise.
         evaluation (Sequence[str], optional): Which of the config's. Defaults to all.
         out (str, optional): Defaults to ``test`` in the work dir.
 
@@ -136,11 +154,12 @@ def measure(
             guidance=guidance,
             shift=shift,
             spacing=spacing,
+            deterministic=deterministic,
         )
 
 
 def _measure(
-    cfg: Config, entries: dict, networks, checkpoint, nfe, solver, **settings: float | None
+    cfg: Config, entries: dict, networks, checkpoint, nfe, solver, **settings: Any
 ) -> Table:
     runner = build_for_sampling(cfg, networks, checkpoint)
     samplings = samplings_of(runner.model, networks, nfe, solver, **settings)

@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mmfgm.datasets import LABELS
 from mmfgm.errors import UsageError
-from mmfgm.models.families import LatentEncoder, PromptEncoder, find
+from mmfgm.models.families import KLEncoder, LatentEncoder, PromptEncoder, find
 from mmfgm.processes import on_main, rank_and_size
 
 from .encoders import identity_of
-from .sources import ImageFiles, read_captions, read_image, read_prompts
+from .sources import ImageFiles, read_captions, read_classes, read_image, read_prompts
 from .writer import ShardWriter, keep_good, write_shards
 
 DTYPES = dict(bf16='bfloat16', fp16='float16', fp32='float32')
@@ -124,9 +125,12 @@ def cache_latents(
     captions: str | None = None,
     workers: int = 4,
     options: CacheOptions | None = None,
+    labels: str | None = None,
+    vae_only: bool = False,
     **encoder: Any,
 ) -> None:
-    """Encode images, and their captions, into a cache; one that an earlier run began is taken up.
+    """Encode images, and their captions or labels, into a cache; one that an earlier run began is
+    taken up.
 
     Args:
         source (str): A folder, a ``.zip``, a ``.tar`` or a folder of ``.tar``.
@@ -137,13 +141,22 @@ def cache_latents(
             text file beside each image. Defaults to none.
         workers (int): Threads that decode images. Defaults to 4.
         options (CacheOptions, optional): See there.
+        labels (str, optional): ``'folders'`` or ``'json'``, see
+            :func:`~mmfgm.caches.sources.read_classes`. Defaults to none.
+        vae_only (bool): Whether ``model`` is a VAE that was published alone, such as
+            ``stabilityai/sd-vae-ft-ema``, rather than a pipeline. Defaults to False.
         **encoder: Options of the family's encoder of prompts, such as ``max_length``.
 
     Raises:
         UsageError: If the images, the model or the folder are not what they should be.
     """
     options = options or CacheOptions()
-    latents = find(model).latent_encoder(model).to(options.device)
+    if vae_only and captions:
+        raise UsageError(
+            f'{model!r} is a VAE alone (--vae-only), which encodes no captions; name a pipeline,'
+            ' or leave --captions out'
+        )
+    latents = _open_vae(model, vae_only).to(options.device)
     if resolution < 1 or resolution % latents.factor:
         raise UsageError(
             f'--resolution must be a multiple of the {latents.factor} pixels of a latent, but is'
@@ -154,6 +167,7 @@ def cache_latents(
     files = ImageFiles(source) if archive else on_main(lambda: ImageFiles(source))
     names = files.images
     texts = [''] * len(files.images)
+    numbers, classes = on_main(lambda: read_classes(files, labels)) if labels else ([], [])
     skipped = []
     side = resolution // latents.factor
     job: dict[str, Any] = dict(
@@ -168,6 +182,9 @@ def cache_latents(
         layout=dict(x_0=[latents.channels, side, side]),
         conditions={},
     )
+    if labels:
+        job['layout'][LABELS] = []
+        job['classes'] = classes
     prompt_encoder = None
     if captions:
         prompt_encoder = _open_encoder(model, options, encoder)
@@ -178,10 +195,12 @@ def cache_latents(
         )
         names = [name for i, name in enumerate(names) if i not in bad]
         texts = [text for i, text in enumerate(found) if i not in bad]
+        numbers = [number for i, number in enumerate(numbers) if i not in bad]
         for key, value in _describe(prompt_encoder).items():
             job[key].update(value)
-    listing = json.dumps([[name, files.sizes[name], text] for name, text in zip(names, texts)])
-    digest = hashlib.sha256(listing.encode()).hexdigest()
+    listing = [[name, files.sizes[name], text] for name, text in zip(names, texts)]
+    listing = [[*entry, number] for entry, number in zip(listing, numbers)] if labels else listing
+    digest = hashlib.sha256(json.dumps(listing).encode()).hexdigest()
     job['source'] = dict(count=len(names), sha256=digest, skipped=skipped)
     _say_skipped(skipped, 'images')
 
@@ -201,7 +220,9 @@ def cache_latents(
         len(names),
         options.shard_size,
         options.batch_size,
-        _encode_images(read, latents, options.torch_dtype, names, texts, prompt_encoder, workers),
+        _encode_images(
+            read, latents, options.torch_dtype, names, texts, prompt_encoder, numbers, workers
+        ),
         prompt_encoder and (lambda: prompt_encoder.store([''])),
         'image',
     )
@@ -214,6 +235,7 @@ def _encode_images(
     names: Sequence[str],
     captions: Sequence[str],
     prompts: PromptEncoder | None,
+    labels: Sequence[int],
     workers: int,
 ) -> Callable[[list[int]], tuple[dict[str, Tensor], list[list[str]]]]:
     """What :func:`write_shards` calls for a batch of items; ``read`` gives a picture, or why there
@@ -230,9 +252,17 @@ def _encode_images(
         tensors = dict(x_0=latents.encode(images).to('cpu', dtype))
         if prompts is not None:
             tensors.update(prompts.store([captions[item] for item, _ in good]))
+        if labels:
+            tensors[LABELS] = torch.tensor([labels[item] for item, _ in good])
         return tensors, skipped
 
     return encode
+
+
+def _open_vae(model: str, alone: bool) -> LatentEncoder:
+    if alone:
+        return KLEncoder(model, 'VAE', subfolder='')
+    return find(model).latent_encoder(model)
 
 
 def _open_encoder(model: str, options: CacheOptions, more: dict[str, Any]) -> PromptEncoder:

@@ -14,7 +14,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from mmfgm.datasets import SUFFIXES
+from mmfgm.datasets import SUFFIXES, read_labels
 from mmfgm.errors import UsageError
 from mmfgm.files import check_regular, files_below, parse_json, read_member
 
@@ -215,3 +215,40 @@ def read_captions(files: ImageFiles, source: str) -> list[str | None]:
             f' as {unknown[0]!r}; file_name is relative to it'
         )
     return [captions.get(name) for name in files.images]
+
+
+def read_classes(files: ImageFiles, source: str) -> tuple[list[int], list[str]]:
+    """The label of each image, and the names of the classes in the order of their numbers.
+
+    Args:
+        files (ImageFiles): The images.
+        source (str): ``'folders'``: the folder, or ``.tar``, at the top that an image lies in, by
+            sorted names, as ImageNet and torchvision have it; or ``'json'``: EDM's ``dataset.json``
+            at the top, whose classes have no names but numbers.
+
+    Raises:
+        UsageError: If an image has no class, or all have one.
+    """
+    if source == 'json':
+        content = (
+            files.read('dataset.json') if 'dataset.json' in files.sizes else b'{"labels": null}'
+        )
+        labels, count = read_labels(
+            content, files.images, None, osp.join(files.path, 'dataset.json')
+        )
+        return labels.tolist(), [str(number) for number in range(count)]
+    outside = [name for name in files.images if '/' not in name]
+    if outside:
+        raise UsageError(
+            f'expected every image of {files.path!r} in the folder of its class, found'
+            f' {outside[0]!r} at the top; move it, or give a dataset.json and --labels json'
+        )
+    folders = [name.split('/')[0] for name in files.images]
+    classes = sorted(set(folders))
+    if len(classes) == 1:
+        raise UsageError(
+            f'expected a folder for each class at the top of {files.path!r}, found all images in'
+            f' {classes[0]!r}; name that folder instead, or pack what is in it'
+        )
+    numbers = {name: number for number, name in enumerate(classes)}
+    return [numbers[folder] for folder in folders], classes

@@ -4,8 +4,9 @@ write it.
 
 A cache is a folder with ``manifest.json``, ``shard_000000.safetensors`` and so on, and, with
 prompts, ``null.safetensors`` of the empty prompt. A shard of ``n`` items holds latents ``x_0 (n, C,
-h, w)`` and the parts of conditions, as far as the cache has them. The manifest's ``conditions`` say
-which parts each condition is made of: ``prompt_embeds = [clip, t5]`` are ``clip (n, 77, D_clip)``
+h, w)``, ``labels (n,)`` in int64 and the parts of conditions, as far as the cache has them. The
+manifest's ``classes`` are the names of the labels; its ``conditions`` say which parts each
+condition is made of: ``prompt_embeds = [clip, t5]`` are ``clip (n, 77, D_clip)``
 and ``t5 (n, L, D)``, joined token after token, where channels that a part lacks are zero. Where
 padding was dropped, ``t5`` is ``(tokens, D)``, the items' tokens one after the other, and
 ``t5_tokens (n,)`` says how many each has.
@@ -32,6 +33,8 @@ from mmfgm.registry import DATASETS
 from .base import Batch, BatchDataset, item_seed
 
 NULL = 'null.safetensors'
+# numbers of classes, one an item, beside values of the cache's dtype
+LABELS = 'labels'
 # of caches that were made before their manifests said it
 CONDITIONS = dict(prompt_embeds=['clip', 't5'], pooled_embeds=['pooled'])
 OPEN_SHARDS = 64
@@ -82,7 +85,9 @@ def _check_manifest(manifest: dict) -> None:
     if not isinstance(getattr(torch, str(manifest['settings']['dtype']), None), torch.dtype):
         raise ValueError(f'settings.dtype is {manifest["settings"]["dtype"]!r}')
     for name, shape in layout.items():
-        if not shape or not all(type(size) is int and 0 < size < 1 << 20 for size in shape):
+        if bool(shape) == (name == LABELS) or not all(
+            type(size) is int and 0 < size < 1 << 20 for size in shape
+        ):
             raise ValueError(f'layout.{name} is {shape}')
     for name, parts in manifest['conditions'].items():
         if not parts or not set(parts) <= set(layout):
@@ -199,7 +204,7 @@ class _Shard:
         """
         if name not in self.offsets:
             values = self.values[name][row]
-            out[:] = values
+            out[...] = values
         else:
             values = self.values[name][self.offsets[name][row] : self.offsets[name][row + 1]]
             out[: len(values)] = values
@@ -305,7 +310,8 @@ class ShardedCache(BatchDataset):
         return self._shard(self.shards[number]['file']), index - self.starts[number]
 
     def _read(self, rows: list[tuple[_Shard, int]], name: str) -> Tensor:
-        out = torch.zeros(len(rows), *self.layout[name], dtype=self.dtype)
+        dtype = torch.int64 if name == LABELS else self.dtype
+        out = torch.zeros(len(rows), *self.layout[name], dtype=dtype)
         for value, (shard, row) in zip(out, rows):
             shard.copy(name, row, value)
         return out
@@ -378,23 +384,24 @@ class CachedPromptSamples(CachedPrompts):
 @DATASETS.register_module()
 class CachedLatents(ShardedCache):
     """Images encoded by ``tools/cache_latents.py``: items ``dict(idx, x_0,
-    cond=dict([prompt_embeds, pooled_embeds]))``.
+    cond=dict([prompt_embeds, pooled_embeds], [labels]))``.
 
-    ``x_0 (C, h, w)`` is shifted and scaled as the transformer expects it; the embeddings are as in
-    :class:`CachedPrompts`.
+    ``x_0 (C, h, w)`` is shifted and scaled as the transformer expects it, and float32 whatever the
+    cache stores, as noise is added to it; the embeddings are as in :class:`CachedPrompts`.
 
     Args:
         path (str): The cache's folder.
         latent_shape (tuple, optional): ``(C, h, w)`` that the network takes, which the cache must
             have.
         prompts (bool): Whether items carry their captions' embeddings.
+        labels (bool): Whether items carry the numbers of their classes. Defaults to False.
         identity (dict, optional): As for :class:`ShardedCache`; what it leaves out, such as text
             encoders, is not compared.
         verify (bool): As for :class:`ShardedCache`.
 
     Raises:
         UsageError: As for :class:`ShardedCache`; if the latents have another shape, or there are no
-            captions.
+            captions or no labels.
     """
 
     kind = 'latents'
@@ -406,6 +413,7 @@ class CachedLatents(ShardedCache):
         prompts: bool = True,
         identity: dict | None = None,
         verify: bool = False,
+        labels: bool = False,
     ):
         super().__init__(path, identity, verify)
         self.event_shape = self.layout['x_0']
@@ -420,13 +428,20 @@ class CachedLatents(ShardedCache):
                 f'{self.path!r} has no captions; set prompts=False, or make it again with'
                 ' --captions'
             )
+        if labels and LABELS not in self.layout:
+            raise UsageError(
+                f'{self.path!r} has no labels; set labels=False, or make it again with --labels'
+            )
         self.prompts = prompts
+        self.labels = labels
 
     def __getitems__(self, indices: Sequence[int]) -> Batch:
         idx = torch.as_tensor(indices)
         rows = [self._locate(index) for index in idx.tolist()]
         cond = self._prompts(rows) if self.prompts else {}
-        return dict(idx=idx, x_0=self._read(rows, 'x_0'), cond=cond)
+        if self.labels:
+            cond[LABELS] = self._read(rows, LABELS)
+        return dict(idx=idx, x_0=self._read(rows, 'x_0').float(), cond=cond)
 
     def _compared(self, identity: dict) -> dict:
         return {

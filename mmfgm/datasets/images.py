@@ -193,7 +193,7 @@ class ImageFolder(BatchDataset):
         self.labels = self.num_classes = None
         if labels:
             content = self._read('dataset.json') if 'dataset.json' in files else b'{"labels": null}'
-            self.labels, self.num_classes = _labels(
+            self.labels, self.num_classes = read_labels(
                 content, self.names, num_classes, self.path / 'dataset.json'
             )
         self.pipeline = _build_pipeline(pipeline)
@@ -295,11 +295,15 @@ class ImageFolder(BatchDataset):
         return pixels
 
 
-def _labels(
-    content: bytes, names: Sequence[str], num_classes: int | None, file: Path
+def read_labels(
+    content: bytes, names: Sequence[str], num_classes: int | None, file: str | Path
 ) -> tuple[Tensor, int]:
     """Labels ``(N,)`` int64 in the order of ``names``, and the number of classes, from a
-    ``dataset.json``."""
+    ``dataset.json`` in EDM's format.
+
+    Raises:
+        UsageError: If it is none, or its labels are not those of the images.
+    """
     try:
         entries = parse_json(content, dict)['labels']
         table = dict(entries or {})

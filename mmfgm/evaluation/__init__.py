@@ -11,9 +11,9 @@ __getattr__, __dir__, __all__ = attach(
         'frechet': ['StreamingMoments', 'frechet_distance'],
         'metrics': ['FrechetDistance', 'GatheredMetric', 'SampleMetric', 'SlicedWasserstein'],
         'pictures': ['draw_captioned', 'draw_over_nfe', 'draw_panels'],
-        'preference': ['CLIPScore', 'DINOv2', 'FDDINOv2', 'PickScore'],
+        'preference': ['CLIPScore', 'DINOv2', 'FDDINOv2', 'PairwiseLPIPS', 'PickScore'],
         'reference': ['Reference', 'load_reference', 'save_reference'],
-        'shapes': ['ShapeScore'],
+        'shapes': ['ShapeQuality', 'ShapeScore'],
         'wasserstein': ['sliced_wasserstein'],
     },
 )

@@ -13,6 +13,7 @@ from mmengine.device import get_device
 from mmengine.dist import barrier
 from mmengine.logging import MMLogger
 from torch import Tensor
+from torch.nn.functional import avg_pool2d
 
 from mmfgm.errors import UsageError
 from mmfgm.files import sha256 as file_sha256
@@ -57,12 +58,30 @@ def full_precision():
 @TASK_UTILS.register_module()
 class Pixels:
     """The feature function that is the sample itself, flattened to ``(N, d)``; uint8 images count
-    as [-1, 1]."""
+    as [-1, 1].
 
-    name = 'pixels'
+    Args:
+        pool (int): Side of the squares of an image whose means are taken, so that fewer samples
+            determine a covariance; it must divide the image's sides. Defaults to 1.
+
+    Raises:
+        UsageError: If it is no such side.
+    """
+
+    def __init__(self, pool: int = 1):
+        self.pool = pool
+        self.name = 'pixels' if pool == 1 else f'pixels, means of {pool} x {pool}'
 
     def __call__(self, samples: Tensor) -> Tensor:
-        return from_uint8(samples).flatten(1)
+        samples = from_uint8(samples)
+        if self.pool != 1:
+            if samples.ndim != 4 or self.pool < 1 or any(n % self.pool for n in samples.shape[2:]):
+                raise UsageError(
+                    f'expected images (N, C, H, W) whose sides {self.pool} divides, found samples'
+                    f' of shape {tuple(samples.shape)}; choose another pool of Pixels'
+                )
+            samples = avg_pool2d(samples, self.pool)
+        return samples.flatten(1)
 
 
 @TASK_UTILS.register_module()

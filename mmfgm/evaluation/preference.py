@@ -1,15 +1,17 @@
 # Copyright (c) mmfgm authors.
-"""How well images suit their prompts, and a distance to real images on features that saw no
-labels."""
+"""How well images suit their prompts, how much those of one prompt differ, and a distance to real
+images on features that saw no labels."""
 
 import json
 import zlib
+from collections import defaultdict
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from mmengine.device import get_device
 from torch import Tensor
+from torchvision.transforms.v2.functional import resize
 
 from mmfgm.errors import UsageError
 from mmfgm.models import fingerprint
@@ -17,27 +19,21 @@ from mmfgm.registry import DATASETS, METRICS, TASK_UTILS
 
 from .features import full_precision
 from .metrics import FrechetDistance, GatheredMetric
-from .pretrained import load_judge, rgb_parts
+from .pretrained import PART, load_judge, load_lpips, rgb_parts
 
 # of the network that PickScore was fine-tuned from; its authors prepare inputs with it
 PICK_PROCESSOR = 'laion/CLIP-ViT-H-14-laion2B-s32B-b79K'
 
 
-class _PromptScore(GatheredMetric):
-    """The mean over images of what a CLIP says about an image and its prompt.
+class _Prompted(GatheredMetric):
+    """A metric of images and their prompts, which are those of the evaluation's dataset; it must
+    have a ``row(idx)`` with ``prompt``."""
 
-    Prompts are those of the evaluation's dataset, which must have a ``row(idx)`` with ``prompt``.
-    """
-
-    def __init__(self, pretrained: str, prompts: dict | None, processor: str | None):
+    def __init__(self, prompts: dict | None):
         super().__init__()
         self.dataset: Any = None
         if prompts:
             self._take(DATASETS.build(prompts))
-        self.network, self.processor = load_judge(
-            type(self).__name__, pretrained, 'clip', 'CLIPModel', processor
-        )
-        self.max_length = self.network.config.text_config.max_position_embeddings
 
     def _take(self, dataset: Any) -> None:
         if not hasattr(dataset, 'row'):
@@ -61,6 +57,17 @@ class _PromptScore(GatheredMetric):
                 f'{type(self).__name__} has {len(self.dataset)} prompts for {len(dataset)} samples;'
                 " give `prompts` the config of the evaluation's dataset, or leave it out"
             )
+
+
+class _PromptScore(_Prompted):
+    """The mean over images of what a CLIP says about an image and its prompt."""
+
+    def __init__(self, pretrained: str, prompts: dict | None, processor: str | None):
+        super().__init__(prompts)
+        self.network, self.processor = load_judge(
+            type(self).__name__, pretrained, 'clip', 'CLIPModel', processor
+        )
+        self.max_length = self.network.config.text_config.max_position_embeddings
 
     def release(self) -> None:
         self.network.to('cpu')
@@ -157,6 +164,72 @@ class PickScore(_PromptScore):
 
     def score(self, cosine: Tensor) -> Tensor:
         return self.network.logit_scale.exp() * cosine
+
+
+@METRICS.register_module()
+class PairwiseLPIPS(_Prompted):
+    """Diversity: the mean LPIPS distance (Zhang et al., 2018) of two images of one prompt, by
+    their ``lpips`` and AlexNet; distillation tends to lower it.
+
+    Every pair of a prompt counts alike, and every prompt with two images or more.
+
+    Args:
+        size (int): Images are resized to so many pixels a side first, antialiased; values of
+            different sizes do not compare. Defaults to 256.
+        alexnet (str, optional): File of torchvision's AlexNet weights. Defaults to a download by
+            torchvision.
+        prompts (dict, optional): As for :class:`CLIPScore`.
+
+    Raises:
+        UsageError: If lpips or the weights are missing, or are of another network.
+    """
+
+    name = 'pairwise_lpips'
+    min_samples = 2
+
+    def __init__(self, size: int = 256, alexnet: str | None = None, prompts: dict | None = None):
+        super().__init__(prompts)
+        # of AlexNet's strides and pooling, nothing is left of fewer
+        if size < 32:
+            raise UsageError(f'expected PairwiseLPIPS.size of at least 32, found {size}; raise it')
+        self.size = size
+        self.network = load_lpips(alexnet)
+
+    def extract(self, samples: Tensor) -> Tensor:
+        parts = [torch.stack(part) for part in rgb_parts(type(self).__name__, samples)]
+        shape = [self.size, self.size]
+        return torch.cat([resize(part, shape, antialias=True) for part in parts])
+
+    def process(self, data_batch: dict, data_samples: Tensor) -> None:
+        idx, samples = self.real(data_batch, data_samples)
+        if idx:
+            # bytes: a thousand images of 1024 pixels would not fit otherwise
+            self.results.append((torch.tensor(idx), self.extract(samples)))
+
+    def compute(self, values: Tensor) -> dict[str, float]:
+        groups = defaultdict(list)
+        for i in range(len(values)):
+            groups[self.dataset.row(i)['prompt']].append(i)
+        distances = [
+            self._mean_distance(values[group]) for group in groups.values() if len(group) > 1
+        ]
+        if not distances:
+            raise UsageError(
+                'PairwiseLPIPS compares images of one prompt, but no prompt has two; raise'
+                ' samples_per_prompt of the dataset'
+            )
+        return {self.name: sum(distances) / len(distances)}
+
+    def _mean_distance(self, images: Tensor) -> float:
+        device = get_device()
+        network = self.network.to(device)
+        first, second = torch.triu_indices(len(images), len(images), 1)
+        total = 0.0
+        with torch.no_grad(), full_precision():
+            for i, j in zip(first.split(PART), second.split(PART)):
+                a, b = (images[k].to(device).float() / 127.5 - 1 for k in (i, j))
+                total += float(network(a, b).double().sum())
+        return total / len(first)
 
 
 @TASK_UTILS.register_module()

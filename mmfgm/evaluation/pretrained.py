@@ -1,6 +1,7 @@
 # Copyright (c) mmfgm authors.
-"""Networks of the transformers library that judge images, from a local folder or the hub."""
+"""Networks of other libraries that judge images, from local files or a download."""
 
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -8,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mmfgm.errors import UsageError
-from mmfgm.models import check_finite
+from mmfgm.models import check_finite, read_pickle
 
 from .features import to_uint8
 
@@ -67,6 +68,60 @@ def load_judge(
         )
     check_finite(network.state_dict(), pretrained)
     return network.eval().requires_grad_(False), prepare
+
+
+def load_lpips(alexnet: str | None = None) -> torch.nn.Module:
+    """LPIPS on AlexNet as its authors calibrated it, in float32 on the CPU.
+
+    Args:
+        alexnet (str, optional): File of torchvision's AlexNet weights. Defaults to a download.
+
+    Raises:
+        UsageError: If lpips is missing, or the weights cannot be had or are of another network.
+        NonFiniteInputError: If they hold inf or nan.
+    """
+    try:
+        from lpips import LPIPS
+    except ImportError as e:
+        raise UsageError(
+            f'PairwiseLPIPS needs lpips ({e}); install it: pip install "mmfgm[eval]"'
+        ) from e
+    from torchvision.models import AlexNet_Weights
+
+    fix = f'name a file of them by alexnet, which is to be had at {AlexNet_Weights.DEFAULT.url}'
+    try:
+        state = (
+            read_pickle(alexnet)
+            if alexnet
+            else AlexNet_Weights.DEFAULT.get_state_dict(progress=True, check_hash=True)
+        )
+    except OSError as e:
+        raise UsageError(
+            f"PairwiseLPIPS cannot have torchvision's AlexNet weights ({e}); {fix}"
+        ) from e
+    with warnings.catch_warnings():
+        # its way of asking torchvision for a random network is an old one
+        warnings.simplefilter('ignore')
+        network = LPIPS(net='alex', pnet_rand=True, verbose=False)
+    convolutions = {
+        f'{name}.{part}': tuple(value.shape)
+        for name, layer in network.net.named_modules()
+        if not list(layer.children())
+        for part, value in layer.named_parameters()
+    }
+    # slice2.3.weight is AlexNet's features.3.weight
+    given = {name: f'features.{name.partition(".")[2]}' for name in convolutions}
+    for name, shape in convolutions.items():
+        value = state.get(given[name])
+        found = tuple(value.shape) if isinstance(value, torch.Tensor) else 'nothing'
+        if found != shape:
+            raise UsageError(
+                f'{alexnet!r}: expected {given[name]} of shape {shape}, found {found}; {fix}'
+            )
+    trunk = {name: state[key] for name, key in given.items()}
+    check_finite(trunk, alexnet or 'AlexNet')
+    network.net.load_state_dict(trunk)
+    return network.requires_grad_(False)
 
 
 def rgb_parts(who: str, samples: Tensor) -> Iterator[list[Tensor]]:

@@ -14,7 +14,7 @@ from mmengine.logging import MMLogger
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from mmfgm.datasets import collate
+from mmfgm.datasets import TensorDataset, collate
 from mmfgm.errors import UsageError
 from mmfgm.files import check_regular, whole_file
 from mmfgm.registry import DATASETS
@@ -44,8 +44,12 @@ def load_reference(reference: str | dict, feature: Any, keep_features: bool = Fa
     """Statistics from a ``.npz`` file, or from the images of a data set.
 
     Args:
-        reference (str | dict): A file of :func:`save_reference` or of EDM (``mu`` and ``sigma``),
-            or the config of a dataset whose items have ``x_0``, computed on all processes together.
+        reference (str | dict): A file of :func:`save_reference`, of EDM (``mu`` and ``sigma``), or
+            of ADM (Dhariwal & Nichol, 2021), such as ``VIRTUAL_imagenet256_labeled.npz``: ``mu``
+            and ``sigma`` of the whole set, and ``arr_0``, images of a part of it, whose features
+            are computed for metrics that compare features; its ``mu_s`` and ``sigma_s``, of spatial
+            features, are not used. Or the config of a dataset whose items have ``x_0``. What is
+            computed is so on all processes together.
         feature: The feature function that the samples will go through.
         keep_features (bool): Whether the metric compares features, not only their moments.
 
@@ -71,6 +75,10 @@ def load_reference(reference: str | dict, feature: Any, keep_features: bool = Fa
             f'reference statistics {reference!r} are of the features {made_by!r}, not'
             f' {feature.name!r}; make them with tools/fid_stats.py, or name others'
         )
+    if 'arr_0' in data:
+        images = torch.from_numpy(data['arr_0']).permute(0, 3, 1, 2)
+        features = _compute(TensorDataset(images), feature, keep_features).features
+        return Reference(mean, cov, data.get('n'), features)
     if keep_features and 'features' not in data:
         raise UsageError(
             f'reference statistics {reference!r} hold no features, which KID and precision/recall'
@@ -81,8 +89,8 @@ def load_reference(reference: str | dict, feature: Any, keep_features: bool = Fa
 
 
 def _read_npz(path: str, dim: int | None, keep_features: bool) -> dict[str, Any]:
-    """``mu``, ``sigma``, and where they are there ``n``, ``feature`` and ``features``; nothing else
-    of the file is unpacked."""
+    """``mu``, ``sigma``, and where they are there ``n``, ``feature`` and ``features`` or else the
+    images ``arr_0``; nothing else of the file is unpacked."""
     check_regular(path)
     square = max(8 * (dim or 0) ** 2, 1 << 28)
     limits = dict(mu=square, sigma=square, n=8, feature=1 << 12)
@@ -93,6 +101,8 @@ def _read_npz(path: str, dim: int | None, keep_features: bool) -> dict[str, Any]
         with zipfile.ZipFile(path) as archive:
             sizes = {info.filename: info.file_size for info in archive.infolist()}
         found = sorted(name.removesuffix('.npy') for name in sizes)
+        if keep_features and 'features' not in found:
+            limits['arr_0'] = 1 << 34
         for name in limits.keys() & set(found):
             # a header of numpy's takes some hundred bytes
             if sizes.get(f'{name}.npy', 0) > limits[name] + (1 << 12):
@@ -108,6 +118,15 @@ def _read_npz(path: str, dim: int | None, keep_features: bool) -> dict[str, Any]
             raise ValueError(f'mu has shape {data["mu"].shape}, sigma {data["sigma"].shape}')
         if 'features' in data and (data['features'].ndim != 2 or not len(data['features'])):
             raise ValueError(f'features have shape {data["features"].shape}')
+        if 'arr_0' in data and (
+            data['arr_0'].dtype != np.uint8
+            or data['arr_0'].ndim != 4
+            or data['arr_0'].shape[3] != 3
+            or not len(data['arr_0'])
+        ):
+            raise ValueError(
+                f'arr_0 is {data["arr_0"].dtype} {data["arr_0"].shape}, expected uint8 (n, H, W, 3)'
+            )
         if 'n' in data:
             data['n'] = int(data['n'])
             if data['n'] < 2:

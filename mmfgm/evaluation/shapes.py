@@ -1,7 +1,9 @@
 # Copyright (c) mmfgm authors.
-"""An exact detector for captioned shapes, and GenEval's scores from what it sees."""
+"""An exact detector for captioned shapes, GenEval's scores from what it sees, and how close to
+real renderings the pictures are."""
 
 import json
+from collections import defaultdict
 from collections.abc import Sequence
 from functools import lru_cache
 
@@ -10,7 +12,7 @@ import torch
 from scipy import ndimage
 from torch import Tensor
 
-from mmfgm.datasets import COLORS, SHAPES, coverage
+from mmfgm.datasets import COLORS, SHAPES, coverage, render
 from mmfgm.errors import UsageError
 from mmfgm.registry import DATASETS, METRICS
 
@@ -129,8 +131,35 @@ def verdict(row: dict, found: Detections, options: dict | None = None):
     )
 
 
+class _ShapeMetric(GatheredMetric):
+    """A metric of images of captioned shapes, whose captions and scenes are found by ``idx``."""
+
+    def __init__(self, prompts: dict):
+        super().__init__()
+        self.prompts = DATASETS.build(prompts)
+
+    def process(self, data_batch: dict, data_samples: Tensor) -> None:
+        if 'prompt_embeds' in data_batch.get('cond', {}):
+            given, own = (
+                data_batch['cond']['prompt_embeds'],
+                self.prompts.__getitems__(data_batch['idx'])['cond']['prompt_embeds'],
+            )
+            if given.shape != own.shape or not torch.allclose(
+                given.float().cpu(), own, atol=0.05
+            ):  # bf16 may hold them
+                raise UsageError(
+                    f'the samples were made for other prompts than {type(self).__name__} judges'
+                    " them by; give the evaluation's dataset and the metric's prompts the same"
+                    ' config'
+                )
+        super().process(data_batch, data_samples)
+
+    def extract(self, samples: Tensor) -> Tensor:
+        return to_uint8(samples)
+
+
 @METRICS.register_module()
-class ShapeScore(GatheredMetric):
+class ShapeScore(_ShapeMetric):
     """GenEval's scores of images of captioned shapes: a fraction for each task, ``overall``, and
     the others of :func:`~mmfgm.evaluation.geneval.summarize`.
 
@@ -145,31 +174,12 @@ class ShapeScore(GatheredMetric):
     """
 
     def __init__(self, prompts: dict, options: dict | None = None):
-        super().__init__()
-        self.prompts = DATASETS.build(prompts)
+        super().__init__(prompts)
         self.options = options
 
     @property
     def value_names(self) -> Sequence[str]:
         return (*self.prompts.tags, *SCORES)
-
-    def process(self, data_batch: dict, data_samples: Tensor) -> None:
-        if 'prompt_embeds' in data_batch.get('cond', {}):
-            given, own = (
-                data_batch['cond']['prompt_embeds'],
-                self.prompts.__getitems__(data_batch['idx'])['cond']['prompt_embeds'],
-            )
-            if given.shape != own.shape or not torch.allclose(
-                given.float().cpu(), own, atol=0.05
-            ):  # bf16 may hold them
-                raise UsageError(
-                    'the samples were made for other prompts than ShapeScore judges them by; give'
-                    " the evaluation's dataset and ShapeScore's prompts the same config"
-                )
-        super().process(data_batch, data_samples)
-
-    def extract(self, samples: Tensor) -> Tensor:
-        return to_uint8(samples)
 
     def compute(self, values: Tensor) -> dict[str, float]:
         rows = []
@@ -183,3 +193,87 @@ class ShapeScore(GatheredMetric):
                 )
             )
         return summarize(rows)
+
+
+@METRICS.register_module()
+class ShapeQuality(_ShapeMetric):
+    """What :class:`ShapeScore` does not see of images of captioned shapes: noise, blur, and whether
+    one caption always gives the same picture.
+
+    A rendering blends black with one clear colour at each pixel, along edges a pixel wide, and the
+    data draw places and sizes anew for each image. So
+
+    - ``noise`` is the root mean square distance of a pixel from the nearest such blend, of 1 from
+      black to a full channel: 0 for a rendering.
+    - ``blur`` is the sum of ``a (1 - a)`` over pixels, of ``a`` of a colour each, divided by that
+      of renderings of the same scenes as the data: 1 if edges are as sharp, more if blurred.
+    - ``spread`` is the standard deviation of the places ``(x, y)`` of a caption's objects, and
+      ``size_spread`` that of their sizes, over images of the same caption, divided by that of
+      renderings of the same captions: 1 if images are as diverse, 0 if each caption gives one.
+      Only images that show their caption count, and captions that do so twice.
+
+    Args:
+        prompts (dict): Config of the captions, that of the evaluation's dataset.
+
+    Raises:
+        UsageError: While samples come in, if their prompts are not those of ``prompts``.
+    """
+
+    value_names = ('noise', 'blur', 'spread', 'size_spread')
+
+    def compute(self, values: Tensor) -> dict[str, float]:
+        images = values.to(torch.uint8)
+        rows, scenes = zip(*map(self.prompts.scene, range(len(images))))
+        real = render(scenes, images.shape[-1])
+        noise, edges = _blends(images)
+        found = detect(images)
+        correct = [i for i, row in enumerate(rows) if verdict(row, found[i]).correct]
+        captions = [rows[i]['prompt'] for i in correct]
+        # boxes of the renderings are rounded to pixels like those of the images
+        own, others = (
+            _spreads(captions, seen, images.shape[-1])
+            for seen in ([found[i] for i in correct], detect(real[correct]) if correct else [])
+        )
+        return dict(
+            noise=noise,
+            blur=edges / _blends(real)[1],
+            spread=own[0] / others[0] if others[0] else 0.0,
+            size_spread=own[1] / others[1] if others[1] else 0.0,
+        )
+
+
+def _blends(images: Tensor) -> tuple[float, float]:
+    """Root mean square distance of pixels from the nearest blend of black and a clear colour, and
+    the sum of ``a (1 - a)`` of the shares ``a`` of these colours."""
+    squares = edges = 0.0
+    colors = torch.tensor(list(COLORS.values()), dtype=torch.float64) / 255
+    for part in images.split(256):  # bounds memory
+        x = part.double().movedim(1, -1) / 255
+        share = ((x @ colors.T) / colors.square().sum(1)).clamp(0, 1)
+        distance = (x[..., None, :] - share[..., None] * colors).square().sum(-1)
+        nearest = distance.min(-1)
+        a = share.gather(-1, nearest.indices[..., None])
+        squares += float(nearest.values.sum())
+        edges += float((a * (1 - a)).sum())
+    return (squares / (images.numel() // 3)) ** 0.5, edges
+
+
+def _spreads(
+    captions: Sequence[str], found: Sequence[Detections], size: int
+) -> tuple[float, float]:
+    """Standard deviations of places and of sizes within captions, pooled over them, in fractions of
+    the canvas of ``size`` pixels."""
+    groups = defaultdict(list)
+    for caption, (boxes, _) in zip(captions, found):
+        for kind, rows in boxes.items():
+            # objects of one kind are told apart from left to right
+            seen = sorted(map(tuple, rows[rows[:, 4] >= THRESHOLD]))
+            for place, (x1, y1, x2, y2, _) in enumerate(seen):
+                box = ((x1 + x2) / 2, (y1 + y2) / 2, (x2 - x1 + y2 - y1) / 4)
+                groups[caption, kind, place].append(box)
+    deviations = [np.array(g) - np.mean(g, axis=0) for g in groups.values() if len(g) > 1]
+    if not deviations:
+        return 0.0, 0.0
+    freedom = sum(len(d) - 1 for d in deviations)
+    x, y, r = np.sqrt(sum((d**2).sum(0) for d in deviations) / freedom) / size
+    return float(np.hypot(x, y)), float(r)

@@ -1,6 +1,6 @@
 # Copyright (c) mmfgm authors.
 """Encode images with a model's own VAE, and their captions with its text encoders, once, for
-training without them.
+training without them; or images and their labels.
 
 IMAGES is a folder, a .zip, or webdataset shards: a .tar or a folder of them. Every image is turned
 upright as its EXIF says, made RGB, resized (bicubic, antialiased) so that its shorter side has
@@ -35,6 +35,19 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         ),
     )
     parser.add_argument(
+        '--labels',
+        choices=['folders', 'json'],
+        help=(
+            'number the classes by the folder (or .tar) at the top that an image lies in, as'
+            " ImageNet has it, or by EDM's dataset.json at the top"
+        ),
+    )
+    parser.add_argument(
+        '--vae-only',
+        action='store_true',
+        help='--model is a VAE published alone, such as stabilityai/sd-vae-ft-ema',
+    )
+    parser.add_argument(
         '--workers', type=int, default=4, help='threads that decode images (default: 4)'
     )
     add_caching_arguments(parser)
@@ -55,6 +68,8 @@ def cache_latents(argv: Sequence[str] | None = None) -> None:
         args.captions,
         args.workers,
         options,
+        args.labels,
+        args.vae_only,
         **encoder_options(args),
     )
 

@@ -15,7 +15,10 @@ from .cli import run_tool
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument('pickle', help='for example edm-cifar10-32x32-cond-vp.pkl')
+    parser.add_argument(
+        'pickle',
+        help='for example edm-cifar10-32x32-cond-vp.pkl or edm-imagenet-64x64-cond-adm.pkl',
+    )
     parser.add_argument(
         'out', help='the .safetensors file to write; its config goes beside it, as .json'
     )
@@ -57,9 +60,7 @@ def convert(argv: Sequence[str] | None = None) -> None:
     parameters = sum(
         value.numel() for name, value in state.items() if not name.endswith('.resample_filter')
     )
-    unet = ', '.join(
-        f'{name}={value!r}' for name, value in dict(type='EDMUNet', **config['unet']).items()
-    )
+    unet = ', '.join(f'{name}={value!r}' for name, value in config['unet'].items())
     print(
         f'{args.out}: {len(state)} tensors with {parameters:,} parameters; {stem}.json: its'
         ' config\n\n'

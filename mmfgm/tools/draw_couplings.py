@@ -34,7 +34,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         '--spacing',
         default='uniform',
-        help="of the times: uniform, or edm, that of EDM's sampler (default: uniform)",
+        help="of the times: uniform; edm, that of EDM's sampler; flux (default: uniform)",
     )
     parser.add_argument(
         '--guidance',

@@ -70,6 +70,15 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
             ' into the transformer'
         ),
     )
+    parser.add_argument(
+        '--push-to-hub',
+        default=None,
+        metavar='OWNER/NAME',
+        help='put the export into this repository of the Hugging Face hub too',
+    )
+    parser.add_argument(
+        '--private', action='store_true', help='with --push-to-hub, if it makes the repository'
+    )
     parser.add_argument('--force', action='store_true', help='replace OUT, if it is an export')
     add_config_options(parser, 'override config values, as in the training')
     # a lone argument before an option would be taken for all three
@@ -80,7 +89,7 @@ def export_diffusers(argv: Sequence[str] | None = None) -> None:
     """Export as the command line says."""
     args = parse_args(argv)
     from mmfgm.apis import building, read_config, weights_of
-    from mmfgm.apis.export import export_generator
+    from mmfgm.apis.export import HubRepository, export_generator
 
     cfg = read_config(args.config, config_options(args.cfg_options))
     checkpoint = weights_of(args.config, args.checkpoint)
@@ -89,6 +98,10 @@ def export_diffusers(argv: Sequence[str] | None = None) -> None:
             f'{args.config!r} is a config, whose weights are elsewhere; give CONFIG CHECKPOINT OUT,'
             ' or WORK_DIR OUT'
         )
+    if args.private and not args.push_to_hub:
+        raise UsageError('--private is of the repository of --push-to-hub; add it, or leave it out')
+    # refused there, if at all, before anything is read
+    hub = HubRepository(args.push_to_hub, args.private) if args.push_to_hub else None
     made = building(
         lambda: export_generator(
             cfg,
@@ -108,6 +121,8 @@ def export_diffusers(argv: Sequence[str] | None = None) -> None:
         generator=f'mmfgm.apis.OneStepPipeline.from_pretrained({args.out!r})',
     )[made]
     print(f'{args.out}: open it with {opened}; README.md says more')
+    if hub:
+        print(f'On the hub: {hub.push(args.out)}')
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -90,9 +90,20 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         default=None,
         help="of the teacher's time grid; 3 for SD3's scheduler",
     )
-    parser.add_argument('--spacing', default=None, help="of the teacher's times: uniform or edm")
     parser.add_argument(
-        '--nfe', type=int, default=None, metavar='N', help='of a --network that is integrated'
+        '--spacing', default=None, help="of the teacher's times: uniform, edm or flux"
+    )
+    parser.add_argument(
+        '--nfe',
+        type=int,
+        default=None,
+        metavar='N',
+        help='network calls; a generator of few steps takes any number up to its own, the default',
+    )
+    parser.add_argument(
+        '--deterministic',
+        action='store_true',
+        help='of a generator of few steps: no fresh noise between calls',
     )
     parser.add_argument(
         '--batch-size', type=int, default=8, help='images per network call (default: 8)'
@@ -144,13 +155,16 @@ def samplings_of(args: argparse.Namespace, inferencer: FGMInferencer) -> dict[st
         if getattr(args, name) is not None
     }
     main = inferencer.default_sampling(args.network)
-    one_step = main.network in inferencer.model.one_step
+    integrated = main.network not in inferencer.model.generators
     main = replace(
-        main, **({} if one_step else asked), **({} if args.nfe is None else dict(nfe=args.nfe))
+        main,
+        **(asked if integrated else {}),
+        **({} if args.nfe is None else dict(nfe=args.nfe)),
+        deterministic=args.deterministic,
     )
     samplings = {'': main}
     if args.compare is None:
-        if asked and one_step:
+        if asked and not integrated:
             raise UsageError(
                 f'--{", --".join(asked)} are of an ODE solver, and {main.network} has none; add'
                 ' --compare'
@@ -188,6 +202,8 @@ def generate_all(
         shift=sampling.shift,
         spacing=sampling.spacing,
         guidance=sampling.guidance,
+        guidance_channels=sampling.guidance_channels,
+        deterministic=sampling.deterministic,
     )
     kept: list[torch.Tensor] = []
     print(f'{sampling.network}, {sampling.nfe} NFE', flush=True)

@@ -205,8 +205,9 @@ def _print(result: dict, scorer: Scorer, on_bad: str, out_dir: str, nfe: int | N
         )
     print(
         f'\n{format_scores(result["scores"], result["rows"], nfe)}\n\nDetector:'
-        f' {scorer.note or scorer.label}.\nWritten to {out_dir}: results.jsonl, metrics.json, and a'
-        ' picture sheet for each task in sheets.',
+        f' {scorer.note or scorer.label}. Colours:'
+        f' {scorer.colors_label or "not judged"}.\nWritten to {out_dir}: results.jsonl,'
+        ' metrics.json, and a picture sheet for each task in sheets.',
         flush=True,
     )
 
@@ -247,17 +248,20 @@ def _summary(args: argparse.Namespace) -> dict:
 
     rows = read_results(args.results)
     scores = summarize(rows)
-    nfe = None
+    nfe = detector = colors = None
     about = osp.join(osp.dirname(args.results), 'metrics.json')
     if osp.isfile(about):
         try:
-            nfe = read_json(about, 'remove it, or score again').get('nfe')
+            found = read_json(about, 'remove it, or score again')
+            nfe, detector, colors = (found.get(name) for name in ('nfe', 'detector', 'colors'))
         except AttributeError as e:
             raise UsageError(
                 f'{about!r} is not what scoring writes beside the results: {e}; remove it, or score'
                 ' again'
             ) from e
     print(format_scores(scores, rows, nfe))
+    if detector:
+        print(f'\nDetector: {detector}. Colours: {colors or "not said"}.')
     return dict(scores=scores, rows=rows, bad={})
 
 

@@ -10,7 +10,7 @@ from mmfgm.files import write_file
 
 from .cli import run_tool
 
-DTYPES = dict(fp32='float32', bf16='bfloat16')
+DTYPES = dict(fp32='float32', bf16='bfloat16', fp16='float16')
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -56,7 +56,7 @@ def merge(argv: Sequence[str] | None = None) -> None:
     if large:
         raise UsageError(
             f'{large[0]!r} of {args.checkpoint!r} holds numbers too large for {args.dtype}; use'
-            ' --dtype bfloat16 or float32'
+            ' --dtype bf16 or fp32'
         )
     tensors = {key: value.contiguous() for key, value in tensors.items()}
     write_file(args.out, save(tensors, safetensors_metadata(tensors, network=args.network)))

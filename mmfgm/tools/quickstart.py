@@ -1,6 +1,9 @@
 # Copyright (c) mmfgm authors.
-"""Pre-train a teacher on scikit-learn's digits, distil it, and measure both. Run again, it reuses
-what is finished."""
+"""A one-step generator on a CPU, from its data to a picture, a table and an export.
+
+digits trains a teacher on scikit-learn's digits and distils it; shapes turns captions into pictures
+and distils the teacher that comes with mmfgm. Run again, it reuses what is finished.
+"""
 
 import argparse
 from collections.abc import Sequence
@@ -9,8 +12,13 @@ from .cli import run_tool
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument('--work-dir', default='work_dirs/quickstart', help='default: %(default)s')
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        'problem', nargs='?', default='digits', help='digits or shapes (default: %(default)s)'
+    )
+    parser.add_argument('--work-dir', help='default: work_dirs/quickstart/PROBLEM')
     parser.add_argument(
         '--pretrain-iters', type=int, default=None, help="default: the teacher config's"
     )
@@ -18,8 +26,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         '--num-samples',
         type=int,
-        default=10000,
-        help='samples per measurement (default: %(default)s)',
+        default=None,
+        help="samples per measurement (default: the FGM config's)",
     )
     return parser.parse_args(argv)
 
@@ -29,7 +37,9 @@ def quickstart(argv: Sequence[str] | None = None) -> dict[str, dict]:
     args = parse_args(argv)
     from mmfgm.apis import run_quickstart as run
 
-    return run(args.work_dir, args.pretrain_iters, args.distill_iters, args.num_samples)
+    return run(
+        args.problem, args.work_dir, args.pretrain_iters, args.distill_iters, args.num_samples
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -1,5 +1,5 @@
 # Copyright (c) mmfgm authors.
-"""Measure a teacher at any list of NFE, a generator at one, or both beside each other."""
+"""Measure a teacher and a generator, at any list of NFE, beside each other."""
 
 import argparse
 from collections.abc import Sequence
@@ -33,7 +33,10 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         type=int,
         default=[50],
         metavar='N',
-        help='network evaluations of networks that are integrated (default: 50)',
+        help=(
+            'network evaluations (default: 50); a generator takes those that it can, and always as'
+            ' many as it has times'
+        ),
     )
     parser.add_argument(
         '--solver', default='euler', help='ODE solver: euler or heun (default: euler)'
@@ -57,7 +60,15 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         '--spacing',
         default='uniform',
-        help="of the times of networks that are integrated: uniform, or edm, that of EDM's sampler",
+        help=(
+            "of the times of networks that are integrated: uniform; edm, that of EDM's sampler; or"
+            " flux, that of FLUX's pipeline before its shift"
+        ),
+    )
+    parser.add_argument(
+        '--deterministic',
+        action='store_true',
+        help='of generators of few steps: no fresh noise between calls',
     )
     parser.add_argument(
         '--evaluation',
@@ -90,6 +101,7 @@ def test(argv: Sequence[str] | None = None) -> dict[str, dict[str, dict[int, flo
         args.guidance,
         args.shift,
         args.spacing,
+        args.deterministic,
         args.evaluation,
         args.out,
     )

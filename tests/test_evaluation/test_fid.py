@@ -280,6 +280,35 @@ def test_reference_files(tmp_path):
     )
 
 
+def test_reference_batch_of_adm(tmp_path):
+    """Moments of the whole set, those of spatial features too, which are not used, and images of a
+    part of it, whose features KID and precision/recall compare."""
+    whole = FilterBank()(images(range(400), 10000, 70)).double().numpy()
+    path = str(tmp_path / 'VIRTUAL_imagenet256_labeled.npz')
+    np.savez(
+        path,
+        arr_0=images(range(150), 10000, 70).permute(0, 2, 3, 1).numpy(),
+        mu=whole.mean(0),
+        sigma=np.cov(whole, rowvar=False),
+        mu_s=np.zeros(7),
+        sigma_s=np.eye(7),
+    )
+    by_file = {
+        name: {**metric, 'reference': path} for name, metric in METRICS.items() if name != 'isc'
+    }
+    out = evaluate(64, by_file)
+    x = FilterBank()(images(range(101))).double().numpy()
+    expected = frechet_distance(
+        x.mean(0), np.cov(x, rowvar=False), whole.mean(0), np.cov(whole, rowvar=False)
+    )
+    assert out.pop('e/fid') == pytest.approx(expected, rel=1e-9)
+    # the part is the reference set of METRICS
+    of_part = evaluate(64, {name: METRICS[name] for name in by_file if name != 'fid'})
+    assert out == pytest.approx(of_part, rel=1e-9)
+    # two gigabytes of images that FID does not need stay in the file
+    assert load_reference(path, FilterBank()).features is None
+
+
 @pytest.mark.parametrize(
     'content, message',
     [

@@ -4,7 +4,8 @@ import pytest
 import scipy.linalg
 import torch
 
-from mmfgm.evaluation import StreamingMoments, frechet_distance
+from mmfgm.errors import UsageError
+from mmfgm.evaluation import Pixels, StreamingMoments, frechet_distance
 
 
 def fit(x):
@@ -94,3 +95,14 @@ def test_errors(clouds):
         fit(clouds[0][:1])
     with pytest.raises(ValueError, match=r'features \(N, 4\), but got \(500, 16\)'):
         StreamingMoments(4).update(clouds[0])
+
+
+def test_pooled_pixels_are_means_of_squares():
+    images = torch.randn(3, 2, 4, 6)
+    means = images.reshape(3, 2, 2, 2, 3, 2).mean((3, 5)).flatten(1)
+    assert torch.allclose(Pixels(2)(images), means, atol=1e-6)
+    # statistics of one must not be taken for the other's
+    assert len({Pixels(pool).name for pool in (1, 2, 3)}) == 3
+    for pool in (0, 4):
+        with pytest.raises(UsageError, match='choose another pool of Pixels'):
+            Pixels(pool)(images)

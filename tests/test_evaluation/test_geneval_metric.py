@@ -258,6 +258,10 @@ def test_pictures_and_what_else_is_left(tmp_path):
         about['nfe'] == 1 and about['network'] == 'generator_ema' and about['comparable'] is False
     )
     assert about['detector'] == about['note'] == StandInDetector.label
+    assert about['colors'] == StandInColors.label
+    # what the verdicts depend on, to be held against another run's
+    assert about['scorer']['detector']['type'] == 'StandInDetector'
+    assert about['scorer']['colors']['type'] == 'StandInColors'
 
 
 def test_two_detectors_beside_each_other(tmp_path):

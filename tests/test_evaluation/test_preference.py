@@ -1,15 +1,23 @@
 # Copyright (c) mmfgm authors.
-"""CLIPScore, PickScore and FDDINOv2 on tiny random networks, against transformers' own forward."""
+"""CLIPScore, PickScore and FDDINOv2 on tiny random networks, against transformers' own forward and
+torchmetrics; PairwiseLPIPS against its formula."""
 
 import json
 import re
 import sys
+from itertools import combinations
+from pathlib import Path
+from urllib.error import URLError
 
+import lpips
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 from mmengine.registry import DefaultScope
+from torchmetrics.functional.multimodal import clip_score
+from torchvision.models import alexnet
+from torchvision.transforms.v2.functional import resize
 from transformers import (
     BitImageProcessor,
     CLIPConfig,
@@ -75,8 +83,9 @@ def evaluate(batch_size, metrics, num_samples=21, type='PrefPrompts'):
         return evaluation.run(Echo(), Sampling('generator_ema'))
 
 
-def all_metrics(clip, dino):
+def all_metrics(clip, dino, alexnet):
     return dict(
+        lpips=dict(type='PairwiseLPIPS', size=48, alexnet=alexnet),
         clip=dict(type='CLIPScore', pretrained=clip),
         pick=dict(type='PickScore', pretrained=clip),
         fd=dict(
@@ -140,7 +149,12 @@ def folders(tmp_path_factory):
             torch.nn.init.normal_(value, std=0.5)
     network.save_pretrained(root / 'dino')
     BitImageProcessor(**sizes).save_pretrained(root / 'dino')
-    return str(root / 'clip'), str(root / 'dino')
+    # the convolutions alone; the classifier has 58 million weights
+    torch.save(
+        {f'features.{key}': value for key, value in alexnet().features.state_dict().items()},
+        root / 'alexnet.pth',
+    )
+    return str(root / 'clip'), str(root / 'dino'), str(root / 'alexnet.pth')
 
 
 @pytest.fixture
@@ -150,8 +164,8 @@ def offline(monkeypatch):
 
 @torch.no_grad()
 def test_values_are_those_of_transformers_one_image_at_a_time(folders):
-    clip, dino = folders
-    out = evaluate(8, all_metrics(clip, dino))
+    clip, dino, trunk = folders
+    out = evaluate(8, all_metrics(clip, dino, trunk))
     network, processor = CLIPModel.from_pretrained(clip), CLIPProcessor.from_pretrained(clip)
     logits = []
     for i in range(21):
@@ -160,7 +174,6 @@ def test_values_are_those_of_transformers_one_image_at_a_time(folders):
     assert np.std(logits) > 0.1
     scale = float(network.logit_scale.exp())
     assert out['e/pick'] == pytest.approx(np.mean(logits), rel=1e-5, abs=1e-5)
-    # torchmetrics' formula
     expected = 100 * np.mean(logits) / scale
     assert expected > 0.1  # below 0 it would be cut to 0, which holds nothing
     assert out['e/clip'] == pytest.approx(expected, rel=1e-5, abs=1e-5)
@@ -185,6 +198,63 @@ def test_values_are_those_of_transformers_one_image_at_a_time(folders):
     assert out['e/fd'] == pytest.approx(expected, rel=1e-5)
 
 
+class EarlierCLIP(CLIPModel):
+    """Hands out features as transformers 4 did, which torchmetrics was written for."""
+
+    def get_image_features(self, *args, **kwargs):
+        return super().get_image_features(*args, **kwargs).pooler_output
+
+    def get_text_features(self, *args, **kwargs):
+        return super().get_text_features(*args, **kwargs).pooler_output
+
+
+@torch.no_grad()
+def test_clip_score_is_that_of_torchmetrics(folders):
+    clip = folders[0]
+    parts = EarlierCLIP.from_pretrained(clip), CLIPProcessor.from_pretrained(clip)
+    theirs = clip_score(list(images(range(21))), [prompt(i) for i in range(21)], lambda: parts)
+    out = evaluate(8, dict(clip=dict(type='CLIPScore', pretrained=clip)))
+    assert theirs > 0.1 and out['e/clip'] == pytest.approx(float(theirs), rel=1e-5, abs=1e-5)
+
+
+@torch.no_grad()
+def test_pairwise_lpips_is_its_formula(folders):
+    """Zhang et al., Eq. 1: channels of unit length, squared differences, calibrated weights, mean
+    over places, summed over layers."""
+    out = evaluate(8, dict(m=all_metrics(*folders)['lpips']), num_samples=30)
+    network = alexnet().features
+    network.load_state_dict(
+        {key.removeprefix('features.'): value for key, value in torch.load(folders[2]).items()}
+    )
+    calibrated = torch.load(
+        Path(lpips.__file__).parent / 'weights/v0.1/alex.pth', map_location='cpu'
+    )
+    mean, std = torch.tensor([-0.030, -0.088, -0.188]), torch.tensor([0.458, 0.448, 0.450])
+
+    def features(i):
+        small = resize(images([i]), [48, 48], antialias=True)[0] / 127.5 - 1
+        x = ((small - mean[:, None, None]) / std[:, None, None])[None]
+        found = []
+        for k, layer in enumerate(network[:12]):
+            x = layer(x)
+            if k in (1, 4, 7, 9, 11):
+                found.append(x / x.norm(dim=1, keepdim=True))
+        return found
+
+    def distance(i, j):
+        layers = enumerate(zip(features(i), features(j)))
+        return sum(
+            float((calibrated[f'lin{k}.model.1.weight'] * (a - b) ** 2).sum(1).mean())
+            for k, (a, b) in layers
+        )
+
+    # prompts come again after 12: six of them have three images and three pairs, six have two
+    of_prompts = [[distance(i, j) for i, j in combinations(range(k, 30, 12), 2)] for k in range(12)]
+    assert {len(pairs) for pairs in of_prompts} == {1, 3}
+    expected = np.mean([np.mean(pairs) for pairs in of_prompts])
+    assert out['e/m'] == pytest.approx(expected, rel=1e-5)
+
+
 def test_does_not_depend_on_batches_or_processes(folders):
     one = {size: evaluate(size, all_metrics(*folders)) for size in (5, 21)}
     assert one[5] == pytest.approx(one[21], rel=1e-5)
@@ -194,8 +264,12 @@ def test_does_not_depend_on_batches_or_processes(folders):
     assert two == pytest.approx(one[21], rel=1e-5)
 
 
-def test_other_weights_and_prompts_are_refused(folders, offline):
-    clip, dino = folders
+def no_network(*args, **kwargs):
+    raise URLError('no network')
+
+
+def test_other_weights_and_prompts_are_refused(folders, offline, tmp_path, monkeypatch):
+    clip, dino, trunk = folders
     for metric in ('CLIPScore', 'PickScore'):
         with pytest.raises(UsageError, match=f"{metric} needs a CLIPModel, but .*'dinov2'"):
             evaluate(8, dict(m=dict(type=metric, pretrained=dino)))
@@ -208,6 +282,16 @@ def test_other_weights_and_prompts_are_refused(folders, offline):
                 m=dict(type='FDDINOv2', reference='x', feature=dict(type='DINOv2', pretrained=clip))
             ),
         )
+    with pytest.raises(UsageError, match='expected features.0.weight of shape .*found nothing'):
+        torch.save({}, tmp_path / 'empty.pth')
+        evaluate(8, dict(m=dict(type='PairwiseLPIPS', alexnet=str(tmp_path / 'empty.pth'))))
+    monkeypatch.setenv('TORCH_HOME', str(tmp_path))
+    monkeypatch.setattr('torch.hub.urlopen', no_network)
+    with pytest.raises(UsageError, match='name a file of them by alexnet, which is to be had at'):
+        evaluate(8, dict(m=dict(type='PairwiseLPIPS')))
+    single = dict(type='PairwiseLPIPS', alexnet=trunk)
+    with pytest.raises(UsageError, match='no prompt has two; raise samples_per_prompt'):
+        evaluate(8, dict(m=single), num_samples=12)
     score = dict(type='CLIPScore', pretrained=clip)
     with pytest.raises(UsageError, match='needs a dataset that knows its prompts'):
         evaluate(8, dict(m=score), type='GenerationDataset')

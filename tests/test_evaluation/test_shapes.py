@@ -18,6 +18,7 @@ from mmfgm.errors import UsageError
 from mmfgm.evaluation import Evaluation
 from mmfgm.evaluation.shapes import detect, verdict
 from mmfgm.models import Sampling, from_uint8
+from mmfgm.registry import METRICS
 from tests.conftest import run_module
 
 N = 1200
@@ -172,6 +173,47 @@ def test_what_is_no_shape_is_not_seen():
     dim, cyan = (red * 0.55).to(torch.uint8), green + blue
     for boxes, _ in detect(torch.cat([noise, grey, dim, cyan])):
         assert not any((rows[:, 4] > 0.75).any() for rows in boxes.values())
+
+
+def quality(images):
+    prompts = dict(type='ShapePrompts', num_samples=len(images), seed=5)
+    metric = METRICS.build(dict(type='ShapeQuality', prompts=prompts))
+    metric.reset(len(images))
+    metric.process(dict(idx=torch.arange(len(images))), images)
+    return metric.evaluate(len(images))
+
+
+def test_quality_of_renderings_and_of_what_is_worse():
+    scenes = [Shapes(seed=5).scene(i)[1] for i in range(N)]
+    real = render(scenes, 32)
+    assert quality(real) == pytest.approx(dict(noise=0, blur=1, spread=1, size_spread=1), abs=1e-9)
+    noise = torch.randn(real.shape, generator=torch.Generator().manual_seed(0))
+    noisy = (from_uint8(real) + 0.1 * noise).clamp(-1, 1)
+    # of three channels, one or two lie on a blend; half of the noise at black is cut off
+    assert 0.02 < quality(noisy)['noise'] < 0.05
+    soft = ndimage.gaussian_filter(real.double().numpy(), (0, 0, 0.6, 0.6))
+    soft = quality(torch.from_numpy(soft.round()).to(torch.uint8))
+    assert soft['blur'] > 1.5 and soft['noise'] < 0.01 and 0.97 < soft['spread'] < 1.03
+
+
+def test_quality_sees_that_a_caption_always_gives_one_picture():
+    shapes = Shapes(seed=5)
+    first = {}
+    same = [first.setdefault(row['prompt'], s) for row, s in map(shapes.scene, range(N))]
+    out = quality(render(same, 32))
+    assert out['spread'] == out['size_spread'] == 0 and out['noise'] < 1e-9
+    # places half as far from the middle of the canvas, where a single object stays right
+    alone = [i for i in range(N) if i % 6 in (0, 3)]
+    scenes = [shapes.scene(i)[1] for i in range(N)]
+    for i in alone:
+        (item,) = scenes[i]
+        scenes[i] = [item._replace(x=0.25 + item.x / 2, y=0.25 + item.y / 2)]
+    for i in set(range(N)) - set(alone):
+        scenes[i] = []  # wrong, so it does not count
+    out = quality(render(scenes, 32))
+    assert abs(out['spread'] - 0.5) < 0.03 and abs(out['size_spread'] - 1) < 0.05
+    nothing = quality(torch.zeros(N, 3, 32, 32, dtype=torch.uint8))
+    assert nothing == dict(noise=0, blur=0, spread=0, size_spread=0)
 
 
 class Painter:

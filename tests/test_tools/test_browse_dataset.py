@@ -7,7 +7,8 @@ import torch
 from PIL import Image
 
 from mmfgm.apis import FGMInferencer, browse, read_config
-from mmfgm.datasets import Digits, Shapes
+from mmfgm.config import resolve
+from mmfgm.datasets import Digits
 from mmfgm.datasets.base import TensorDataset
 from mmfgm.errors import UsageError
 from mmfgm.evaluation import draw_captioned, to_uint8
@@ -54,7 +55,9 @@ def test_captions_are_those_of_the_items(monkeypatch):
         assert caption == str(int(dataset.cond['labels'][match]))
     short = {f'train_dataloader.dataset.{part}.length': 20 for part in ('conditions', 'real')}
     browse(read_config('mmfgm::fgm/shapes_small.py', short), 3)
-    dataset = Shapes(size=32, length=20, seed=2)
+    config = resolve(read_config('mmfgm::fgm/shapes_small.py', short))
+    # of the config's own world and kinds of captions
+    dataset = DATASETS.build(config.train_dataloader.dataset.real)
     rows = [dataset[i]['x_0'] for i in range(20)]
     for image, caption in zip(*drawn['real']):
         (match,) = [i for i, row in enumerate(rows) if torch.equal(row, image)]

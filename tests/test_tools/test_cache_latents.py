@@ -13,6 +13,7 @@ from PIL import Image
 from mmfgm.caches import identify, read_image
 from mmfgm.datasets import CachedLatents, CachedPrompts
 from mmfgm.errors import UsageError
+from mmfgm.models import LatentDecoder
 from mmfgm.tools.cache_latents import cache_latents
 from tests.test_tools.test_caches import PROMPTS, SMALL, encode, sd3  # noqa: F401
 
@@ -166,3 +167,124 @@ def test_bad_images_and_captions(sd3, images, tmp_path):
         f.write('{"file_name": "z.png", "text": "a"}\n')
     with pytest.raises(UsageError, match="1 files that are not in .*'z.png'"):
         cache_latents([*args, '--captions', str(tmp_path / 'captions.jsonl')])
+
+
+@pytest.fixture
+def vae(tmp_path):
+    """A VAE published alone, with the scale of Stable Diffusion's first one and no shift."""
+    torch.manual_seed(0)
+    vae = AutoencoderKL(
+        block_out_channels=(8, 8),
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=4,
+        down_block_types=('DownEncoderBlock2D',) * 2,
+        up_block_types=('UpDecoderBlock2D',) * 2,
+    ).eval()
+    assert vae.config.scaling_factor == 0.18215 and vae.config.shift_factor is None
+    vae.save_pretrained(tmp_path / 'sd-vae')
+    return vae, str(tmp_path / 'sd-vae')
+
+
+@pytest.fixture
+def classes(tmp_path):
+    """Five images in the folders of three classes, whose order in the file system is another."""
+    rng, root = np.random.default_rng(0), tmp_path / 'train'
+    names = ['n02/b.JPEG', 'n01/x.JPEG', 'n03/deep/a.JPEG', 'n02/a.JPEG', 'n01/a.JPEG']
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(
+            root / name, format='PNG'
+        )
+    return root, sorted(names)
+
+
+ALONE = ('--vae-only', *LATENTS)
+
+
+def test_labels_are_the_folders_numbers_beside_a_vae_alone(vae, classes, tmp_path):
+    network, path = vae
+    root, names = classes
+    out = str(tmp_path / 'out')
+    # the last one wins
+    options = (*ALONE, '--dtype', 'bf16', '--labels', 'folders')
+    cache_latents([str(root), out, '--model', path, *options])
+    cache = CachedLatents(out, (4, 8, 8), prompts=False, labels=True, verify=True)
+    batch = cache.__getitems__(range(5))
+    assert batch['cond']['labels'].dtype == torch.int64
+    assert batch['cond']['labels'].tolist() == [0, 0, 1, 1, 2]
+    assert cache.manifest['classes'] == ['n01', 'n02', 'n03']
+    pixels = torch.stack([read_image((root / name).read_bytes(), 16) for name in names])
+    with torch.no_grad():
+        mean = torch.cat([network.encode(part).latent_dist.mean for part in pixels.split(2)])
+    # float32, as noise is added to it
+    assert torch.equal(batch['x_0'], (mean * 0.18215).bfloat16().float())
+    # and back, as model.decoder of the config does
+    decoder = LatentDecoder(path, subfolder='')
+    with torch.no_grad():
+        images = network.decode(batch['x_0'] / 0.18215).sample
+    torch.testing.assert_close(decoder(batch['x_0']), images)
+    # nobody gets them who does not ask
+    assert CachedLatents(out, prompts=False).__getitems__([0])['cond'] == {}
+
+
+def test_labels_of_edms_json_and_of_tars(vae, classes, tmp_path):
+    _, path = vae
+    root, names = classes
+    # bf16, the dtype of the latents, has no 999
+    table = dict(zip(names, (999, 0, 1, 1, 2)))
+    (root / 'dataset.json').write_text(json.dumps(dict(labels=list(table.items()))))
+    out = str(tmp_path / 'json')
+    options = (*ALONE, '--dtype', 'bf16', '--labels', 'json')
+    cache_latents([str(root), out, '--model', path, *options])
+    found = CachedLatents(out, prompts=False, labels=True).__getitems__(range(5))
+    assert found['cond']['labels'].tolist() == [999, 0, 1, 1, 2]
+    # ImageNet's archive: a tar for each class
+    (tmp_path / 'tars').mkdir()
+    for name in ('n01', 'n02', 'n03'):
+        with tarfile.open(tmp_path / f'tars/{name}.tar', 'w') as f:
+            for file in (root / name).rglob('*.JPEG'):
+                f.add(file, file.name)
+    out = str(tmp_path / 'tarred')
+    cache_latents([str(tmp_path / 'tars'), out, '--model', path, *ALONE, '--labels', 'folders'])
+    found = CachedLatents(out, prompts=False, labels=True).__getitems__(range(5))
+    assert found['cond']['labels'].tolist() == [0, 0, 1, 1, 2]
+
+
+def test_labels_of_images_that_are_left_out_go_with_them(vae, classes, tmp_path):
+    _, path = vae
+    root, names = classes
+    (root / names[1]).write_bytes(b'no image')
+    out = str(tmp_path / 'out')
+    options = (*ALONE, '--labels', 'folders', '--on-bad', 'skip')
+    cache_latents([str(root), out, '--model', path, *options])
+    found = CachedLatents(out, prompts=False, labels=True).__getitems__(range(4))
+    assert found['cond']['labels'].tolist() == [0, 1, 1, 2]
+
+
+def test_bad_labels(vae, classes, tmp_path):
+    _, path = vae
+    root, _ = classes
+
+    def cache(source, *options):
+        cache_latents([str(source), str(tmp_path / 'out'), '--model', path, *ALONE, *options])
+
+    with pytest.raises(UsageError, match="found all images in 'train'"):
+        with zipfile.ZipFile(tmp_path / 'train.zip', 'w') as f:
+            for file in root.rglob('*.JPEG'):
+                f.write(file, file.relative_to(tmp_path))
+        cache(tmp_path / 'train.zip', '--labels', 'folders')
+    with pytest.raises(UsageError, match=r'dataset\.json is missing or has no labels'):
+        cache(root, '--labels', 'json')
+    with pytest.raises(UsageError, match='is a VAE alone'):
+        cache(root, '--captions', 'txt')
+    Image.new('RGB', (16, 16)).save(root / 'top.png')
+    with pytest.raises(UsageError, match=r"found 'top\.png' at the top"):
+        cache(root, '--labels', 'folders')
+    (root / 'top.png').unlink()
+    cache(root)
+    with pytest.raises(UsageError, match='has no labels.*--labels'):
+        CachedLatents(str(tmp_path / 'out'), prompts=False, labels=True)
+    # a cache is not taken up with what it was not begun with
+    with pytest.raises(UsageError, match='was begun with something else'):
+        cache(root, '--labels', 'folders')

@@ -74,7 +74,7 @@ def names(digits, sd3, sd3_folder, tmp_path_factory):
             'SD3 SD3_WEIGHTS --base nowhere',
             "there is no folder 'nowhere', and it is no id on the hub",
         ),
-        ('SD3 SD3_WEIGHTS --base EXPORT', 'is not a whole Stable Diffusion 3'),
+        ('SD3 SD3_WEIGHTS --base EXPORT', 'is not a whole '),
         ('SD3 SD3_WEIGHTS --base HALF', 'is not whole: vae is missing'),
         ('SD3 SD3_WEIGHTS --max-shard-size big', "max_shard_size='big' is not understood"),
         ('nowhere.py WEIGHTS', "there is no config 'nowhere.py'"),

@@ -68,6 +68,8 @@ def test_labels_beside_the_teacher(digits, tmp_path, capsys):
         shift=None,
         guidance=None,
         spacing='uniform',
+        guidance_channels=None,
+        deterministic=False,
     )
     assert lines(out)[5] == dict(
         file='000002_teacher.png',
@@ -79,6 +81,8 @@ def test_labels_beside_the_teacher(digits, tmp_path, capsys):
         shift=None,
         guidance=None,
         spacing='uniform',
+        guidance_channels=None,
+        deterministic=False,
     )
     assert (
         pixels(out / 'grid.png').shape == (19, 19, 3)

@@ -245,7 +245,7 @@ def test_report_of_a_quickstart_in_a_browser(tmp_path):
         Image.open(tmp_path / 'curves.png').size[0] > 500
         and (tmp_path / 'curves.png').stat().st_size < 100_000
     )
-    metrics = json.loads((folder / 'metrics.json').read_text())
+    metrics = json.loads((folder / 'metrics.json').read_text())['metrics']
     requested = []
     with open_browser() as browser:
         for scheme, width in (('light', 1280), ('dark', 400)):
@@ -280,8 +280,9 @@ def test_report_of_a_quickstart_in_a_browser(tmp_path):
             )
             assert colours[0][0] == colours[1][1]
             text = page.inner_text('body')
-            for nfe, value in {**metrics['teacher'], '1 ': metrics['generator']['1']}.items():
-                assert re.search(rf'{nfe.strip()}\s+{value:.4f}', text)
+            for network, values in metrics['fd/fd'].items():
+                for nfe, value in values.items():
+                    assert re.search(rf'{network}\s+{nfe}\s+{value:.4f}', text)
             for words in (
                 'train_cfg.max_iters\t3500\t9',
                 'train_cfg.max_iters\t2400\t50',

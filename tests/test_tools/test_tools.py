@@ -6,11 +6,16 @@ import os
 import re
 import subprocess
 import sys
+from collections import Counter
 
 import pytest
 
+from mmfgm.apis import is_export
 from mmfgm.apis.testing import folder_name
+from mmfgm.errors import UsageError
 from mmfgm.models import Sampling
+from mmfgm.tools.quickstart import quickstart
+from mmfgm.tools.train import train as train_tool
 from tests.conftest import ROOT, run_module, tool_env, train
 
 
@@ -139,6 +144,32 @@ def test_a_generator_is_tested_without_its_teacher(run, tiny, tmp_path):
     )
 
 
+def test_profile_shows_the_phases(tiny, tmp_path):
+    run = tmp_path / 'run'
+    result = run_module(
+        'mmfgm.tools.train',
+        tiny / 'fgm.py',
+        '--work-dir',
+        run,
+        '--profile',
+        '--cfg-options',
+        'evaluations=None',
+        'default_hooks.samples=None',
+        'default_hooks.checkpoint.save_best=None',
+    )
+    assert 'Self CPU time total' in result.stdout
+    events = json.loads((run / 'trace.json').read_text())['traceEvents']
+    phases = Counter(e['name'] for e in events if e.get('name', '').endswith(' phase'))
+    # of two cycles
+    assert phases == {'online phase': 2, 'generator phase': 2}
+    for argv, message in [
+        (['--resume'], 'leave --resume out'),
+        (['--cfg-options', 'train_cfg.max_iters=5'], 'needs 6 iterations'),
+    ]:
+        with pytest.raises(UsageError, match=message):
+            train_tool([str(tiny / 'fgm.py'), '--work-dir', str(run), '--profile', *argv])
+
+
 @pytest.mark.slow
 def test_quickstart_and_again(tmp_path):
     args = (
@@ -147,26 +178,67 @@ def test_quickstart_and_again(tmp_path):
         '--pretrain-iters',
         20,
         '--distill-iters',
-        10,
+        50,
         '--num-samples',
         200,
     )
     first = run_module('mmfgm.tools.quickstart', *args, cwd=tmp_path)
     text = (tmp_path / 'q' / 'metrics.json').read_text()
-    metrics = json.loads(text)
-    assert {key: list(value) for key, value in metrics.items()} == dict(
-        teacher=['1', '10', '50', '100'], generator=['1'], seconds=['pretrain', 'distill']
+    content = json.loads(text)
+    assert list(content['seconds']) == ['pretrain', 'distill']
+    measured = content['metrics']['fd/fd']
+    assert {network: list(values) for network, values in measured.items()} == dict(
+        teacher=['1', '10', '50', '100'], generator_ema=['1']
     )
-    assert all(value > 0 for part in metrics.values() for value in part.values())
-    assert re.search(r'generator +1 +[\d.]+', first.stdout)
-    for name in ('samples.png', 'fd_vs_nfe.png'):
+    assert all(value > 0 for part in measured.values() for value in part.values())
+    assert re.search(r'generator_ema +1 +[\d.]+', first.stdout)
+    for name in ('samples.png', 'curves.png', 'test/fd_fd_vs_nfe.png', 'report.html'):
         assert (tmp_path / 'q' / name).stat().st_size > 5000
+    assert is_export(str(tmp_path / 'q' / 'export'))
     again = run_module('mmfgm.tools.quickstart', *args, cwd=tmp_path)
     assert (
         again.stdout.count('finished already') == 2
         and 'Iter(train)' not in again.stdout + again.stderr
     )
     assert (tmp_path / 'q' / 'metrics.json').read_text() == text
+
+
+@pytest.mark.slow
+def test_quickstart_of_shapes_and_again(tmp_path):
+    """From the released teacher, which is not trained."""
+    args = ('shapes', '--work-dir', tmp_path / 'q', '--distill-iters', 2, '--num-samples', 12)
+    first = run_module('mmfgm.tools.quickstart', *args, cwd=tmp_path)
+    text = (tmp_path / 'q' / 'metrics.json').read_text()
+    content = json.loads(text)
+    assert list(content['seconds']) == ['distill']
+    tasks = ('single_object', 'two_object', 'counting', 'colors', 'position', 'color_attr')
+    for name in (*tasks, 'overall', 'overall_low', 'overall_high'):
+        measured = content['metrics'][f'shapes/score_{name}']
+        assert {network: list(values) for network, values in measured.items()} == dict(
+            teacher=['50'], generator_ema=['1']
+        )
+        assert f'shapes/score_{name} ' in first.stdout
+    # half of twelve captions: a teacher that is released draws most of them
+    assert content['metrics']['shapes/score_overall']['teacher']['50'] >= 0.5
+    assert (tmp_path / 'q' / 'samples.png').stat().st_size > 5000
+    assert is_export(str(tmp_path / 'q' / 'export'))
+    again = run_module('mmfgm.tools.quickstart', *args, cwd=tmp_path)
+    assert again.stdout.count('finished already') == 1
+    assert 'Iter(train)' not in again.stdout + again.stderr
+    assert (tmp_path / 'q' / 'metrics.json').read_text() == text
+
+
+@pytest.mark.parametrize(
+    'argv, message',
+    [
+        (['digit'], r"there is no quickstart 'digit'; choose from \['digits', 'shapes'\]"),
+        (['shapes', '--pretrain-iters', '5'], 'released with mmfgm.*leave --pretrain-iters out'),
+    ],
+)
+def test_quickstart_refuses(argv, message, tmp_path):
+    with pytest.raises(UsageError, match=message):
+        quickstart([*argv, '--work-dir', str(tmp_path / 'q')])
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow

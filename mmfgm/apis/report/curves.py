@@ -89,6 +89,7 @@ def group_scalars(run: Run, beside: Sequence[Run] = ()) -> dict[str, dict[str, d
             'seconds per iteration': {
                 'seconds': left.pop('time', {}),
                 'of these, waiting for data': left.pop('data_time', {}),
+                'of these, loading data and generating samples': left.pop('prepare_time', {}),
             },
             'share of the time': shares if len(shares := matching(r'(.+)/time_share')) > 1 else {},
             'GPU memory, MB': {'memory': left.pop('memory', {})},

@@ -127,6 +127,27 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, float) or (type(value) is int and abs(value) < 2**1023)
 
 
+def read_quickstart(path: str) -> tuple[dict, dict[str, float]]:
+    """What a quickstart measured, metric to network to NFE to value, and the seconds of each
+    training.
+
+    Raises:
+        UsageError: If the file holds something else.
+    """
+    content = read_json(path, 'run the quickstart again', dict)
+    tables, seconds = content.get('metrics'), content.get('seconds')
+    if (
+        not isinstance(tables, dict)
+        or not isinstance(seconds, dict)
+        or not all(map(_is_number, seconds.values()))
+    ):
+        raise UsageError(
+            f'{path!r} holds {list(content)}, expected the metrics and seconds of a quickstart; run'
+            ' it again'
+        )
+    return _check_tables(tables, path), seconds
+
+
 def _check_tables(tables: dict, path: str) -> dict:
     """``{metric: {network: {NFE: value}}}``, as ``tools/test.py`` writes it."""
     for metric, networks in tables.items():

@@ -183,16 +183,10 @@ def _results(run: Run) -> str:
             table(['metric', 'network', 'NFE', 'last, at iteration', 'lowest', 'highest'], rows),
         ]
     if run.tables:
-        rows = [
-            [metric, network, nfe, f'{value:.4f}']
-            for metric, networks in run.tables.items()
-            for network, values in networks.items()
-            for nfe, value in values.items()
-        ]
         plots = ''.join(picture(path, f'test/{osp.basename(path)}') for path in run.plots)
         parts += [
             '<h3>Measured by tools/test.py</h3>',
-            table(['metric', 'network', 'NFE', 'value'], rows),
+            _measured(run.tables),
             f'<div class="grid">{plots}</div>',
         ]
     return ''.join(parts)
@@ -208,6 +202,7 @@ def _throughput(run: Run) -> str:
             ('samples per second, of the last network of a cycle', 'samples_per_second'),
             ('seconds per iteration', 'time'),
             ('of these, waiting for data', 'data_time'),
+            ('of these, loading data and generating samples', 'prepare_time'),
         )
         if name in run.scalars
     ]
@@ -272,24 +267,31 @@ def _environment(run: Run) -> str:
     return f'<h3>Environment of the last start</h3>{table((), rows)}' if rows else ''
 
 
-def quickstart_section(folder: str, metrics: dict) -> str:
-    """What ``tools/quickstart.sh`` measured, from its ``metrics.json``."""
+def _measured(tables: dict) -> str:
     rows = [
-        [name, nfe, f'{value:.4f}']
-        for name in ('teacher', 'generator')
-        for nfe, value in metrics[name].items()
+        [metric, network, nfe, f'{value:.4f}']
+        for metric, networks in tables.items()
+        for network, values in networks.items()
+        for nfe, value in values.items()
     ]
-    seconds = metrics['seconds']
+    return table(['metric', 'network', 'NFE', 'value'], rows)
+
+
+def quickstart_section(folder: str, tables: dict, seconds: dict[str, float]) -> str:
+    """What ``tools/quickstart.sh`` measured and drew."""
+    # a plot of two points says no more than the table
+    plots = [
+        f'{metric.replace("/", "_")}_vs_nfe.png'
+        for metric, networks in tables.items()
+        if any(len(values) > 2 for values in networks.values())
+    ]
     figures = ''.join(
         picture(osp.join(folder, name), caption)
         for name, caption in (
-            ('samples.png', 'Real digits, teacher and generator from the same seeds'),
-            ('fd_vs_nfe.png', 'Fréchet distance over network evaluations'),
+            ('samples.png', 'Real ones, teacher and generator from the same seeds'),
+            *((osp.join('test', name), name) for name in plots),
         )
         if osp.isfile(osp.join(folder, name))
     )
-    return (
-        f'{table(["network", "NFE", "Fréchet distance on pixels"], rows)}<p>Training took'
-        f' {seconds["pretrain"]:.0f} s for the teacher and {seconds["distill"]:.0f} s for the'
-        f' generator.</p><div class="grid wide">{figures}</div>'
-    )
+    took = ', '.join(f'{escape(stage)} {value:.0f} s' for stage, value in seconds.items())
+    return f'{_measured(tables)}<p>Training took: {took}.</p><div class="grid wide">{figures}</div>'

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from mmfgm.apis.config import read_config
 from mmfgm.apis.runs import is_work_dir
 from mmfgm.errors import UsageError
-from mmfgm.files import read_json, write_file
+from mmfgm.files import write_file
 
 from .curves import curves_png, group_scalars
-from .data import Run, read_run
+from .data import Run, read_quickstart, read_run
 from .page import page, quickstart_section, run_section
 
 
@@ -49,25 +49,22 @@ def write_report(
         'Teacher': osp.join(work_dir, 'teacher'),
         'Generator': osp.join(work_dir, 'fgm'),
     }
-    if osp.isfile(quickstart) and all(map(is_work_dir, stages.values())):
-        runs = {name: read_run(folder) for name, folder in stages.items()}
-        sections = {
-            'Result': quickstart_section(
-                work_dir, read_json(quickstart, 'run the quickstart again')
-            )
-        }
+    if osp.isfile(quickstart) and is_work_dir(stages['Generator']):
+        # a released teacher was not trained there
+        runs = {name: read_run(folder) for name, folder in stages.items() if is_work_dir(folder)}
+        sections = {'Result': quickstart_section(work_dir, *read_quickstart(quickstart))}
+        of = osp.abspath(work_dir)
     else:
         runs = {'Run': read_run(work_dir)}
         sections = {}
+        of = runs['Run'].name
     packaged = (base, read_config(base)) if base else None
     others = [read_run(folder) for folder in beside]
     sections.update(
         {name: run_section(run, packaged, pictures, others) for name, run in runs.items()}
     )
     last = list(runs.values())[-1]
-    title = (
-        f'mmfgm: {osp.basename(osp.abspath(work_dir))}' if len(runs) > 1 else f'mmfgm: {last.name}'
-    )
+    title = f'mmfgm: {osp.basename(of)}'
     out = out or osp.join(work_dir, 'report.html')
     write_file(out, page(title, _about(runs), sections).encode())
     if curves:

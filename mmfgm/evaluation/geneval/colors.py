@@ -101,6 +101,7 @@ class ClipColors:
         # open_clip returns some networks ready to train
         self.network.eval().requires_grad_(False)
         self.tokenizer = open_clip.get_tokenizer(model)
+        self.label = f'{model} of open_clip with the weights {osp.basename(pretrained)}'
         self.batch_size = batch_size
         self._text: dict[str, Tensor] = {}
         self.to(device or 'cpu')

@@ -55,6 +55,8 @@ def publish(
     sheets = draw_sheets(rows, images, sheet_prompts)
     about = dict(
         detector=scorer.label,
+        colors=scorer.colors_label,
+        scorer=scorer.identity,
         comparable=scorer.comparable,
         num_images=len(rows),
         options=scorer.options,

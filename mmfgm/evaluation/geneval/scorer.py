@@ -50,6 +50,7 @@ class Scorer:
     Attributes:
         identity (dict): What the verdicts on an image depend on.
         label (str): The detector, in words.
+        colors_label (str, optional): The colour classifier, in words.
         comparable (bool): Whether the scores compare with published ones.
         note (str): Why not, if so.
     """
@@ -68,6 +69,7 @@ class Scorer:
                 f' out those below {self.detector.threshold}; set detector.score_threshold={lowest}'
             )
         self.colors = TASK_UTILS.build(colors) if colors else None
+        self.colors_label = getattr(self.colors, 'label', None)
         self.label, self.comparable = (
             self.detector.label,
             bool(self.detector.comparable and not self.options),

@@ -1,0 +1,310 @@
+# Copyright (c) mmfgm authors.
+import json
+
+import pytest
+import torch
+from mmengine.hooks import Hook
+from mmengine.registry import HOOKS
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
+
+from mmfgm.apis import read_config
+from mmfgm.apis.rehearsal import GPUS, Memory, Traffic, Work, rehearse
+from mmfgm.engine.adam import MomentumFreeAdam
+from mmfgm.errors import UsageError
+from mmfgm.models.networks import AdaLNMLP
+from mmfgm.registry import MODELS
+from mmfgm.tools.rehearse import rehearse_tool, share_batch
+from tests.conftest import ROOT, train
+
+DIGITS = ROOT / 'configs/fgm/digits.py'
+SD3_1024 = ROOT / 'configs/fgm/sd3_1024.py'
+BATCH, LATENT, CHANNELS, LAYERS, HEADS, HEAD_DIM, JOINT, POOLED = 3, 8, 16, 3, 4, 8, 32, 64
+WIDTH = HEADS * HEAD_DIM
+SD3 = dict(
+    type='SD3',
+    latent_size=LATENT,
+    config=dict(
+        sample_size=LATENT,
+        patch_size=2,
+        in_channels=CHANNELS,
+        out_channels=CHANNELS,
+        num_layers=LAYERS,
+        attention_head_dim=HEAD_DIM,
+        num_attention_heads=HEADS,
+        joint_attention_dim=JOINT,
+        caption_projection_dim=WIDTH,
+        pooled_projection_dim=POOLED,
+        pos_embed_max_size=LATENT,
+    ),
+)
+SMALL = dict(width=16, depth=2, embed_dim=16)
+
+
+def digits(**options):
+    """The digits run without a teacher to read."""
+    return read_config(str(DIGITS), {'model.teacher.checkpoint': None, **options})
+
+
+def tiny_sd3(network, **options):
+    """SD3's run with a tiny network."""
+    cfg = read_config(
+        str(SD3_1024), {'latent_size': LATENT, 'train_dataloader.batch_size': BATCH, **options}
+    )
+    cfg.model.network = network
+    return cfg
+
+
+def sd3_flops(backward):
+    """Of one call by hand: 2 for each weight and token; with ``backward``, the gradients of the
+    weights and of inputs that depend on weights beside it. Attention is two products of scores
+    forward, and five backward, where the scores are computed again."""
+    tokens, text, patch = (LATENT // 2) ** 2, 333, 4 * CHANNELS
+    first = BATCH * (
+        tokens * patch * WIDTH + (256 + POOLED) * WIDTH + text * JOINT * WIDTH
+    )  # inputs need no gradient
+    linear = BATCH * (2 * WIDTH**2 + 2 * WIDTH**2 + tokens * WIDTH * patch)
+    attention = 0
+    for layer in range(LAYERS):
+        last = layer == LAYERS - 1
+        linear += BATCH * WIDTH**2 * (6 + (2 if last else 6))  # modulation of image and text
+        linear += BATCH * WIDTH**2 * tokens * (4 + 8)
+        linear += BATCH * WIDTH**2 * text * (3 if last else 4 + 8)
+        attention += BATCH * (tokens + text) ** 2 * WIDTH
+    forward = 2 * (first + linear + 2 * attention)
+    return forward + (2 * (first + 2 * linear + 5 * attention) if backward else 0)
+
+
+def test_flops_are_those_counted_by_hand():
+    cfg = tiny_sd3(SD3, **{'model.gan': None, 'strategy.precision': 'fp32'})
+    cfg.model.guidance = None
+    del cfg.optim_wrapper['discriminator']
+    found = rehearse(cfg, gpus=2)
+    assert found.accumulation == 6
+    # the generator makes samples, the online network learns from them
+    expected = 6 * (sd3_flops(backward=False) + sd3_flops(backward=True))
+    assert found.phases['online'].tflop * 1e12 == pytest.approx(expected, rel=1e-12)
+
+
+def local_bytes(params, gpus):
+    return sum(
+        4 * -(-len(p) // gpus) * p[:1].numel() if gpus > 1 else 4 * p.numel() for p in params
+    )
+
+
+@pytest.mark.parametrize('gpus', [1, 2])
+def test_states_are_counted_exactly(gpus):
+    cfg = digits(**{'train_cfg.accumulation': 2, 'train_cfg.share_samples': False})
+    cfg.model.network.update(SMALL)
+    cfg.optim_wrapper.generator.optimizer = dict(type='MomentumFreeAdam', lr=1e-3)
+    if gpus > 1:
+        cfg.strategy = dict(type='FSDP2Strategy', block_types=('AdaLNBlock',))
+    found = rehearse(cfg, gpus)
+    network = MODELS.build(cfg.model.network)
+    params = list(network.parameters())
+    states, steps = local_bytes(params, gpus), 4 * len(params)
+    buffers = sum(b.nbytes for b in network.buffers())
+    for cost in found.phases.values():
+        kinds = cost.peak_bytes
+        assert kinds['parameters'] == 3 * (states + buffers)
+        assert kinds['averages'] == states + buffers
+        # Adam's two moments and MomentumFreeAdam's one
+        assert kinds['optimizer'] == 3 * states + 2 * steps
+        assert kinds['gradients'] == states
+        assert kinds['activations'] > 0
+
+
+@HOOKS.register_module()
+class TrafficHook(Hook):
+    """Write what an iteration of a real run sends; the third, as DDP orders its buckets before."""
+
+    def before_train(self, runner):
+        loop, update = runner.train_loop, runner.train_loop._update
+        found = {}
+
+        def counted(phase, shared):
+            with Traffic() as traffic:
+                update(phase, shared)
+            found[phase] = dict(traffic.bytes)
+            with open(f'{runner.work_dir}/traffic.json', 'w') as f:
+                json.dump(found, f)
+
+        loop._update = counted
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    'strategy',
+    [dict(type='DDPStrategy'), dict(type='FSDP2Strategy', block_types=('AdaLNBlock',))],
+    ids=['DDP', 'FSDP2'],
+)
+def test_traffic_is_what_two_processes_send(strategy, tmp_path):
+    path = tmp_path / 'run.py'
+    path.write_text(f"""
+_base_ = [{str(DIGITS)!r}]
+model = dict(teacher=dict(checkpoint=None), network=dict(width=16, depth=2, embed_dim=16))
+strategy = {strategy}
+train_cfg = dict(max_iters=3)
+train_dataloader = dict(batch_size=8)
+evaluations = dict(fd=dict(interval=0))
+default_hooks = dict(samples=None, traffic=dict(type='TrafficHook'))
+custom_imports = dict(imports=['tests.test_tools.test_rehearse'])
+""")
+    train(path, tmp_path, nproc=2)
+    sent = json.load(open(tmp_path / 'traffic.json'))
+    found = rehearse(read_config(str(path)), gpus=2)
+    assert {name: cost.traffic_bytes for name, cost in found.phases.items()} == sent
+    assert all(size > 0 for phase in sent.values() for size in phase.values())
+
+
+@MODELS.register_module()
+class MixedMLP(AdaLNMLP):
+    """One of its layers is of another type than what it is given."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.blocks[1].to(torch.bfloat16)
+
+
+def test_mixed_types_are_named():
+    cfg = digits(**{'model.network.type': 'MixedMLP'})
+    with pytest.raises(UsageError) as e:
+        rehearse(cfg, gpus=1)
+    message = str(e.value)
+    assert "phase 'online', layer generator.network.blocks.1" in message
+    assert 'dtype' in message and 'networks/mlp.py:' in message
+
+
+def forgetful(group):
+    """How older versions of FSDP2 settle the types of gradients (pytorch#186998)."""
+    for param in group.fsdp_params:
+        param.init_dtype_attrs(group.mp_policy)
+    trained = any(param.sharded_param.requires_grad for param in group.fsdp_params)
+    group._orig_dtype = torch.float32 if trained else None
+    group._reduce_dtype = torch.float32 if trained else None
+
+
+def test_a_network_that_is_frozen_when_it_first_runs_is_named(monkeypatch):
+    monkeypatch.setattr(FSDPParamGroup, '_init_mp_dtypes', forgetful)
+    cfg = digits(**{'train_cfg.share_samples': True})
+    cfg.strategy = dict(type='FSDP2Strategy', block_types=('AdaLNBlock',), precision='bf16')
+    with pytest.raises(UsageError, match=r'online\S* to be reduced in torch.float32.*first ran'):
+        rehearse(cfg, gpus=2)
+    cfg.train_cfg.share_samples = False
+    assert rehearse(cfg, gpus=2).phases['online'].traffic_bytes['reduce_scatter'] > 0
+
+
+@MODELS.register_module()
+class FrozenMLP(AdaLNMLP):
+    """A user froze all of it."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.requires_grad_(False)
+
+
+def test_a_frozen_network_is_named():
+    with pytest.raises(UsageError, match="phase 'online'.*does not require grad"):
+        rehearse(digits(**{'model.network.type': 'FrozenMLP'}), gpus=1)
+
+
+def test_latents_that_do_not_fit_the_network_are_named():
+    cfg = tiny_sd3(SD3)
+    cfg.train_dataloader.dataset.real.latent_shape = (CHANNELS, 2 * LATENT, 2 * LATENT)
+    with pytest.raises(UsageError, match=r"a run would fail in phase 'online'.*Sizes of tensors"):
+        rehearse(cfg, gpus=2)
+
+
+def test_labels_without_values_pass_the_checks_of_networks():
+    network = dict(
+        type='UNetVelocity',
+        unet=dict(
+            type='EDMUNet',
+            img_resolution=8,
+            in_channels=1,
+            out_channels=1,
+            label_dim=10,
+            model_channels=8,
+            channel_mult=(1, 2),
+            num_blocks=1,
+            attn_resolutions=(4,),
+        ),
+    )
+    cfg = digits()
+    cfg.model.network = network
+    assert rehearse(cfg, gpus=1).phases['generator'].tflop > 0
+
+
+def test_momentum_free_adam_steps_without_values():
+    with FakeTensorMode():
+        p = torch.nn.Parameter(torch.zeros(3))
+        p.grad = torch.zeros(3)
+        optimizer = MomentumFreeAdam([p])
+        optimizer.step()
+        assert optimizer.state[p]['exp_avg_sq'].shape == (3,)
+
+
+def test_roofline_of_a_product_and_a_sum():
+    n, gpu = 512, GPUS['H100-80GB']
+    a = torch.zeros(n, n)
+    with Work(gpu) as work:
+        a @ a
+    assert work.flops == 2 * n**3
+    moved = 3 * a.nbytes / (3350e9 * 0.8)
+    assert work.seconds == pytest.approx(max(2 * n**3 / (67e12 * 0.5), moved))
+    with Work(gpu) as work:
+        a + a
+    assert work.flops == 0 and work.seconds == pytest.approx(2 / 3 * moved, rel=0.51)
+
+
+def test_peak_is_when_most_is_there():
+    memory = Memory()
+    with memory:
+        start = memory.mark()
+        a = torch.zeros(100)
+        b = torch.zeros(50)
+        del a
+        c = torch.zeros(60)
+        middle = memory.mark()
+        del b, c
+    assert memory.peak(start, middle)['activations'] == 4 * 150
+    assert memory.peak(middle, memory.mark())['activations'] == 4 * 60
+
+
+def test_a_gpu_that_is_too_small_and_json(tmp_path, capsys, monkeypatch):
+    from mmfgm.apis.rehearsal import gpus
+
+    monkeypatch.setitem(GPUS, 'L40S-48GB', gpus.GPU(1.08, 362, 183, 91.6, 864, 32, 'PCIe'))
+    with pytest.raises(SystemExit) as e:
+        rehearse_tool([str(DIGITS), '--gpu', 'L40S-48GB', '--json', str(tmp_path / 'found.json')])
+    out = capsys.readouterr().out
+    assert e.value.code == 1 and 'do NOT fit' in out and '- batch: ' in out
+    found = json.loads((tmp_path / 'found.json').read_text())
+    assert (
+        found['fits'] is False
+        and found['iterations'] == read_config(str(DIGITS)).train_cfg.max_iters
+    )
+    assert found['days'] == pytest.approx(
+        found['iterations'] / 86400 * sum(p['compute_seconds'] for p in found['phases'].values())
+    )
+
+
+def test_total_batch():
+    assert share_batch(192, 8, 4) == (4, 6)
+    assert share_batch(192, 64, 4) == (3, 1)
+    with pytest.raises(UsageError, match='at most the --total-batch of 192'):
+        share_batch(192, 256, 4)
+    with pytest.raises(UsageError, match='multiple of 20'):
+        share_batch(192, 5, 4)
+
+
+def test_bad_input():
+    with pytest.raises(UsageError, match="one of A100-40GB, .*, found 'H100'"):
+        rehearse_tool([str(DIGITS), '--gpu', 'H100'])
+    with pytest.raises(UsageError, match='SingleDeviceStrategy'):
+        cfg = digits()
+        cfg.strategy = dict(type='SingleDeviceStrategy')
+        rehearse(cfg, gpus=2)
+    cfg = tiny_sd3(dict(type='SD3', latent_size=8, pretrained='someone/else'))
+    with pytest.raises(UsageError, match=r'stable-diffusion-3-medium-diffusers.*does not ask the'):
+        rehearse(cfg, gpus=2)
