@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from mmengine.registry import DefaultScope
 
-from mmfgm.engine import FSDP2Strategy, SingleDeviceStrategy
+from mmfgm.engine import FSDP2Strategy
 from mmfgm.flow import ClassifierFreeGuidance
 from mmfgm.models.families import find
 from mmfgm.processes import init_processes
