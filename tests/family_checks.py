@@ -13,9 +13,27 @@ from mmfgm.models import FGM
 from mmfgm.models.families import CachedNullPrompt, find
 from mmfgm.models.lora import LoRA
 from tests.conftest import ROOT
+from tests.tiny_flux import make_tiny_flux
+from tests.tiny_flux2 import make_tiny_flux2
+from tests.tiny_lumina2 import make_tiny_lumina2
+from tests.tiny_qwen_image import make_tiny_qwen_image
+from tests.tiny_sana import make_tiny_sana
+from tests.tiny_sd3 import SD35, make_tiny_sd3
+from tests.tiny_z_image import make_tiny_z_image
 
 PROMPTS = ['a red cat', 'the blue house on a green tree']
 SEEDS = [3, 4]
+# what makes a pipeline of each family in a folder
+TINY = dict(
+    sd3=make_tiny_sd3,
+    sd35=lambda folder: make_tiny_sd3(folder, **SD35),
+    sana=make_tiny_sana,
+    lumina2=make_tiny_lumina2,
+    flux=make_tiny_flux,
+    flux2=lambda folder: make_tiny_flux2(folder, dev=False),
+    qwen_image=make_tiny_qwen_image,
+    z_image=make_tiny_z_image,
+)
 
 
 def noise(*shape, seeds=SEEDS):

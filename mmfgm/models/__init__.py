@@ -11,7 +11,12 @@ __getattr__, __dir__, __all__ = attach(
         'families': ['SD3', 'CachedNullPrompt', 'LatentDecoder', 'SD3TextEncoder'],
         'fgm': ['FGM', 'build_generator', 'max_nfe'],
         'flow_matching': ['FlowMatching'],
-        'generators': ['DataSpaceGenerator', 'FewStepGenerator', 'OneStepGenerator'],
+        'generators': [
+            'DataSpaceGenerator',
+            'FewStepGenerator',
+            'OneStepGenerator',
+            'StepBiases',
+        ],
         'lora': ['has_adapters', 'merge_adapters', 'move_to'],
         'losses': [
             'DMDLoss',

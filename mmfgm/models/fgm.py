@@ -1,6 +1,6 @@
 # Copyright (c) mmfgm authors.
 import copy
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from mmfgm.registry import MODELS, TASK_UTILS
 
 from .base import FlowModel, Phase
 from .discriminator import GAN
+from .generators import StepBiases
 from .lora import LoRA, copy_network
 from .losses import discriminator_loss, generator_gan_loss
 from .sampling import Conditions
@@ -64,6 +65,10 @@ class FGM(FlowModel):
             label=10))``.
         online_guidance (dict, optional): The same of the online network, which is then also
             trained on its guided velocity: long and short guidance (Zhou et al., 2024).
+        step_aware (bool): Tell the online network which step of a generator of several made each
+            sample, so that it learns the flow of each, and each is pulled to the teacher's. It
+            learns that of their mixture otherwise, which can be right where no step is. Defaults to
+            True; with one step there is nothing to tell.
         gan (dict, optional): Arguments of :class:`~mmfgm.models.discriminator.GAN`.
         lora (dict, optional): Arguments of :class:`~mmfgm.models.lora.LoRA`. The online network and
             the generator then share the teacher's weights and train only adapters; checkpoints hold
@@ -95,6 +100,7 @@ class FGM(FlowModel):
         online_loss: dict | None = None,
         guidance: dict | None = None,
         online_guidance: dict | None = None,
+        step_aware: bool = True,
         gan: dict | None = None,
         lora: dict | None = None,
         data_preprocessor: dict | None = None,
@@ -121,7 +127,13 @@ class FGM(FlowModel):
         wanted = self._choose(self.network_names(dict(gan=gan, ema=ema)), networks)
         self._make_networks(wanted, network, teacher, generator, LoRA(**lora) if lora else None)
         self.ema_decays = {name: decay for name, decay in ema.items() if name in wanted}
-        self.generators = dict.fromkeys(('generator', *ema), max_nfe(generator))
+        steps = max_nfe(generator)
+        self.generators = dict.fromkeys(('generator', *ema), steps)
+        # the generator itself may be wrapped
+        drawing = build_generator(generator, nn.Identity())
+        self._draw_steps = drawing.draw_steps if step_aware and steps > 1 else None
+        if self._draw_steps is not None and 'online' in wanted:
+            StepBiases(self.online, steps)
         self.loss_fgm = MODELS.build(loss or dict(type='FGMLoss'))
         self.loss_online = MODELS.build(online_loss or dict(type='FlowMatchingLoss'))
         self.fm_time_sampler = TASK_UTILS.build(fm_time_sampler)
@@ -203,25 +215,33 @@ class FGM(FlowModel):
         device = next(self.generator.parameters()).device
         z = torch.randn(len(samples['idx']), *self.event_shape, device=device)
         with torch.set_grad_enabled(differentiable):
-            return {**samples, 'x_0': self.generator(z, **samples['cond'])}
+            return {**samples, **self.generate(z, samples['cond'])}
+
+    def generate(self, z: Tensor, cond: Conditions) -> dict[str, Tensor]:
+        """``x_0 = g(z)`` as training takes it, and which ``step`` made each sample where the online
+        network is told."""
+        if self._draw_steps is None:
+            return dict(x_0=self.generator(z, **cond))
+        steps = self._draw_steps(len(z))
+        x_0 = self.generator(z, steps=steps, **cond)
+        return dict(x_0=x_0, step=torch.tensor(steps, device=z.device))
 
     @property
     def _needs_real(self) -> bool:
         return self.gan is not None or getattr(self.loss_online, 'needs_real', False)
 
     def loss(self, phase: str, samples: dict[str, Any]) -> dict[str, Tensor]:
-        x_0 = samples['x_0']
-        cond = samples['cond']
+        x_0, cond, step = samples['x_0'], samples['cond'], samples.get('step')
         if phase == 'generator':
-            return self.generator_loss(x_0, cond)
-        losses = self.online_loss(x_0, cond, samples.get('real'))
+            return self.generator_loss(x_0, cond, step)
+        losses = self.online_loss(x_0, cond, samples.get('real'), step)
         if self.gan is not None:
             losses.update(self.discriminator_loss(x_0, cond, samples['real']))
         return losses
 
     def _velocity(
         self,
-        network: nn.Module,
+        network: Callable[..., Tensor],
         guidance: ClassifierFreeGuidance | None,
         x_t: Tensor,
         t: Tensor,
@@ -231,23 +251,43 @@ class FGM(FlowModel):
             return network(x_t, t, **cond)
         return guidance(network, x_t, t, cond)
 
+    def _told(self, step: Tensor | None) -> Callable[..., Tensor]:
+        """The online network, told the ``step (N,)`` of its samples; guidance calls it with them
+        twice."""
+        if step is None:
+            return self.online
+
+        def told(x_t: Tensor, t: Tensor, **cond: Tensor) -> Tensor:
+            return self.online(x_t, t, step=step.repeat(len(x_t) // len(step)), **cond)
+
+        return told
+
     def online_loss(
-        self, x_0: Tensor, cond: Conditions, real: dict[str, Any] | None = None
+        self,
+        x_0: Tensor,
+        cond: Conditions,
+        real: dict[str, Any] | None = None,
+        step: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """``L_FM(psi)`` of Algorithm 1: flow matching on what the generator makes now; on ``real``
-        samples too, in the same network call, if the loss says so."""
+        """``L_FM(psi)`` of Algorithm 1: flow matching on what the generator makes now, each
+        ``step (N,)`` of it for itself; on ``real`` samples too, in the same network call, if the
+        loss says so."""
         x_0_sg = x_0.detach()
         path = LinearPath.sample(x_0_sg, self.fm_time_sampler(len(x_0), x_0.device))
         if not getattr(self.loss_online, 'needs_real', False):
-            v = self._velocity(self.online, self.online_guidance, path.x_t, path.t, cond)
+            v = self._velocity(self._told(step), self.online_guidance, path.x_t, path.t, cond)
             return self.loss_online(None, v, path)
         n = len(x_0)
+        if step is not None:
+            # real samples are of every step's data
+            drawn = self._draw_steps(len(real['x_0']))
+            step = torch.cat([step, torch.tensor(drawn, device=step.device)])
         path_real = LinearPath.sample(
             real['x_0'], self.fm_time_sampler(len(real['x_0']), x_0.device)
         )
         both = {name: torch.cat([cond[name], real['cond'][name]]) for name in cond}
         x_t, t = torch.cat([path.x_t, path_real.x_t]), torch.cat([path.t, path_real.t])
-        v = self._velocity(self.online, self.online_guidance, x_t, t, both)
+        v = self._velocity(self._told(step), self.online_guidance, x_t, t, both)
         return self.loss_online(None, v[:n], path, v[n:], path_real)
 
     def discriminator_loss(
@@ -270,7 +310,9 @@ class FGM(FlowModel):
         loss = discriminator_loss(real_logits, fake_logits).mean()
         return dict(loss_d=self.gan.discriminator_weight * loss, d_accuracy=accuracy)
 
-    def generator_loss(self, x_0: Tensor, cond: Conditions) -> dict[str, Tensor]:
+    def generator_loss(
+        self, x_0: Tensor, cond: Conditions, step: Tensor | None = None
+    ) -> dict[str, Tensor]:
         """``L_FGM(theta) = L_1 + L_2`` (Eq. 4.10 to 4.12), or the loss of another method, psi
         frozen by the loop; with a GAN, its term beside it."""
         losses: dict[str, Tensor] = {}
@@ -279,7 +321,7 @@ class FGM(FlowModel):
         through = getattr(self.loss_fgm, 'through_networks', True)
         with torch.set_grad_enabled(through and torch.is_grad_enabled()):
             u = self._velocity(self.teacher, self.guidance, path.x_t, path.t, cond)
-            v = self._velocity(self.online, self.online_guidance, path.x_t, path.t, cond)
+            v = self._velocity(self._told(step), self.online_guidance, path.x_t, path.t, cond)
         losses.update(self.loss_fgm(u, v, path))
         if self.gan is not None and self.iteration >= self.gan.start:
             fake = self.gan.logits(

@@ -3,7 +3,8 @@
 
 A generator is called as ``generator(z, **cond)``, in training too. One that samples in several
 calls says how many it takes at most, ``max_nfe``, and is then called as ``generator(z, nfe, eps,
-**cond)`` to sample.
+**cond)`` to sample. For training it draws the step of each sample, ``draw_steps(n)``, and takes it,
+``generator(z, steps=steps, **cond)``.
 """
 
 import copy
@@ -144,19 +145,29 @@ class FewStepGenerator(nn.Module):
             )
         return tuple(values)
 
+    def draw_steps(self, n: int) -> list[int]:
+        """The step at which each of ``n`` samples is trained, from 0."""
+        return _draw_steps(self.weights, n)
+
     def forward(
-        self, z: Tensor, nfe: int | None = None, eps: Tensor | None = None, **cond: Tensor
+        self,
+        z: Tensor,
+        nfe: int | None = None,
+        eps: Tensor | None = None,
+        steps: Sequence[int] | None = None,
+        **cond: Tensor,
     ) -> Tensor:
-        """Map noise to samples: at a step drawn for each, as training needs it, or with ``nfe``
-        calls.
+        """Map noise to samples: at a step of each, as training needs it, or with ``nfe`` calls.
 
         Args:
             z (Tensor): Noise, ``(N, *event)``.
             nfe (int, optional): How many of the times, from the first on, samples take. Defaults to
-                a number drawn for each sample, of which only the last call has a gradient.
+                ``steps``, of which only the last call has a gradient.
             eps (Tensor, optional): The noise between ``nfe`` calls, ``(nfe - 1, N, *event)``.
                 Without it each estimate is noised by the noise that it was taken from, which is
                 deterministic: of a teacher's network, Euler's method.
+            steps (Sequence[int], optional): Whose estimate each sample is, from 0. Defaults to
+                those of :meth:`draw_steps`.
             **cond (Tensor): Conditions, ``(N, ...)``.
 
         Returns:
@@ -164,7 +175,7 @@ class FewStepGenerator(nn.Module):
         """
         if nfe is not None:
             return self._sample(z, nfe, eps, cond)
-        steps = _draw_steps(self.weights, len(z))
+        steps = list(self.draw_steps(len(z)) if steps is None else steps)
         k = torch.tensor(steps, device=z.device)
         return self._estimate(self._simulate(z, steps, k, cond), k, cond)
 
@@ -219,7 +230,7 @@ class DataSpaceGenerator(OneStepGenerator):
 
     Args:
         network (nn.Module): The velocity network; its ``input_layer`` is the linear layer or
-            convolution that takes ``x_t``.
+            convolution that takes ``x_t``, as it is or flat.
         steps (int): Defaults to 4.
         weights (Sequence[float], optional): In which proportion the steps are trained. Defaults to
             equal ones.
@@ -274,22 +285,36 @@ class DataSpaceGenerator(OneStepGenerator):
             return out
         estimate, k = self._given
         (x_t,) = inputs
-        bias = self.step_biases[k].to(out.dtype)
-        if isinstance(layer, nn.Conv2d):
-            bias = bias[:, :, None, None]
-        return out + self.estimate_layer(estimate.reshape(x_t.shape).to(x_t.dtype)) + bias
+        if x_t.shape[0] != len(k) or x_t[0].numel() != estimate[0].numel() or x_t.ndim == 3:
+            raise ValueError(
+                f'expected an input_layer that takes x_t {tuple(estimate.shape)} as it is or flat,'
+                f' found that it is given {tuple(x_t.shape)}; this network packs x_t into tokens:'
+                ' use FewStepGenerator'
+            )
+        made = self.estimate_layer(estimate.reshape(x_t.shape).to(x_t.dtype))
+        return out + made + _for_each_place(self.step_biases[k], layer, out)
+
+    def draw_steps(self, n: int) -> list[int]:
+        """The step at which each of ``n`` samples is trained, from 0."""
+        return _draw_steps(self.weights, n)
 
     def forward(
-        self, z: Tensor, nfe: int | None = None, eps: Tensor | None = None, **cond: Tensor
+        self,
+        z: Tensor,
+        nfe: int | None = None,
+        eps: Tensor | None = None,
+        steps: Sequence[int] | None = None,
+        **cond: Tensor,
     ) -> Tensor:
-        """Map noise to samples: at a step drawn for each, as training needs it, or with ``nfe``
-        calls.
+        """Map noise to samples: at a step of each, as training needs it, or with ``nfe`` calls.
 
         Args:
             z (Tensor): Noise, ``(N, *event)``.
-            nfe (int, optional): How many steps samples take. Defaults to a number drawn for each
-                sample, of which only the last call has a gradient.
+            nfe (int, optional): How many steps samples take. Defaults to ``steps``, of which only
+                the last call has a gradient.
             eps (Tensor, optional): Not used: nothing is noised again.
+            steps (Sequence[int], optional): Whose estimate each sample is, from 0. Defaults to
+                those of :meth:`draw_steps`.
             **cond (Tensor): Conditions, ``(N, ...)``.
 
         Returns:
@@ -301,7 +326,7 @@ class DataSpaceGenerator(OneStepGenerator):
                 k = torch.full((len(z),), i, device=z.device)
                 estimate = self._step(z, estimate, k, cond)
             return estimate
-        steps = _draw_steps(self.weights, len(z))
+        steps = list(self.draw_steps(len(z)) if steps is None else steps)
         k = torch.tensor(steps, device=z.device)
         return self._step(z, self._simulate(z, steps, k, cond), k, cond)
 
@@ -322,6 +347,60 @@ class DataSpaceGenerator(OneStepGenerator):
             made = self._step(z[rows], estimate[rows], torch.full_like(rows, i), _take(cond, rows))
             estimate[rows[:going_on]] = made[:going_on]
         return estimate
+
+
+class StepBiases(nn.Embedding):
+    """Tells a network which step of a generator made each sample: a bias of each step, added to
+    what the network's first layer makes of ``x_t``. All start at 0.
+
+    It becomes a part of the network, ``step_biases``, which then takes ``step (N,)`` beside its
+    conditions; without ``step`` nothing is added.
+
+    Args:
+        network (nn.Module): Its ``input_layer`` is the linear layer or convolution that takes
+            ``x_t``.
+        steps (int): Of the generator.
+
+    Raises:
+        ValueError: If the network does not name its input layer.
+    """
+
+    def __init__(self, network: nn.Module, steps: int):
+        layer = getattr(network, 'input_layer', None)
+        if layer is None:
+            raise ValueError(
+                'expected a network with an input_layer, which is told the step of each sample,'
+                f' found {type(network).__name__}; give it that property, or set'
+                ' model.step_aware=False'
+            )
+        super().__init__(steps, len(layer.weight), device=layer.weight.device)
+        nn.init.zeros_(self.weight)
+        self._step: Tensor | None = None
+        network.add_module('step_biases', self)
+        network.register_forward_pre_hook(self._take, with_kwargs=True)
+        network.register_forward_hook(self._forget, always_call=True)
+        layer.register_forward_hook(self._add)
+
+    def _take(self, network: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        self._step = kwargs.pop('step', None)
+        return args, kwargs
+
+    def _forget(self, network: nn.Module, args: tuple, out: Tensor) -> None:
+        self._step = None
+
+    def _add(self, layer: nn.Module, inputs: tuple[Tensor], out: Tensor) -> Tensor:
+        if self._step is None:
+            return out
+        return out + _for_each_place(self(self._step), layer, out)
+
+
+def _for_each_place(rows: Tensor, layer: nn.Module, out: Tensor) -> Tensor:
+    """A vector ``(N, D)`` of each sample, as it is added to a layer's output of tokens or maps."""
+    if len(out) != len(rows):  # the tokens of all samples, one after the other
+        rows = rows.repeat_interleave(len(out) // len(rows), 0)
+    places = [1] * (out.ndim - 2)
+    shape = (*rows.shape, *places) if isinstance(layer, nn.Conv2d) else (len(rows), *places, -1)
+    return rows.to(out.dtype).view(shape)
 
 
 def _check_weights(weights: tuple[float, ...]) -> None:

@@ -6,31 +6,14 @@ import torch
 
 from mmfgm.engine import SingleDeviceStrategy
 from tests.conftest import run_module
+from tests.family_checks import TINY
 from tests.sharded_families import gradients
-from tests.tiny_flux import make_tiny_flux
-from tests.tiny_flux2 import make_tiny_flux2
-from tests.tiny_lumina2 import make_tiny_lumina2
-from tests.tiny_qwen_image import make_tiny_qwen_image
-from tests.tiny_sana import make_tiny_sana
-from tests.tiny_sd3 import SD35, make_tiny_sd3
-from tests.tiny_z_image import make_tiny_z_image
-
-MADE = dict(
-    sd3=make_tiny_sd3,
-    sd35=lambda folder: make_tiny_sd3(folder, **SD35),
-    sana=make_tiny_sana,
-    lumina2=make_tiny_lumina2,
-    flux=make_tiny_flux,
-    flux2=lambda folder: make_tiny_flux2(folder, dev=False),
-    qwen_image=make_tiny_qwen_image,
-    z_image=make_tiny_z_image,
-)
 
 
 @pytest.mark.slow
 def test_two_processes_have_the_gradients_of_one(tmp_path):
     """Of half the batch each, with guidance, GAN and recomputation, in float32."""
-    folders = {name: make(tmp_path / name) for name, make in MADE.items()}
+    folders = {name: make(tmp_path / name) for name, make in TINY.items()}
     run_module('tests.sharded_families', tmp_path, *folders.values(), nproc=2)
     sharded = torch.load(tmp_path / 'gradients.pth')
     for name, folder in folders.items():

@@ -282,6 +282,16 @@ def test_the_config_says_what_the_family_does():
     assert math.isclose(teacher.shift, FAMILY.shift_at(steps=50), abs_tol=1e-3)
 
 
+def test_the_config_of_dev_shards_the_blocks_and_guides_once():
+    cfg = read_config(str(ROOT / 'configs/fgm/flux2_dev_1024_lora.py'))
+    assert tuple(cfg.strategy.block_types) == FAMILY.block_types
+    assert cfg.model.network.guidance == FAMILY.network.default_guidance
+    # an input of the network, so nothing guides beside it
+    assert cfg.model.guidance is None
+    sampling = cfg.default_hooks.samples.samplings['teacher, 50 NFE']
+    assert sampling.get('guidance') is None and sampling.spacing == 'flux'
+
+
 def test_bad_input(folders):
     with pytest.raises(UsageError, match='no guidance for a network .* found guidance=4.0'):
         Flux2(4, pretrained=folders['base'], guidance=4.0)

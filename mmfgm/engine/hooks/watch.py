@@ -156,7 +156,7 @@ class WatchHook(Hook):
         cond = inputs.get('cond', {})
         with torch.no_grad():
             # not what a decoder makes of it
-            return dict(x_0=model.generator(inputs['z'], **cond), cond=cond)
+            return dict(**model.generate(inputs['z'], cond), cond=cond)
 
     def _lag(self, runner, unseen: dict) -> float:
         model, wrapper = runner.model, runner.optim_wrapper['online']
@@ -180,7 +180,7 @@ class WatchHook(Hook):
 
     @staticmethod
     def _terms(model: FGM, samples: dict) -> list[Tensor]:
-        losses = model.online_loss(samples['x_0'], samples['cond'])
+        losses = model.online_loss(samples['x_0'], samples['cond'], step=samples.get('step'))
         return [value for name, value in losses.items() if 'loss' in name]
 
     def _loss(self, model: FGM, samples: dict) -> float:

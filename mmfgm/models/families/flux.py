@@ -141,6 +141,12 @@ class FluxNetwork(nn.Module):
     def _event_shape(self, height: int, width: int) -> tuple[int, int, int]:
         raise NotImplementedError
 
+    @property
+    def input_layer(self) -> nn.Module:
+        """What takes ``x_t``, packed into tokens."""
+        layer: nn.Module = self.transformer.x_embedder
+        return layer
+
     def check_feature_layer(self, layer: int) -> None:
         """Raise a UsageError unless there is a layer of that number, counted from 1, the single
         blocks after the double ones."""

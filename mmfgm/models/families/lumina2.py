@@ -53,6 +53,12 @@ class Lumina2(DiffusersNetwork):
             )
         self.feature_dim = config.hidden_size
 
+    @property
+    def input_layer(self) -> nn.Module:
+        """What takes ``x_t``, packed into tokens."""
+        layer: nn.Module = self.transformer.x_embedder
+        return layer
+
     def dummy_conditions(self, batch_size: int) -> dict[str, Tensor]:
         """Conditions of the shapes that a cache of prompts yields, for estimates of memory."""
         channels = self.transformer.config.cap_feat_dim

@@ -90,6 +90,12 @@ class QwenImage(nn.Module):
         if checkpointing:
             self.transformer.enable_gradient_checkpointing()
 
+    @property
+    def input_layer(self) -> nn.Module:
+        """What takes ``x_t``, packed into tokens."""
+        layer: nn.Module = self.transformer.img_in
+        return layer
+
     def check_feature_layer(self, layer: int) -> None:
         """Raise a UsageError unless there is a layer of that number, counted from 1."""
         check_layer(self.transformer, BLOCKS, layer)

@@ -55,6 +55,12 @@ class Sana(DiffusersNetwork):
             raise UsageError(SPRINT)
         self.feature_dim = config.num_attention_heads * config.attention_head_dim
 
+    @property
+    def input_layer(self) -> nn.Module:
+        """What takes ``x_t``."""
+        layer: nn.Module = self.transformer.patch_embed.proj
+        return layer
+
     def dummy_conditions(self, batch_size: int) -> dict[str, Tensor]:
         """Conditions of the shapes that a cache of prompts yields, for estimates of memory."""
         channels = self.transformer.config.caption_channels

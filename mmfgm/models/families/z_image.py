@@ -86,6 +86,12 @@ class ZImage(nn.Module):
         if checkpointing:
             self.transformer.enable_gradient_checkpointing()
 
+    @property
+    def input_layer(self) -> nn.Module:
+        """What takes ``x_t``, packed into tokens."""
+        layer: nn.Module = next(iter(self.transformer.all_x_embedder.values()))
+        return layer
+
     def check_feature_layer(self, layer: int) -> None:
         """Raise a UsageError unless there is a layer of that number, counted from 1; the refiners
         before them do not count."""
