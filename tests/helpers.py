@@ -198,3 +198,7 @@ class RowNoiseFGM(FGM):
     def loss(self, phase, samples):
         with row_noise(samples['idx'], 1 + list(self.phases).index(phase)):
             return super().loss(phase, samples)
+
+    def joint_loss(self, samples):
+        with row_noise(samples['idx'], 1 + len(self.phases)):
+            return super().joint_loss(samples)

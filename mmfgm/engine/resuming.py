@@ -48,6 +48,7 @@ RULES = (
 DEFAULTS = {
     'train_cfg.accumulation': 1,
     'train_cfg.share_samples': False,
+    'train_cfg.share_velocity': False,
     'strategy.precision': 'fp32',
 }
 

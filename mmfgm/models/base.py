@@ -166,6 +166,22 @@ class FlowModel(BaseModel):
         """Losses (keys with ``loss``, summed for the gradient) and values to log, of one phase."""
         raise NotImplementedError(f'{type(self).__name__} does not define a loss')
 
+    def check_joint(self) -> None:
+        """Whether there is a :meth:`joint_loss`.
+
+        Raises:
+            UsageError: If phases have nothing to compute together.
+        """
+        raise UsageError(
+            f'expected a model whose phases can share a velocity, found {type(self).__name__}; set'
+            ' train_cfg.share_velocity=False'
+        )
+
+    def joint_loss(self, samples: dict[str, Any]) -> dict[str, dict[str, Tensor]]:
+        """:meth:`loss` of every phase from what they can compute together, in the order in which
+        their gradients are taken."""
+        raise NotImplementedError(f'{type(self).__name__} does not define a joint loss')
+
     def forward(self, inputs: dict[str, Any], mode: str) -> dict[str, Tensor]:
         """The loss of phase ``mode`` on prepared ``inputs``; MMEngine's entry point."""
         return self.loss(mode, inputs)

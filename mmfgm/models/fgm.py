@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from mmfgm.errors import UsageError
-from mmfgm.flow import ClassifierFreeGuidance, LinearPath
+from mmfgm.flow import ClassifierFreeGuidance, LinearPath, PathSample
 from mmfgm.registry import MODELS, TASK_UTILS
 
 from .base import FlowModel, Phase
@@ -228,7 +228,11 @@ class FGM(FlowModel):
 
     @property
     def _needs_real(self) -> bool:
-        return self.gan is not None or getattr(self.loss_online, 'needs_real', False)
+        return self.gan is not None or self._online_needs_real
+
+    @property
+    def _online_needs_real(self) -> bool:
+        return getattr(self.loss_online, 'needs_real', False)
 
     def loss(self, phase: str, samples: dict[str, Any]) -> dict[str, Tensor]:
         x_0, cond, step = samples['x_0'], samples['cond'], samples.get('step')
@@ -274,7 +278,7 @@ class FGM(FlowModel):
         loss says so."""
         x_0_sg = x_0.detach()
         path = LinearPath.sample(x_0_sg, self.fm_time_sampler(len(x_0), x_0.device))
-        if not getattr(self.loss_online, 'needs_real', False):
+        if not self._online_needs_real:
             v = self._velocity(self._told(step), self.online_guidance, path.x_t, path.t, cond)
             return self.loss_online(None, v, path)
         n = len(x_0)
@@ -316,13 +320,51 @@ class FGM(FlowModel):
         """``L_FGM(theta) = L_1 + L_2`` (Eq. 4.10 to 4.12), or the loss of another method, psi
         frozen by the loop; with a GAN, its term beside it."""
         losses: dict[str, Tensor] = {}
-        x_0_fgm = _measured(x_0, 'fgm', losses)
-        path = LinearPath.sample(x_0_fgm, self.fgm_time_sampler(len(x_0), x_0.device))
-        through = getattr(self.loss_fgm, 'through_networks', True)
-        with torch.set_grad_enabled(through and torch.is_grad_enabled()):
+        path = self._noised(x_0, losses)
+        with torch.set_grad_enabled(self._through and torch.is_grad_enabled()):
             u = self._velocity(self.teacher, self.guidance, path.x_t, path.t, cond)
             v = self._velocity(self._told(step), self.online_guidance, path.x_t, path.t, cond)
         losses.update(self.loss_fgm(u, v, path))
+        return self._with_gan(losses, x_0, cond)
+
+    def check_joint(self) -> None:
+        if self.fm_time_sampler != self.fgm_time_sampler or self._online_needs_real:
+            raise UsageError(
+                'train_cfg.share_velocity evaluates the online network once for both losses, so it'
+                ' expects one density of t and no loss on real samples, found'
+                f' {self.fm_time_sampler} and {self.fgm_time_sampler} with'
+                f' {type(self.loss_online).__name__}; make model.fm_time_sampler and'
+                ' fgm_time_sampler equal, or set share_velocity=False'
+            )
+
+    def joint_loss(self, samples: dict[str, Any]) -> dict[str, dict[str, Tensor]]:
+        """The losses of both phases from one forward of the online network, at the same ``x_t``.
+        Their gradients are to be taken with respect to what each phase trains, nothing else."""
+        x_0, cond, step = samples['x_0'], samples['cond'], samples.get('step')
+        losses: dict[str, Tensor] = {}
+        path = self._noised(x_0, losses)
+        v = self._velocity(self._told(step), self.online_guidance, path.x_t, path.t, cond)
+        with torch.set_grad_enabled(self._through):
+            u = self._velocity(self.teacher, self.guidance, path.x_t, path.t, cond)
+        losses.update(self.loss_fgm(u, v if self._through else v.detach(), path))
+        online = self.loss_online(None, v, path)
+        if self.gan is not None:
+            online.update(self.discriminator_loss(x_0, cond, samples['real']))
+        return dict(generator=self._with_gan(losses, x_0, cond), online=online)
+
+    @property
+    def _through(self) -> bool:
+        """Whether the generator's gradient passes through teacher and online network."""
+        return getattr(self.loss_fgm, 'through_networks', True)
+
+    def _noised(self, x_0: Tensor, values: dict[str, Tensor]) -> PathSample:
+        x_0_fgm = _measured(x_0, 'fgm', values)
+        return LinearPath.sample(x_0_fgm, self.fgm_time_sampler(len(x_0), x_0.device))
+
+    def _with_gan(
+        self, losses: dict[str, Tensor], x_0: Tensor, cond: Conditions
+    ) -> dict[str, Tensor]:
+        """The generator's losses with its term of the GAN, scaled."""
         if self.gan is not None and self.iteration >= self.gan.start:
             fake = self.gan.logits(
                 self.networks[self.gan.features],
