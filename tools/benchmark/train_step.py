@@ -3,20 +3,19 @@ r"""What an iteration of ours costs beside a hand-written loop that does the sam
 
 ``--baseline bare`` is the loop of somebody who knows all our savings, without hooks, log and
 checks: the ratio is what the engine costs. ``--baseline no_grad`` writes Algorithm 1 down without
-    them: the generator runs
-in every phase, frozen networks collect gradients in the generator phase, optimizers and averages go
-tensor by tensor. ``--baseline plain`` leaves the gradients of frozen networks on in the online
-phase too, where the frozen one is the generator.
+them: the generator runs in every phase, frozen networks collect gradients in the generator phase,
+optimizers and averages go tensor by tensor. ``--baseline plain`` leaves the gradients of frozen
+networks on in the online phase too, where the frozen one is the generator. ``--baseline realuid``
+is that with RealUID's K online updates (``train_cfg.online_updates``), all on fresh samples.
 
-Both loops run in one process on equal networks and the same noise, in alternating blocks, so that
-other load on the machine meets both alike. Before timing, their losses must agree. Prints the
-median time of an iteration of each, the ratio, and with ``--memory`` the peak memory of each in a
-process of its own.
+Both loops run in one process on equal networks, in alternating blocks, so that other load on the
+machine meets both alike. Before timing, their losses must agree. Prints the median time of an
+iteration of each, the ratio, what our phases take, and with ``--memory`` the peak memory of each in
+a process of its own.
 
     python tools/benchmark/train_step.py [CONFIG] [--iters 200] [--block 10]
-    python tools/benchmark/train_step.py configs/fgm/cifar10_uncond.py --baseline plain --batch-size
-    8 \
-        --iters 4 --block 1 --memory
+    python tools/benchmark/train_step.py configs/fgm/cifar10_uncond.py --baseline realuid \
+        --batch-size 4 --iters 8 --block 1 --cfg-options train_cfg.share_velocity=True
 """
 
 import argparse
@@ -27,6 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import defaultdict
 
 import torch
 from mmengine.config import DictAction
@@ -168,7 +168,24 @@ class PlainLoop(NoGradLoop):
     frozen_generator_gradient = True
 
 
-LOOPS = dict(bare=BareLoop, no_grad=NoGradLoop, plain=PlainLoop)
+class RealUIDLoop(PlainLoop):
+    """RealUID's own order, from its description: K online updates on fresh samples whose generator
+    graph is kept, then the generator's, with the gradients of frozen networks on."""
+
+    def __init__(self, cfg, teacher, batches, device):
+        super().__init__(cfg, teacher, batches, device)
+        self.updates = cfg.train_cfg.get('online_updates', 1)
+        self.shared = False
+
+    def step(self):
+        for _ in range(self.updates - 1):
+            z, cond = self.draw()
+            self.update('online', self.fm_loss(self.generator(z, **cond), cond))
+            self.generator.zero_grad()
+        return super().step()
+
+
+LOOPS = dict(bare=BareLoop, no_grad=NoGradLoop, plain=PlainLoop, realuid=RealUIDLoop)
 
 
 def now():
@@ -178,33 +195,44 @@ def now():
 
 
 class Alternate(Hook):
-    """One iteration of both from the same noise must give the same losses; then blocks of each are
-    timed in turn."""
+    """From equal samples and noise both must have the same losses; then blocks of each are timed in
+    turn, and what our phases and the forward passes of our networks take is noted."""
 
     priority = 'LOWEST'
 
     def __init__(self, other, block):
         self.other, self.block = other, block
         self.ours, self.theirs = [], []
-
-    def before_train_iter(self, runner, batch_idx, data_batch=None):
-        if batch_idx == 0:
-            torch.manual_seed(0)
+        self.parts = defaultdict(list)
 
     def before_train(self, runner):
+        model = runner.model
+        z, cond = self.other.draw()
+        with torch.no_grad():
+            # as copies of the teacher they would leave the generator nothing to follow
+            for p, q in zip(model.online.parameters(), self.other.online.parameters()):
+                p.add_(0.01 * torch.randn_like(p))
+                q.copy_(p)
+            x_0 = model.generator(z, **cond)
+            for phase, theirs in (
+                ('online', self.other.fm_loss),
+                ('generator', self.other.fgm_loss),
+            ):
+                torch.manual_seed(0)
+                losses = model.loss(phase, dict(x_0=x_0, cond=cond))
+                a = sum(value for name, value in losses.items() if name.startswith('loss'))
+                torch.manual_seed(0)
+                b = theirs(x_0, cond)
+                print(f'{phase} loss  ours {float(a):.6f}  theirs {float(b):.6f}')
+                torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
         self.start = now()
 
     def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
-        if batch_idx == 0:
-            values = runner.train_loop.record.values
-            ours = [values['online/loss_fm'], values['generator/loss_fgm']]
-            torch.manual_seed(0)
-            theirs = self.other.step()
-            for name, a, b in zip(('online', 'generator'), ours, theirs):
-                print(f'{name} loss  ours {float(a):.6f}  theirs {float(b):.6f}')
-                torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
-            self.start = now()
-        elif batch_idx % self.block == 0:
+        for phase, marks in runner.train_loop.record.marks.items():
+            clock = runner.train_loop.clock
+            if not clock.cuda or now():
+                self.parts[phase].append(sum(clock.seconds(*each) for each in marks))
+        if batch_idx % self.block == 0:
             middle = now()
             self.ours.append((middle - self.start) / self.block)
             for _ in range(self.block):
@@ -317,6 +345,9 @@ def main():
             f'{name:20} {1000 * seconds:9.2f} ms an iteration  {n / seconds:8.2f} images/s{memory}'
         )
     print(f'ratio                {ratio:9.3f}')
+    for phase, seconds in hook.parts.items():
+        median = statistics.median(seconds[1:])
+        print(f'{phase + " phase":20} {1000 * median:9.2f} ms of ours')
 
 
 if __name__ == '__main__':
