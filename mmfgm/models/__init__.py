@@ -12,7 +12,7 @@ __getattr__, __dir__, __all__ = attach(
         'fgm': ['FGM', 'build_generator', 'max_nfe'],
         'flow_matching': ['FlowMatching'],
         'generators': ['DataSpaceGenerator', 'FewStepGenerator', 'OneStepGenerator'],
-        'lora': ['has_adapters', 'merge_adapters', 'move_to'],
+        'lora': ['has_adapters', 'merge_adapters', 'recomputed', 'without_adapters'],
         'losses': [
             'DMDLoss',
             'DiffInstructLoss',
