@@ -32,6 +32,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from mmfgm.errors import UsageError
 from mmfgm.models import bf16_autocast, choose_precision
+from mmfgm.models.families import family_of
 from mmfgm.processes import init_processes
 from mmfgm.registry import STRATEGIES
 
@@ -237,8 +238,8 @@ class FSDP2Strategy(ProcessGroupStrategy):
     Checkpoints are directories with one shard per process; they resume on any number of processes.
 
     Args:
-        block_types (Sequence[str]): Class names of the layers that are gathered one at a time, for
-            example ``('AdaLNBlock',)`` or ``('JointTransformerBlock',)``.
+        block_types (Sequence[str], optional): Class names of the layers that are gathered one at a
+            time, for example ``('AdaLNBlock',)``. Defaults to those of the network's family.
         shard_size (int, optional): Processes that share one copy, usually those of a machine; each
             such group holds all of it, and between groups only gradients travel (HSDP). Defaults to
             all processes.
@@ -254,7 +255,9 @@ class FSDP2Strategy(ProcessGroupStrategy):
 
     sharded_checkpoints = True
 
-    def __init__(self, *, block_types: Sequence[str], shard_size: int | None = None, **kwargs):
+    def __init__(
+        self, *, block_types: Sequence[str] = (), shard_size: int | None = None, **kwargs
+    ):
         self.block_types = tuple(block_types)
         self.shard_size = shard_size
         super().__init__(**kwargs)
@@ -290,17 +293,19 @@ class FSDP2Strategy(ProcessGroupStrategy):
         root_policy = MixedPrecisionPolicy(
             compute, torch.float32, torch.float32, cast_forward_inputs=False
         )
-        blocks = {
-            name: [m for m in network.modules() if type(m).__name__ in self.block_types]
-            for name, network in model.networks.items()
-        }
         # the first network is of the velocity's architecture; heads beside it may be too small for
         # blocks
         name, network = next(iter(model.networks.items()))
+        family = family_of(network)
+        block_types = self.block_types or (family.block_types if family else ())
+        blocks = {
+            name: [m for m in network.modules() if type(m).__name__ in block_types]
+            for name, network in model.networks.items()
+        }
         if not blocks[name]:
             inside = sorted({type(m).__name__ for m in network.modules()})
             raise UsageError(
-                f'strategy.block_types={self.block_types} matches no layer of network {name!r}; it'
+                f'strategy.block_types={block_types} matches no layer of network {name!r}; it'
                 f' has layers of types {inside}'
             )
         for name, network in model.networks.items():

@@ -10,7 +10,7 @@ import torch
 from mmfgm.models import read_state_dict
 from tests.conftest import ROOT, train
 
-FSDP2 = ('strategy.type=FSDP2Strategy', 'strategy.block_types=JointTransformerBlock,')
+FSDP2 = ('strategy.type=FSDP2Strategy',)
 HALF = ('train_dataloader.batch_size=4',)
 OPTIONS = {
     accumulation: (
