@@ -255,9 +255,7 @@ class FSDP2Strategy(ProcessGroupStrategy):
 
     sharded_checkpoints = True
 
-    def __init__(
-        self, *, block_types: Sequence[str] = (), shard_size: int | None = None, **kwargs
-    ):
+    def __init__(self, *, block_types: Sequence[str] = (), shard_size: int | None = None, **kwargs):
         self.block_types = tuple(block_types)
         self.shard_size = shard_size
         super().__init__(**kwargs)
