@@ -1,6 +1,7 @@
 # Copyright (c) mmfgm authors.
 """Hooks and models that tests name in configs (``custom_imports``)."""
 
+import json
 import os
 import random
 import resource
@@ -16,6 +17,7 @@ from mmengine.hooks import Hook
 
 from mmfgm.evaluation import to_uint8
 from mmfgm.models import FGM
+from mmfgm.processes import local
 from mmfgm.registry import HOOKS, MODELS, TASK_UTILS
 
 
@@ -73,6 +75,23 @@ class PoisonHook(Hook):
         if runner.iter + 1 == self.at:
             with torch.no_grad():
                 next(getattr(runner.model, self.network).parameters()).view(-1)[0] = float('nan')
+
+
+@HOOKS.register_module()
+class RecordHook(Hook):
+    """Write down what each process measures: its losses, and the bytes it holds of the teacher."""
+
+    def before_train(self, runner):
+        self.losses = []
+
+    def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
+        values = runner.train_loop.record.values
+        self.losses.append({key: float(value) for key, value in values.items() if 'loss' in key})
+
+    def after_train(self, runner):
+        held = sum(local(p).nbytes for p in runner.model.teacher.parameters())
+        with open(f'{runner.work_dir}/rank_{get_rank()}.json', 'w') as f:
+            json.dump(dict(losses=self.losses, base_bytes=held), f)
 
 
 @HOOKS.register_module()

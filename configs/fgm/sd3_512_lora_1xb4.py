@@ -1,6 +1,6 @@
 # one GPU: teacher, online network, generator and its average are one frozen bf16 base with
-# adapters; several processes hold it once each. Rank and learning rate are not the paper's, which
-# trains all weights.
+# adapters; several processes hold it once each, or share it with strategy.type=FSDP2Strategy. Rank
+# and learning rate are not the paper's, which trains all weights.
 _base_ = 'sd3_1024.py'
 
 latent_size = 64

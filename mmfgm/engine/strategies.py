@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -30,8 +31,9 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from mmfgm.errors import UsageError
-from mmfgm.models import bf16_autocast, choose_precision, has_adapters, move_to
-from mmfgm.processes import init_processes, local
+from mmfgm.models import bf16_autocast, choose_precision
+from mmfgm.models.families import family_of
+from mmfgm.processes import init_processes
 from mmfgm.registry import STRATEGIES
 
 from .checkpoint import CheckpointMixin, check_shapes
@@ -104,7 +106,7 @@ class SingleDeviceStrategy(CheckpointMixin, _SingleDeviceStrategy):
         self._allow_tf32()
         self._take_fingerprints(model)
         device = get_device()
-        move_to(model, device)
+        model.to(device)
         if self.precision == 'bf16':
             model.autocast = bf16_autocast(torch.device(device).type)
         for name, network in model.networks.items():
@@ -156,19 +158,11 @@ class SingleDeviceStrategy(CheckpointMixin, _SingleDeviceStrategy):
 
     # state
     def model_state_dict(self) -> dict:
-        """The model's tensors under their plain names, without networks that come from elsewhere
-        and what shares their memory."""
+        """The model's tensors under their plain names, without networks that come from
+        elsewhere."""
         skip = tuple(f'{name}.' for name in self.model.pretrained)
         state = get_model_state_dict(self.model)
-        # an empty shard has no address
-        theirs = {
-            local(value).data_ptr() for key, value in state.items() if key.startswith(skip)
-        } - {0}
-        return {
-            key: value
-            for key, value in state.items()
-            if not key.startswith(skip) and local(value).data_ptr() not in theirs
-        }
+        return {key: value for key, value in state.items() if not key.startswith(skip)}
 
     def load_model_state_dict(self, state_dict: dict, **kwargs) -> None:
         check_shapes(
@@ -178,6 +172,20 @@ class SingleDeviceStrategy(CheckpointMixin, _SingleDeviceStrategy):
         set_model_state_dict(self.model, state_dict, options=StateDictOptions(strict=False))
 
 
+@torch.no_grad()
+def _begin_alike(model: nn.Module) -> None:
+    """Give all processes the weights of the first: what is initialised at random differs, as their
+    random states do."""
+    device = get_device()
+    for tensor in chain(model.parameters(), model.buffers()):
+        # not every backend takes tensors on the CPU
+        first = tensor.to(device, copy=True)
+        dist.broadcast(first, 0)
+        # what is mapped from a file that all have read is not copied into memory
+        if dist.get_rank() and not torch.equal(first.to(tensor.device), tensor):
+            tensor.copy_(first)
+
+
 class ProcessGroupStrategy(SingleDeviceStrategy):
     """What the strategies of several processes share."""
 
@@ -185,6 +193,10 @@ class ProcessGroupStrategy(SingleDeviceStrategy):
         self, launcher: str = 'pytorch', backend: str | None = None, **kwargs
     ) -> None:
         init_processes(launcher, backend, **kwargs)
+
+    def _wrap_model(self, model: Any) -> Any:
+        _begin_alike(model)
+        return super()._wrap_model(model)
 
 
 @STRATEGIES.register_module()
@@ -220,11 +232,14 @@ class FSDP2Strategy(ProcessGroupStrategy):
     """FSDP2 (``fully_shard``) of every network: parameters, gradients, optimizer state and
     averages.
 
+    Networks with adapters share one base, whose blocks are gathered for each call of any of them;
+    the adapters of a network are sharded apart from it, and gathered together.
+
     Checkpoints are directories with one shard per process; they resume on any number of processes.
 
     Args:
-        block_types (Sequence[str]): Class names of the layers that are gathered one at a time, for
-            example ``('AdaLNBlock',)`` or ``('JointTransformerBlock',)``.
+        block_types (Sequence[str], optional): Class names of the layers that are gathered one at a
+            time, for example ``('AdaLNBlock',)``. Defaults to those of the network's family.
         shard_size (int, optional): Processes that share one copy, usually those of a machine; each
             such group holds all of it, and between groups only gradients travel (HSDP). Defaults to
             all processes.
@@ -240,7 +255,7 @@ class FSDP2Strategy(ProcessGroupStrategy):
 
     sharded_checkpoints = True
 
-    def __init__(self, *, block_types: Sequence[str], shard_size: int | None = None, **kwargs):
+    def __init__(self, *, block_types: Sequence[str] = (), shard_size: int | None = None, **kwargs):
         self.block_types = tuple(block_types)
         self.shard_size = shard_size
         super().__init__(**kwargs)
@@ -265,6 +280,7 @@ class FSDP2Strategy(ProcessGroupStrategy):
 
     def _wrap_model(self, model: Any) -> Any:
         self._allow_tf32()
+        _begin_alike(model)
         self._take_fingerprints(model)
         device = get_device()
         mesh = self._mesh(device)
@@ -275,23 +291,19 @@ class FSDP2Strategy(ProcessGroupStrategy):
         root_policy = MixedPrecisionPolicy(
             compute, torch.float32, torch.float32, cast_forward_inputs=False
         )
-        blocks = {
-            name: [m for m in network.modules() if type(m).__name__ in self.block_types]
-            for name, network in model.networks.items()
-        }
-        if any(has_adapters(network) for network in model.networks.values()):
-            raise UsageError(
-                'FSDP2Strategy cannot shard weights that networks share (model.lora); leave'
-                ' strategy.type out: each GPU then holds the one base whole, and only adapters are'
-                ' trained'
-            )
         # the first network is of the velocity's architecture; heads beside it may be too small for
         # blocks
         name, network = next(iter(model.networks.items()))
+        family = family_of(network)
+        block_types = self.block_types or (family.block_types if family else ())
+        blocks = {
+            name: [m for m in network.modules() if type(m).__name__ in block_types]
+            for name, network in model.networks.items()
+        }
         if not blocks[name]:
             inside = sorted({type(m).__name__ for m in network.modules()})
             raise UsageError(
-                f'strategy.block_types={self.block_types} matches no layer of network {name!r}; it'
+                f'strategy.block_types={block_types} matches no layer of network {name!r}; it'
                 f' has layers of types {inside}'
             )
         for name, network in model.networks.items():

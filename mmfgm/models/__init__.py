@@ -17,7 +17,7 @@ __getattr__, __dir__, __all__ = attach(
             'OneStepGenerator',
             'StepBiases',
         ],
-        'lora': ['has_adapters', 'merge_adapters', 'move_to'],
+        'lora': ['has_adapters', 'merge_adapters', 'recomputed', 'without_adapters'],
         'losses': [
             'DMDLoss',
             'DiffInstructLoss',

@@ -1,4 +1,5 @@
 # Copyright (c) mmfgm authors.
+import copy
 from collections.abc import Collection
 from typing import Any
 
@@ -12,7 +13,6 @@ from mmfgm.registry import MODELS, TASK_UTILS
 
 from .base import FlowModel, Phase
 from .checksums import fingerprint
-from .lora import copy_network
 from .sampling import Conditions
 from .weights import load_network
 
@@ -80,7 +80,7 @@ class FlowMatching(FlowModel):
         if teacher and teacher['checkpoint'] is not None:
             self.teacher_weights = fingerprint(load_network(first, **teacher))
         for name in wanted:
-            made = first if name == wanted[0] else copy_network(first)
+            made = first if name == wanted[0] else copy.deepcopy(first)
             self.add_module(name, made if name == 'network' else made.requires_grad_(False))
         self.ema_decays = {name: decay for name, decay in ema.items() if name in wanted}
         self.loss_fm = MODELS.build(loss or dict(type='FlowMatchingLoss'))

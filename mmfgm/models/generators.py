@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 from mmfgm.flow import LinearPath, expand_t
 
+from .lora import without_adapters
+
 # of a generator; an export that names more was not made by us
 MOST_STEPS = 1000
 
@@ -366,7 +368,7 @@ class StepBiases(nn.Embedding):
     """
 
     def __init__(self, network: nn.Module, steps: int):
-        layer = getattr(network, 'input_layer', None)
+        layer = getattr(without_adapters(network), 'input_layer', None)
         if layer is None:
             raise ValueError(
                 'expected a network with an input_layer, which is told the step of each sample,'

@@ -2,12 +2,23 @@
 """A LoRA run on a tiny MM-DiT: adapters alone are trained, saved and resumed, on one process or
 two."""
 
+import json
+
 import pytest
 import torch
 
 from mmfgm.models import read_state_dict
 from tests.conftest import ROOT, train
 
+FSDP2 = ('strategy.type=FSDP2Strategy',)
+HALF = ('train_dataloader.batch_size=4',)
+OPTIONS = {
+    accumulation: (
+        f'train_cfg.accumulation={accumulation}',
+        f'train_cfg.share_samples={accumulation == 1}',
+    )
+    for accumulation in (1, 2)
+}
 TOLERANCE = dict(rtol=1e-4, atol=5e-6)
 
 
@@ -34,64 +45,88 @@ optim_wrapper = dict(
 evaluations = dict(shapes=dict(interval=0, dataset=dict(num_samples=13), batch_size=5,
                                metrics=dict(score=dict(prompts=dict(num_samples=13)))))
 default_hooks = dict(
-    logger=dict(interval=1), checkpoint=dict(interval=2), samples=dict(interval=1000)
-)
+    logger=dict(interval=1), checkpoint=dict(interval=2), samples=dict(interval=1000),
+    record=dict(type='RecordHook'))
 custom_imports = dict(imports=['tests.helpers'])
 """)
     return path
 
 
+@pytest.fixture(scope='module')
+def run(config, tmp_path_factory):
+    """Train, once for each set of options, and name the work dir."""
+    done = {}
+
+    def work_dir(*options, nproc=0):
+        if (options, nproc) not in done:
+            done[options, nproc] = tmp_path_factory.mktemp('run')
+            train(config, done[options, nproc], *options, nproc=nproc)
+        return done[options, nproc]
+
+    return work_dir
+
+
+def records(work_dir):
+    """What each process measured."""
+    return [json.loads(path.read_text()) for path in sorted(work_dir.glob('rank_*.json'))]
+
+
 @pytest.mark.slow
-def test_two_processes_equal_one_and_resume(config, tmp_path):
-    train(config, tmp_path / 'one')
-    train(config, tmp_path / 'two', 'train_dataloader.batch_size=4', nproc=2)
-    train(
-        config,
-        tmp_path / 'parts',
-        'default_hooks.kill.type=KillHook',
-        'default_hooks.kill.at=3',
-        'default_hooks.kill.when=before',
-        codes=None,
-    )
-    assert (tmp_path / 'parts' / 'last_checkpoint').read_text().endswith('iter_2.pth')
-    train(config, tmp_path / 'parts', resume=True)
-    one, two, parts, start = (
-        read_state_dict(str(tmp_path / name)) for name in ('one', 'two', 'parts', 'one/iter_2.pth')
-    )
+@pytest.mark.parametrize(
+    'accumulation, strategy',
+    [(2, ()), (1, FSDP2), (2, FSDP2)],
+    ids=['DDP accumulation 2', 'FSDP2', 'FSDP2 accumulation 2'],
+)
+def test_two_processes_equal_one(accumulation, strategy, run):
+    # samples are shared where the recipe may, so that the generator's phase is the first
+    options = OPTIONS[accumulation]
+    single = run(*options)
+    double = run(*options, *strategy, *HALF, nproc=2)
+    expected, found, start = map(read_state_dict, map(str, (single, double, single / 'iter_2.pth')))
     # nothing of the shared base is saved
-    assert {key.split('.')[0] for key in one} == {
+    assert {key.split('.')[0] for key in expected} == {
         'online',
         'discriminator',
         'generator',
         'generator_ema',
     }
-    assert all('lora_' in key or key.startswith('discriminator.') for key in one)
+    assert all('lora_' in key or key.startswith('discriminator.') for key in expected)
     moved = max(
         (value - start[key]).abs().max()
-        for key, value in one.items()
+        for key, value in expected.items()
         if key.startswith('generator.')
     )
     assert moved > 20 * TOLERANCE['atol'], (
         'the adapters hardly moved, so the comparison shows nothing'
     )
-    for key, value in one.items():
-        assert torch.equal(value, parts[key]), key
+    assert expected.keys() == found.keys()
+    for key, value in expected.items():
         torch.testing.assert_close(
-            two[key], value, **TOLERANCE, msg=lambda m, key=key: f'{key}: {m}'
+            found[key], value, **TOLERANCE, msg=lambda m, key=key: f'{key}: {m}'
         )
+    (whole,), halves = records(single), records(double)
+    assert len(halves) == 2
+    for i, values in enumerate(whole['losses']):
+        assert {'online/loss_fm', 'generator/loss_fgm', 'generator/loss_g'} <= set(values)
+        for name, value in values.items():
+            mean = sum(half['losses'][i][name] for half in halves) / 2
+            assert mean == pytest.approx(value, rel=1e-4, abs=1e-6), (i, name)
+    # DDP holds the base whole, FSDP2 its shards; blocks are divided evenly, small rests may not be
+    share = max(half['base_bytes'] for half in halves) / whole['base_bytes']
+    assert share == 1 if not strategy else 0.5 <= share < 0.51
 
 
 @pytest.mark.slow
-def test_shards_are_refused(config, tmp_path):
-    result = train(
-        config,
-        tmp_path,
-        'strategy.type=FSDP2Strategy',
-        'strategy.block_types=JointTransformerBlock,',
-        nproc=1,
-        codes=None,
-    )
-    assert (
-        result.returncode != 0
-        and 'cannot shard weights that networks share (model.lora)' in result.stderr
-    )
+@pytest.mark.parametrize('nproc', [0, 2], ids=['one process', 'FSDP2 on two'])
+def test_resume_is_exact(nproc, run, config, tmp_path):
+    options = (*OPTIONS[2], *FSDP2, *HALF) if nproc else OPTIONS[2]
+    whole = run(*options, nproc=nproc)
+    kill = {'type': 'KillHook', 'at': 3, 'when': 'before'}
+    killed = [f'default_hooks.kill.{key}={value}' for key, value in kill.items()]
+    train(config, tmp_path, *options, *killed, nproc=nproc, codes=None)
+    assert (tmp_path / 'last_checkpoint').read_text().endswith('iter_2.pth')
+    train(config, tmp_path, *options, nproc=nproc, resume=True)
+    expected, found = read_state_dict(str(whole)), read_state_dict(str(tmp_path))
+    assert expected.keys() == found.keys()
+    for key, value in expected.items():
+        assert torch.equal(found[key], value), key

@@ -14,6 +14,16 @@ from tests.test_engine.test_parallel import FSDP2, OPTIONS, TOLERANCE
 from tests.test_engine.test_resume import assert_same, final
 
 DENSITY = dict(type='LogitNormal', low=0.02)
+RECOMPUTED = dict(
+    type='SiT',
+    latent_size=8,
+    in_channels=1,
+    width=16,
+    depth=2,
+    num_heads=2,
+    num_classes=10,
+    checkpointing=True,
+)
 SHARED = 'train_cfg.share_velocity=True'
 SAME_DENSITY = (
     'model.fm_time_sampler.mean=0.5',
@@ -23,10 +33,10 @@ SAME_DENSITY = (
 )
 
 
-def made(**options):
+def made(network=NETWORK, **options):
     torch.manual_seed(0)
     model = FGM(
-        network=NETWORK,
+        network=network,
         teacher=dict(checkpoint=None),
         fm_time_sampler=DENSITY,
         fgm_time_sampler=DENSITY,
@@ -51,13 +61,14 @@ def gradients(model):
         dict(loss=dict(type='DMDLoss')),
         dict(loss=dict(type='DiffInstructLoss')),
         dict(generator=dict(type='FewStepGenerator', times=3)),
+        dict(network=RECOMPUTED),
         dict(
             online_guidance=dict(
                 type='ClassifierFreeGuidance', scale=2.0, null=dict(type='NullLabel', label=9)
             )
         ),
     ],
-    ids=['FGM', 'DMD', 'Diff-Instruct', 'few steps', 'long and short guidance'],
+    ids=['FGM', 'DMD', 'Diff-Instruct', 'few steps', 'recomputation', 'long and short guidance'],
 )
 def test_gradients_are_those_of_separate_evaluations(options):
     """On the same samples, noise and times, in float64."""

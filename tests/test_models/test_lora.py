@@ -3,13 +3,14 @@
 network."""
 
 import copy
+from contextlib import nullcontext
 
 import pytest
 import torch
 
 from mmfgm.errors import UsageError
 from mmfgm.models import FGM, SD3
-from mmfgm.models.lora import LoRA, copy_network, has_adapters, merge_adapters, move_to
+from mmfgm.models.lora import LoRA, copy_network, has_adapters, merge_adapters
 
 ATTENTION = ('attn.to_q', 'attn.to_k', 'attn.to_v', 'attn.to_out.0', 'ff.net.0.proj')
 NETWORK = dict(
@@ -51,9 +52,9 @@ def inputs(n=3):
     )
 
 
-def perturb(network):
+def perturb(network, seed=0):
     """Adapters away from their start, where B is 0."""
-    g = torch.Generator().manual_seed(2)
+    g = torch.Generator().manual_seed(2 + seed)
     for p in network.parameters():
         if p.requires_grad:
             p.data = torch.randn(p.shape, generator=g, dtype=torch.float64) / 4
@@ -101,19 +102,74 @@ def test_gradient_is_that_of_the_full_weights():
     assert checked == 2 * len(ATTENTION)
 
 
-def test_moving_keeps_the_base_shared():
+@pytest.mark.parametrize('checkpointing', [False, True])
+def test_networks_over_one_base_are_those_with_weights_of_their_own(checkpointing):
+    """Outputs, and gradients where calls of several networks, the teacher's among them, meet in one
+    backward pass: of each by its own adapters, and of what it is called on."""
+    base = make_network()
+    if checkpointing:
+        base.transformer.enable_gradient_checkpointing()
+    lora = LoRA(rank=2, alpha=6, target_modules=ATTENTION)
+    roles = {name: lora.adapted(base) for name in ('online', 'generator')}
+    for seed, role in enumerate(roles.values()):
+        perturb(role, seed)
+    copies = {name: copy.deepcopy(merge_adapters(role)) for name, role in roles.items()}
+    for each in copies.values():
+        each.requires_grad_(True)
+    assert not torch.equal(*(role(**inputs()) for role in roles.values()))
+    found = []
+    for networks in (dict(roles, teacher=base), dict(copies, teacher=make_network())):
+        batch = inputs()
+        x = batch.pop('x_t').requires_grad_(True)
+        x_0 = networks['generator'](x, **batch)
+        u, v = (networks[name](x_0, **batch) for name in ('teacher', 'online'))
+        ((u - v) * (v + x_0)).pow(2).sum().backward()
+        found.append((u, v, x_0, x.grad))
+    for ours, theirs in zip(*found):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+    for name, role in roles.items():
+        full = dict(copies[name].named_parameters())
+        for layer, adapter in role.adapters.items():
+            a, b = (matrix['default'].weight for matrix in (adapter.lora_A, adapter.lora_B))
+            g = full[f'{layer}.weight'].grad
+            scale = g.abs().max().item()
+            torch.testing.assert_close(b.grad, 3 * g @ a.T, rtol=1e-8, atol=1e-10 * scale)
+            torch.testing.assert_close(a.grad, 3 * b.T @ g, rtol=1e-8, atol=1e-10 * scale)
+    assert all(p.grad is None for p in base.parameters())
+
+
+def test_recomputation_runs_under_the_adapters_of_its_call():
+    """Gradients through one network alone stay out of the other, whichever was called last, and
+    whichever calls while the backward pass runs."""
+    base = make_network()
+    base.transformer.enable_gradient_checkpointing()
+    lora = LoRA(rank=2, alpha=6, target_modules=ATTENTION)
+    roles = {name: lora.adapted(base) for name in ('online', 'generator')}
+    for seed, role in enumerate(roles.values()):
+        perturb(role, seed)
+    for name, other in (('online', 'generator'), ('generator', 'online')):
+        alone = []
+        for called in ((name,), (name, other), (other, name)):
+            outputs = {role: roles[role](**inputs()) for role in called}
+            with roles[other].active() if len(called) > 1 else nullcontext():
+                outputs[name].pow(2).sum().backward()
+            assert all(p.grad is None for p in roles[other].parameters())
+            alone.append([p.grad for p in roles[name].parameters()])
+            roles[name].zero_grad()
+        assert all(g.abs().max() > 0 for g in alone[0])
+        for grads in alone[1:]:
+            assert all(map(torch.equal, alone[0], grads))
+
+
+def test_moves_reach_the_base():
     """A move to a GPU, for which a change of type stands here."""
-    model = torch.nn.ModuleDict(dict(base=make_network()))
-    model['adapted'] = LoRA(rank=2, alpha=4, target_modules=ATTENTION).adapted(model['base'])
-    before = model['base'].transformer.pos_embed.pos_embed
-    move_to(model, torch.float32)
-    state = model.state_dict()
-    assert before.dtype == torch.float64 and all(
-        value.dtype == torch.float32 for value in state.values()
-    )
-    theirs = {value.data_ptr() for key, value in state.items() if key.startswith('base.')}
-    own = {key for key, value in state.items() if value.data_ptr() not in theirs}
-    assert own and all('.lora_' in key for key in own)
+    base = make_network()
+    adapted = LoRA(rank=2, alpha=4, target_modules=ATTENTION).adapted(base)
+    assert next(base.parameters()).dtype == torch.float64
+    adapted.float()
+    tensors = [*base.parameters(), *base.buffers(), *adapted.parameters()]
+    assert all(value.dtype == torch.float32 for value in tensors)
+    assert adapted.base is base and all('.lora_' in key for key in adapted.state_dict())
 
 
 def test_merging_leaves_the_base_alone():

@@ -8,12 +8,14 @@ import torch
 from torch import nn
 
 from mmfgm.flow import ClassifierFreeGuidance, NullLabel
-from mmfgm.models import StepBiases
+from mmfgm.models import FGM, StepBiases
 from mmfgm.models.families import find
 from tests.family_checks import PROMPTS, TINY
 from tests.gaussians import GaussianVelocity, implicit_velocity
 from tests.test_models.test_data_space import mlp, sit, unet
 from tests.test_models.test_few_step import FEW, batch, model
+from tests.test_models.test_lora import ATTENTION
+from tests.test_models.test_lora import NETWORK as LORA_NETWORK
 
 A, MEANS = 0.5, torch.tensor([-1.0, 2.0], dtype=torch.float64)
 
@@ -122,6 +124,32 @@ def test_guidance_and_real_data_are_told_too():
     losses = few.loss('online', samples)
     sum(value for name, value in losses.items() if 'loss' in name).backward()
     assert (few.online.step_biases.weight.grad.abs().sum(1) > 0).all()
+
+
+def test_adapters_over_a_shared_base_are_told():
+    """The bias is the online network's own, not the base's."""
+    torch.manual_seed(0)
+    made = FGM(
+        network=LORA_NETWORK,
+        teacher=dict(checkpoint=None),
+        fm_time_sampler=dict(type='Uniform'),
+        fgm_time_sampler=dict(type='Uniform'),
+        generator=FEW,
+        lora=dict(rank=2, alpha=2, target_modules=ATTENTION),
+    )
+    nn.init.normal_(made.online.step_biases.weight)
+    cond = dict(prompt_embeds=torch.randn(4, 5, 16), pooled_embeds=torch.randn(4, 8))
+    samples = made.prepare(dict(idx=torch.arange(4), cond=cond), False)
+    losses = made.loss('online', samples)
+    sum(value for name, value in losses.items() if 'loss' in name).backward()
+    assert made.online.step_biases.weight.grad.abs().sum() > 0
+    x_t, t, step = samples['x_0'], torch.rand(4), samples['step']
+    with torch.no_grad():
+        plain = made.teacher(x_t, t, **cond)
+        # adapters start at 0
+        torch.testing.assert_close(made.online(x_t, t, **cond), plain)
+        assert (made.online(x_t, t, step=step, **cond) - plain).abs().max() > 1e-3
+        torch.testing.assert_close(made.teacher(x_t, t, **cond), plain)
 
 
 def test_where_there_is_nothing_to_tell():

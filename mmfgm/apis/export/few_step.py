@@ -5,7 +5,7 @@ from typing import Any
 
 from mmfgm.errors import UsageError
 from mmfgm.files import read_json
-from mmfgm.models import FewStepGenerator
+from mmfgm.models import FewStepGenerator, without_adapters
 
 from ..artifacts import PIPELINE_FILE
 from ..card import hash_weights
@@ -44,7 +44,7 @@ class FewStepPipelineExporter(BaseExporter):
         from diffusers import FlowMatchLCMScheduler
 
         family = self.family
-        network = generator.network
+        network = without_adapters(generator.network)
         family.check_architecture(network, self.local, self.base)
         module = getattr(merged(generator).network, family.attribute).to(self.torch_dtype)
         family.save(module, network, folder, self.max_shard_size)

@@ -6,6 +6,7 @@ from mmengine.config import Config
 from safetensors.torch import save_file
 from torch import nn
 
+from mmfgm.models import without_adapters
 from mmfgm.models.families import Family
 
 from ..artifacts import WEIGHTS_FILE
@@ -63,7 +64,7 @@ class GeneratorExporter(Exporter):
         if encoder:
             name = 'prompt'
             inputs = "'A PROMPT'"
-        elif getattr(generator.network, 'num_classes', None):
+        elif getattr(without_adapters(generator.network), 'num_classes', None):
             name = 'labels'
             inputs = '[0, 1, 2, 3]'
         return f"""

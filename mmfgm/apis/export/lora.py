@@ -4,7 +4,7 @@ from typing import Any
 from mmengine.config import Config
 
 from mmfgm.errors import UsageError
-from mmfgm.models import OneStepGenerator
+from mmfgm.models import OneStepGenerator, without_adapters
 from mmfgm.models.families import DiffusersFamily
 
 from ..card import hash_weights
@@ -46,16 +46,14 @@ class LoRAExporter(BaseExporter):
         self, generator: OneStepGenerator, folder: str, source: dict[str, Any]
     ) -> dict[str, Any]:
         family = self.family
-        network = generator.network
-        layers = dict(network.named_modules())
+        network = without_adapters(generator.network)
         tensors = {}
-        for name, p in network.named_parameters():
-            if '.lora_' in name:
-                layer, matrix, adapter, _ = name.rsplit('.', 3)
-                # readers take alpha for the rank, so its ratio goes into one of the matrices
-                scale = layers[layer].scaling[adapter] if matrix == 'lora_B' else 1.0
-                key = f'{layer.removeprefix(f"{family.attribute}.")}.{matrix}.weight'
-                tensors[key] = (p.detach() * scale).to(self.torch_dtype)
+        for name, adapter in generator.network.adapters.items():
+            layer = name.removeprefix(f'{family.attribute}.')
+            # readers take alpha for the rank, so its ratio goes into one of the matrices
+            for matrix, scale in (('lora_A', 1.0), ('lora_B', adapter.scaling)):
+                weight = getattr(adapter, matrix)['default'].weight.detach()
+                tensors[f'{layer}.{matrix}.weight'] = (weight * scale).to(self.torch_dtype)
         family.save_adapters(tensors, folder, LORA_FILE)
         weights = hash_weights(folder)
         usage = family.usage(self.public_base, network, f'pipe.load_lora_weights({HERE!r})')

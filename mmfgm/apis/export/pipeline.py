@@ -2,7 +2,7 @@
 import os.path as osp
 from typing import Any
 
-from mmfgm.models import OneStepGenerator
+from mmfgm.models import OneStepGenerator, without_adapters
 
 from ..card import hash_weights
 from .exporter import HERE, BaseExporter, merged
@@ -29,7 +29,7 @@ class PipelineExporter(BaseExporter):
         self, generator: OneStepGenerator, folder: str, source: dict[str, Any]
     ) -> dict[str, Any]:
         family = self.family
-        network = generator.network
+        network = without_adapters(generator.network)
         family.check_architecture(network, self.local, self.base)
         # before merging, which computes in float32
         trained_in = family.weights_dtype(network)

@@ -62,7 +62,9 @@ class Plan:
             )
         # the GPUs that memory is estimated for compute in bf16
         precision = 'bf16' if precision == 'auto' else precision
-        return cls(name, precision, gpus, tuple(strategy.get('block_types', ())))
+        family = family_of(cfg.model.network.get('type'))
+        blocks = strategy.get('block_types') or (family.block_types if family else ())
+        return cls(name, precision, gpus, tuple(blocks))
 
     @property
     def sharded(self) -> bool:

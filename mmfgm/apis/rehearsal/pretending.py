@@ -125,7 +125,6 @@ def without_values() -> Iterator[None]:
         for name, new in {
             'strategies.init_device_mesh': outside,
             'strategies.get_device': lambda: 'cpu',
-            'strategies.move_to': lambda model, device: model,
             'strategies.DistributedDataParallel': Replicated,
             f'{single}._choose_precision': bf16,
             f'{single}._take_fingerprints': lambda strategy, model: None,

@@ -32,12 +32,10 @@ class NetworkEMAHook(Hook):
             if self.ramp_up:
                 decay = min(decay, (1 + runner.iter) / (10 + runner.iter))
             ema = getattr(model, name)
-            # a frozen base is shared and has nothing to average
-            pairs = [
-                (local(p), local(q))
-                for p, q in zip(ema.parameters(), source.parameters())
-                if p is not q
-            ]
-            torch._foreach_lerp_([p for p, _ in pairs], [q for _, q in pairs], 1 - decay)
+            torch._foreach_lerp_(
+                [local(p) for p in ema.parameters()],
+                [local(q) for q in source.parameters()],
+                1 - decay,
+            )
             for average, current in zip(ema.buffers(), buffers):
                 average.copy_(current)

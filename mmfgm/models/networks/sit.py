@@ -8,10 +8,11 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from mmfgm.errors import UsageError
 from mmfgm.registry import MODELS
+
+from ..lora import recomputed
 
 NUM_FREQUENCIES = 128
 MAX_PERIOD = 10000
@@ -284,7 +285,7 @@ class SiT(nn.Module):
 
     def _run(self, block: nn.Module, h: Tensor, emb: Tensor) -> Tensor:
         if self.checkpointing and torch.is_grad_enabled():
-            return checkpoint(block, h, emb, use_reentrant=False)
+            return recomputed(block, h, emb)
         return block(h, emb)
 
     def _features(self, h: Tensor, emb: Tensor, layers: Sequence[int], x_t: Tensor) -> list[Tensor]:
