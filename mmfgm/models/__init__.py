@@ -17,7 +17,7 @@ __getattr__, __dir__, __all__ = attach(
             'OneStepGenerator',
             'StepBiases',
         ],
-        'lora': ['has_adapters', 'merge_adapters', 'recomputed', 'without_adapters'],
+        'lora': ['has_adapters', 'merge_adapters', 'without_adapters'],
         'losses': [
             'DMDLoss',
             'DiffInstructLoss',
@@ -32,6 +32,7 @@ __getattr__, __dir__, __all__ = attach(
             'generator_gan_loss',
         ],
         'networks': ['ADMUNet', 'AdaLNMLP', 'EDMUNet', 'EDMVelocity', 'SiT', 'UNetVelocity'],
+        'recomputation': ['choose_recomputed', 'recomputed'],
         'preprocessor': ['ImagePreprocessor', 'from_uint8'],
         'sampling': ['Sampler', 'Sampling', 'bf16_autocast', 'choose_precision'],
         'checksums': ['CHECKSUMS', 'checksums_of', 'fingerprint'],

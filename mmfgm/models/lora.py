@@ -8,8 +8,8 @@ teacher.
 """
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from itertools import chain
@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from mmfgm.errors import UsageError
 
@@ -142,22 +141,9 @@ class AdaptedNetwork(nn.Module):
         return merged
 
 
-def recomputed(block: Callable, *args: Any) -> Any:
-    """``block(*args)``, whose activations are not kept: the backward pass computes it again, under
-    the adapters that are on now.
-
-    For networks that recompute and may be adapted; those of diffusers are told of it by
-    :meth:`LoRA.adapted`.
-    """
-    network = _active.get()
-    # a compiled graph recomputes itself, and knows nothing of contexts
-    if network is None or torch.compiler.is_compiling():
-        return checkpoint(block, *args, use_reentrant=False)
-
-    def contexts() -> tuple[AbstractContextManager, AbstractContextManager]:
-        return nullcontext(), network.active()
-
-    return checkpoint(block, *args, use_reentrant=False, context_fn=contexts)
+def active_adapters() -> AdaptedNetwork | None:
+    """Whose adapters are on."""
+    return _active.get()
 
 
 def has_adapters(network: nn.Module) -> bool:
@@ -243,6 +229,9 @@ class LoRA:
             if isinstance(layer, peft.tuners.lora.LoraLayer):
                 adapters[name] = self._taken(layer, name)
         network.requires_grad_(False).eval()
+        # which asks whose adapters are on
+        from .recomputation import recomputed
+
         for module in network.modules():
             # diffusers' own function would compute blocks again without adapters
             if getattr(module, 'gradient_checkpointing', False):

@@ -9,6 +9,17 @@ from torch import Tensor, nn
 
 from mmfgm.errors import UsageError
 
+from ..recomputation import choose_recomputed, recomputed
+
+
+def recompute(transformer: Any, checkpointing: bool | float | str) -> None:
+    """Have a stock transformer compute its blocks, or some, again in the backward pass; see
+    :func:`~mmfgm.models.recomputation.choose_recomputed`."""
+    if checkpointing:
+        lists = [part for part in transformer.children() if isinstance(part, nn.ModuleList)]
+        choose_recomputed([block for blocks in lists for block in blocks], checkpointing)
+        transformer.enable_gradient_checkpointing(recomputed)
+
 
 def check_layer(transformer: nn.Module, attributes: Sequence[str], layer: int) -> None:
     """Raise a UsageError unless there is a block of that number, counted from 1, in the

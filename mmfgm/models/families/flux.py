@@ -17,7 +17,7 @@ from mmfgm.flow import flux_times
 from mmfgm.registry import MODELS, TASK_UTILS
 
 from .base import above, register_family
-from .blocks import check_layer, features
+from .blocks import check_layer, features, recompute
 from .folding import fold_layers
 from .hub import diffusers_module, load_or_explain
 from .networks import stock_transformer
@@ -83,8 +83,8 @@ class FluxNetwork(nn.Module):
         variant (str, optional): Variant of the weight files, for example ``'fp16'``.
         dtype (str): Type the weights are kept in. Defaults to ``'float32'``: optimizers need it. In
             bfloat16 the transformer rounds ``t`` too, to 1 / 256 near 1, as in its pipeline.
-        checkpointing (bool): Recompute each transformer block in the backward pass. Defaults to
-            False.
+        checkpointing (bool | float | str): Recompute all transformer blocks in the backward pass, a
+            share of them, or ``'attention'``: all but attention. Defaults to False.
 
     Raises:
         UsageError: If weights cannot be loaded, guidance is asked of a network without that input,
@@ -104,7 +104,7 @@ class FluxNetwork(nn.Module):
         revision: str | None = None,
         variant: str | None = None,
         dtype: str = 'float32',
-        checkpointing: bool = False,
+        checkpointing: bool | float | str = False,
     ):
         super().__init__()
         self.transformer = stock_transformer(
@@ -135,8 +135,7 @@ class FluxNetwork(nn.Module):
             self.guidance = self.default_guidance
         self.event_shape = self._event_shape(*both_sides(latent_size))
         self.feature_dim = self.transformer.inner_dim
-        if checkpointing:
-            self.transformer.enable_gradient_checkpointing()
+        recompute(self.transformer, checkpointing)
 
     def _event_shape(self, height: int, width: int) -> tuple[int, int, int]:
         raise NotImplementedError

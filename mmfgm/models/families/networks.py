@@ -8,7 +8,7 @@ from torch import nn
 
 from mmfgm.errors import UsageError
 
-from .blocks import check_layer
+from .blocks import check_layer, recompute
 from .hub import diffusers_module, load_pretrained
 
 
@@ -60,8 +60,8 @@ class DiffusersNetwork(nn.Module):
         revision (str, optional): Git revision on the hub.
         variant (str, optional): Variant of the weight files, for example ``'fp16'``.
         dtype (str): Type the weights are kept in. Defaults to ``'float32'``: optimizers need it.
-        checkpointing (bool): Recompute each transformer block in the backward pass. Defaults to
-            False.
+        checkpointing (bool | float | str): Recompute all transformer blocks in the backward pass, a
+            share of them, or ``'attention'``: all but attention. Defaults to False.
 
     Attributes:
         network_class (str): The transformer's name in diffusers.
@@ -83,7 +83,7 @@ class DiffusersNetwork(nn.Module):
         revision: str | None = None,
         variant: str | None = None,
         dtype: str = 'float32',
-        checkpointing: bool = False,
+        checkpointing: bool | float | str = False,
     ):
         super().__init__()
         self.transformer = stock_transformer(
@@ -104,8 +104,7 @@ class DiffusersNetwork(nn.Module):
                 f' {latent_size}; choose another size of images'
             )
         self.event_shape = (self.transformer.config.in_channels, latent_size, latent_size)
-        if checkpointing:
-            self.transformer.enable_gradient_checkpointing()
+        recompute(self.transformer, checkpointing)
 
     @property
     def dtype(self) -> torch.dtype:

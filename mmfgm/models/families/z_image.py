@@ -12,7 +12,7 @@ from mmfgm.flow import flux_times
 from mmfgm.registry import MODELS, TASK_UTILS
 
 from .base import register_family
-from .blocks import check_layer, features
+from .blocks import check_layer, features, recompute
 from .folding import fold_layers
 from .networks import stock_transformer
 from .pipelines import DiffusersFamily, PipelineStep
@@ -46,8 +46,8 @@ class ZImage(nn.Module):
         revision (str, optional): Git revision on the hub.
         variant (str, optional): Variant of the weight files, for example ``'fp16'``.
         dtype (str): Type the weights are kept in. Defaults to ``'float32'``: optimizers need it.
-        checkpointing (bool): Recompute each transformer block in the backward pass. Defaults to
-            False.
+        checkpointing (bool | float | str): Recompute all transformer blocks in the backward pass, a
+            share of them, or ``'attention'``: all but attention. Defaults to False.
 
     Raises:
         UsageError: If weights cannot be loaded, or the latents do not fit the network.
@@ -62,7 +62,7 @@ class ZImage(nn.Module):
         revision: str | None = None,
         variant: str | None = None,
         dtype: str = 'float32',
-        checkpointing: bool = False,
+        checkpointing: bool | float | str = False,
     ):
         super().__init__()
         self.transformer = stock_transformer(
@@ -83,8 +83,7 @@ class ZImage(nn.Module):
             )
         self.event_shape = (self.transformer.config.in_channels, latent_size, latent_size)
         self.feature_dim = self.transformer.config.dim
-        if checkpointing:
-            self.transformer.enable_gradient_checkpointing()
+        recompute(self.transformer, checkpointing)
 
     @property
     def input_layer(self) -> nn.Module:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from mmfgm.errors import UsageError
 from mmfgm.registry import MODELS
 
-from ..lora import recomputed
+from ..recomputation import choose_recomputed, recomputed
 
 NUM_FREQUENCIES = 128
 MAX_PERIOD = 10000
@@ -165,7 +165,8 @@ class SiT(nn.Module):
         learn_sigma (bool): Whether the last layer has twice the channels, of which the second half
             comes from DiT and is not used, as in the published network of 256 pixels. Defaults to
             True.
-        checkpointing (bool): Recompute each block in the backward pass. Defaults to False.
+        checkpointing (bool | float | str): Recompute all blocks in the backward pass, a share of
+            them, or ``'attention'``: all but attention. Defaults to False.
 
     Attributes:
         feature_dim (int): Channels of the features of a layer, which a GAN takes.
@@ -184,7 +185,7 @@ class SiT(nn.Module):
         num_heads: int = 16,
         num_classes: int = 1000,
         learn_sigma: bool = True,
-        checkpointing: bool = False,
+        checkpointing: bool | float | str = False,
     ):
         super().__init__()
         if patch_size < 1 or latent_size % patch_size:
@@ -210,6 +211,7 @@ class SiT(nn.Module):
         self.t_embedder = SiTTimeEmbedding(width)
         self.y_embedder = LabelEmbedding(num_classes, width)
         self.blocks = nn.ModuleList(SiTBlock(width, num_heads) for _ in range(depth))
+        choose_recomputed(self.blocks, checkpointing)
         self.final_layer = FinalLayer(width, patch_size**2 * out_channels)
         self._initialise()
 

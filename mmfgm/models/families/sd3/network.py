@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from mmfgm.errors import UsageError
 from mmfgm.registry import MODELS
 
-from ..blocks import check_layer
+from ..blocks import check_layer, recompute
 from ..networks import stock_transformer
 
 
@@ -29,8 +29,8 @@ class SD3(nn.Module):
         revision (str, optional): Git revision on the hub.
         variant (str, optional): Variant of the weight files, for example ``'fp16'``.
         dtype (str): Type the weights are kept in. Defaults to ``'float32'``: optimizers need it.
-        checkpointing (bool): Recompute each transformer block in the backward pass. Defaults to
-            False.
+        checkpointing (bool | float | str): Recompute all transformer blocks in the backward pass, a
+            share of them, or ``'attention'``: all but attention. Defaults to False.
 
     Raises:
         UsageError: If weights cannot be loaded, or the latents do not fit the network.
@@ -45,7 +45,7 @@ class SD3(nn.Module):
         revision: str | None = None,
         variant: str | None = None,
         dtype: str = 'float32',
-        checkpointing: bool = False,
+        checkpointing: bool | float | str = False,
     ):
         super().__init__()
         self.transformer = stock_transformer(
@@ -60,8 +60,7 @@ class SD3(nn.Module):
             )
         self.event_shape = (self.transformer.config.in_channels, latent_size, latent_size)
         self.feature_dim = self.transformer.inner_dim
-        if checkpointing:
-            self.transformer.enable_gradient_checkpointing()
+        recompute(self.transformer, checkpointing)
 
     def check_feature_layer(self, layer: int) -> None:
         """Raise a UsageError unless there is a layer of that number, counted from 1."""
