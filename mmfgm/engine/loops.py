@@ -82,7 +82,7 @@ class AlternatingTrainLoop(IterBasedTrainLoop):
         share_velocity (bool): Also evaluate the online network once for the first update of both
             phases, at the same noise and times: 9 passes of a network instead of 10 with
             ``share_samples`` and 11 without. The gradients are those of separate evaluations;
-            accumulation keeps the graph of one micro-batch. Defaults to False.
+            accumulation keeps the graph of one micro-batch. Not with FSDP2. Defaults to False.
         **updates (int): ``PHASE_updates`` is how often a phase of the model runs in a cycle, for
             example ``online_updates=5``. Defaults to 1 each.
 
@@ -164,6 +164,13 @@ class AlternatingTrainLoop(IterBasedTrainLoop):
                 )
         if self.share_velocity:
             self.runner.model.check_joint()
+            if not self.runner.strategy.several_backwards:
+                raise UsageError(
+                    'train_cfg.share_velocity takes two gradients through one forward, and expects'
+                    ' a strategy that keeps weights for both, found'
+                    f' {type(self.runner.strategy).__name__}, which frees them after the first; set'
+                    ' share_velocity=False, or strategy.type=DDPStrategy'
+                )
 
     def run(self):
         """Train to ``max_iters``; returns the model."""

@@ -62,10 +62,13 @@ class SingleDeviceStrategy(CheckpointMixin, _SingleDeviceStrategy):
 
     Attributes:
         precision (str): What was chosen, never ``'auto'``.
+        several_backwards (bool): Whether two gradients may be taken through one forward.
 
     Raises:
         UsageError: If ``precision`` is unknown.
     """
+
+    several_backwards = True
 
     def __init__(self, *, precision: str = 'fp32', compile: bool = False, **kwargs):
         if precision not in PRECISIONS:
@@ -254,6 +257,8 @@ class FSDP2Strategy(ProcessGroupStrategy):
     """
 
     sharded_checkpoints = True
+    # blocks are resharded and gradients reduced once for each forward
+    several_backwards = False
 
     def __init__(self, *, block_types: Sequence[str] = (), shard_size: int | None = None, **kwargs):
         self.block_types = tuple(block_types)

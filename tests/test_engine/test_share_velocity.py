@@ -141,9 +141,8 @@ def one_process(tiny, tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('strategy', [(), FSDP2], ids=['DDP', 'FSDP2'])
-def test_two_processes_equal_one(strategy, one_process, tiny, tmp_path):
-    options = ('train_cfg.accumulation=2', 'train_dataloader.batch_size=4', *strategy)
+def test_two_processes_equal_one(one_process, tiny, tmp_path):
+    options = ('train_cfg.accumulation=2', 'train_dataloader.batch_size=4')
     train(tiny / 'fgm.py', tmp_path, *OPTIONS, *SAME_DENSITY, SHARED, *options, nproc=2)
     expected, found = (read_state_dict(str(folder)) for folder in (one_process, tmp_path))
     assert expected.keys() == found.keys()
@@ -152,26 +151,24 @@ def test_two_processes_equal_one(strategy, one_process, tiny, tmp_path):
 
 
 @pytest.mark.slow
+def test_fsdp2_is_refused(tiny, tmp_path):
+    """It reshards and reduces once for each forward, so the second gradient would be wrong."""
+    options = (*SAME_DENSITY, SHARED, *FSDP2)
+    result = train(tiny / 'fgm.py', tmp_path, *options, nproc=2, codes=(1, 2))
+    assert 'found FSDP2Strategy, which frees them' in result.stderr
+    assert 'strategy.type=DDPStrategy' in result.stderr
+
+
+@pytest.mark.slow
 def test_stopped_and_resumed_equals_uninterrupted(tiny, tmp_path):
     options = (*SAME_DENSITY, SHARED, 'train_cfg.online_updates=2')
-    kill = ('default_hooks.test.type=KillHook', 'default_hooks.test.at=5')
-    train(tiny / 'fgm.py', tmp_path / 'whole', *options)
-    train(
-        tiny / 'fgm.py',
-        tmp_path / 'killed',
-        *options,
-        *kill,
-        'default_hooks.test.when=before',
-        codes=None,
-    )
-    train(
-        tiny / 'fgm.py',
-        tmp_path / 'killed',
-        *options,
-        'default_hooks.test.type=KillHook',
-        resume=True,
-    )
-    for found, expected in zip(final(tmp_path / 'killed'), final(tmp_path / 'whole')):
+    kill = [f'default_hooks.test.{each}' for each in ('type=KillHook', 'at=5', 'when=before')]
+    whole, killed = tmp_path / 'whole', tmp_path / 'killed'
+    train(tiny / 'fgm.py', whole, *options)
+    train(tiny / 'fgm.py', killed, *options, *kill, codes=None)
+    assert not (killed / 'iter_8.pth').exists()
+    train(tiny / 'fgm.py', killed, *options, resume=True)
+    for found, expected in zip(final(killed), final(whole)):
         assert_same(found, expected)
 
 
