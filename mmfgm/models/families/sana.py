@@ -56,7 +56,7 @@ class Sana(DiffusersNetwork):
         self.feature_dim = config.num_attention_heads * config.attention_head_dim
 
     def dummy_conditions(self, batch_size: int) -> dict[str, Tensor]:
-        """Conditions of the shapes that a cache of prompts yields, for estimates of memory."""
+        """Conditions of the shapes that a cache of prompts yields, for rehearsals."""
         channels = self.transformer.config.caption_channels
         return dict(
             prompt_embeds=torch.zeros(batch_size, SanaTextEncoder.length, channels),
