@@ -4,7 +4,7 @@
 from .counting import Kind, Memory, Traffic, Work
 from .gpus import GPUS, gpu_named
 from .rehearse import COLUMNS, PhaseCost, Rehearsal, markdown_row, rehearse, report
-from .shapes import dummy_batch, known_architectures
+from .shapes import dummy_batch, known_architectures, without_weights
 
 __all__ = [
     'COLUMNS',
@@ -21,4 +21,5 @@ __all__ = [
     'markdown_row',
     'rehearse',
     'report',
+    'without_weights',
 ]
