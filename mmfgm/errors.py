@@ -1,7 +1,7 @@
 # Copyright (c) mmfgm authors.
 """The errors that a user can act on, and the codes that the commands exit with."""
 
-# estimate_memory.py: the run does not fit the GPU that was named
+# rehearse.py: the run does not fit the GPU that was named
 EXIT_DOES_NOT_FIT = 1
 # a mistake of the user, with a message
 EXIT_USAGE = 2

@@ -203,7 +203,7 @@ COMMANDS = {
         '--resolution 16', 'data/sd3/latents', (sd3_inputs,)
     ),
     f'python tools/check_teacher.py {SD3}': Run('', '', (sd3_inputs,)),
-    'python tools/estimate_memory.py configs/fgm/sd3_1024.py --gpus 8 --gpu H100-80GB': Run(
+    'python tools/rehearse.py configs/fgm/sd3_1024.py --gpus 8 --gpu H100-80GB': Run(
         TINY_SD3, '', (sd3_inputs,)
     ),
     'python tools/rehearse.py configs/fgm/digits.py --gpu H100-80GB --json digits.json': Run(
@@ -237,7 +237,6 @@ COMMANDS = {
     **{
         command: Parse()
         for command in (
-            'python tools/rehearse.py configs/fgm/sd3_1024.py --gpus 8 --gpu H100-80GB',
             'bash tools/quickstart.sh',
             'bash tools/quickstart.sh shapes',
             'bash tools/run_tests.sh',

@@ -33,6 +33,11 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         ' micro-batch is too much (default: what the config makes)',
     )
     parser.add_argument('--json', metavar='FILE', help='write the numbers there too')
+    parser.add_argument(
+        '--markdown',
+        action='store_true',
+        help='print one line of the table in docs/scale.md instead of the report',
+    )
     add_config_options(parser)
     parser.set_defaults(launcher='none', work_dir=None, local_rank=0)
     return parser.parse_args(argv)
@@ -64,7 +69,7 @@ def rehearse_tool(argv: Sequence[str] | None = None) -> None:
     """Rehearse as the command line says; exits with 1 if it does not fit the GPU."""
     args = parse_args(argv)
     cfg = load_config(args)
-    from mmfgm.apis.rehearsal import gpu_named, rehearse, report
+    from mmfgm.apis.rehearsal import gpu_named, markdown_row, rehearse, report
     from mmfgm.engine import check_config
 
     if args.gpu is not None:
@@ -77,7 +82,7 @@ def rehearse_tool(argv: Sequence[str] | None = None) -> None:
     # errors are told in our words, not by torch's log too
     logging.getLogger('torch._subclasses.fake_tensor').setLevel(logging.CRITICAL)
     found = rehearse(cfg, args.gpus, args.gpu)
-    print(f'{args.config}: {report(found)}')
+    print(markdown_row(args.config, found) if args.markdown else f'{args.config}: {report(found)}')
     if args.json:
         from mmfgm.files import whole_file
 

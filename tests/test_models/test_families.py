@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.functional import avg_pool2d, interpolate
 
 from mmfgm.apis import FGMInferencer, OneStepPipeline, export_generator, read_config
-from mmfgm.apis.memory import estimate
+from mmfgm.apis.rehearsal import rehearse
 from mmfgm.caches import CacheOptions, cache_latents, cache_prompts
 from mmfgm.datasets import CachedLatents, CachedPrompts
 from mmfgm.engine import FlowRunner
@@ -340,7 +340,7 @@ def test_second_family_through_export(trained, tmp_path, monkeypatch, folds):
         assert 'from tests import TinyPipeline' in (out / 'README.md').read_text()
 
 
-def test_second_family_through_the_estimate_of_memory(tiny, caches, tmp_path):
-    memory = estimate(config_of(tiny, caches, tmp_path), gpus=1)
+def test_second_family_through_a_rehearsal(tiny, caches, tmp_path):
+    found = rehearse(config_of(tiny, caches, tmp_path), gpus=1)
     numbers = sum(p.numel() for p in TinyTransformer().parameters())
-    assert memory.numbers['teacher'] == numbers and memory.totals['activations'] > 0
+    assert found.parameters['teacher'] == numbers and found.peak.peak_bytes['activations'] > 0

@@ -14,7 +14,7 @@ import torch
 from mmengine.registry import DefaultScope
 
 from mmfgm.apis import FGMInferencer, export_generator, read_config
-from mmfgm.apis.memory import estimate
+from mmfgm.apis.rehearsal import rehearse
 from mmfgm.caches import CacheOptions, cache_latents, cache_prompts
 from mmfgm.datasets import CachedLatents, CachedPrompts
 from mmfgm.engine import SingleDeviceStrategy
@@ -405,13 +405,13 @@ def test_the_config_says_what_the_family_does():
     assert teacher.spacing == 'flux' and abs(teacher.shift - FAMILY.shift_at()) < 1e-4
 
 
-def test_the_estimate_of_memory(folders, tmp_path):
+def test_a_rehearsal(folders, tmp_path):
     (tmp_path / 'config.py').write_text(recipe(folders['dev']))
     cfg = read_config(str(tmp_path / 'config.py'))
     del cfg.optim_wrapper['discriminator']
-    memory = estimate(cfg, gpus=1)
+    found = rehearse(cfg, gpus=1)
     numbers = sum(p.numel() for p in FAMILY.load(folders['dev']).parameters())
-    assert memory.numbers['teacher'] == numbers and memory.totals['activations'] > 0
+    assert found.parameters['teacher'] == numbers and found.peak.peak_bytes['activations'] > 0
 
 
 def test_bad_input(folders, tmp_path):

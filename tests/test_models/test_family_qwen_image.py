@@ -11,7 +11,7 @@ from mmengine.registry import DefaultScope
 from torch.nn.functional import pixel_unshuffle
 
 from mmfgm.apis import FGMInferencer, OneStepPipeline, export_generator, read_config
-from mmfgm.apis.memory import estimate
+from mmfgm.apis.rehearsal import rehearse
 from mmfgm.caches import CacheOptions, cache_prompts
 from mmfgm.datasets import CachedPrompts
 from mmfgm.engine import SingleDeviceStrategy
@@ -297,12 +297,12 @@ def test_export_is_the_generator_as_the_pipeline_has_no_single_step(problem, pip
 
 
 @pytest.mark.slow
-def test_estimate_of_memory(problem):
+def test_a_rehearsal(problem):
     cfg = read_config(problem.config)
     del cfg.optim_wrapper['discriminator']
-    memory = estimate(cfg, gpus=1)
+    found = rehearse(cfg, gpus=1)
     numbers = sum(p.numel() for p in problem.model.teacher.parameters())
-    assert memory.numbers['teacher'] == numbers and memory.totals['activations'] > 0
+    assert found.parameters['teacher'] == numbers and found.peak.peak_bytes['activations'] > 0
 
 
 def test_bad_input(folder, encoder, tmp_path):

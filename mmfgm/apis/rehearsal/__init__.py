@@ -3,9 +3,11 @@
 
 from .counting import Kind, Memory, Traffic, Work
 from .gpus import GPUS, gpu_named
-from .rehearse import PhaseCost, Rehearsal, rehearse, report
+from .rehearse import COLUMNS, PhaseCost, Rehearsal, markdown_row, rehearse, report
+from .shapes import dummy_batch, known_architectures, without_weights
 
 __all__ = [
+    'COLUMNS',
     'GPUS',
     'Kind',
     'Memory',
@@ -13,7 +15,11 @@ __all__ = [
     'Rehearsal',
     'Traffic',
     'Work',
+    'dummy_batch',
     'gpu_named',
+    'known_architectures',
+    'markdown_row',
     'rehearse',
     'report',
+    'without_weights',
 ]

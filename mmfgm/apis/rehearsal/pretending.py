@@ -3,8 +3,6 @@
 what needs values is left out or pretended."""
 
 import itertools
-import os
-import os.path as osp
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -23,40 +21,11 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from mmfgm.apis.config import building
-from mmfgm.apis.memory import build_on_meta, dummy_batch
 from mmfgm.engine import FlowRunner
 from mmfgm.errors import UsageError
-from mmfgm.files import read_json
 from mmfgm.models import FlowModel
 
-ARCHITECTURES = osp.join(osp.dirname(__file__), 'architectures')
-
-
-def known_architecture(network: dict[str, Any]) -> dict[str, Any]:
-    """A network config that names a model on the hub, with its architecture instead, if it is one
-    of those that come with mmfgm; a local folder stays as it is.
-
-    Raises:
-        UsageError: If it is another model's.
-    """
-    pretrained = network.get('pretrained')
-    if not pretrained or osp.isdir(pretrained):
-        return network
-    known = sorted(name[: -len('.json')].replace('--', '/') for name in os.listdir(ARCHITECTURES))
-    if pretrained not in known:
-        raise UsageError(
-            f'expected model.network.pretrained to be a local folder or one of {known}, whose'
-            f' architectures come with mmfgm, found {pretrained!r}; a rehearsal does not ask the'
-            ' hub: put the config.json of its network where a download would'
-            ' (FOLDER/transformer/config.json), and set pretrained=FOLDER'
-        )
-    file = osp.join(ARCHITECTURES, f'{pretrained.replace("/", "--")}.json')
-    architecture = read_json(file, 'install mmfgm again', dict)
-    dropped = ('pretrained', 'subfolder', 'revision', 'variant')
-    return {
-        **{key: value for key, value in network.items() if key not in dropped},
-        'config': {key: value for key, value in architecture.items() if key[0] != '_'},
-    }
+from .shapes import build_on_meta, training_batch
 
 
 class _Endless:
@@ -198,19 +167,6 @@ def _to_fake(model: FlowModel) -> None:
                 setattr(module, name, torch.empty(old.shape, dtype=old.dtype))
 
 
-def training_batch(cfg: Config, model: FlowModel, batch_size: int) -> dict[str, Any]:
-    """A batch of the shapes that the config's data have: real samples only where it names some."""
-    batch = dummy_batch(next(iter(model.networks.values())), batch_size)
-    dataset = cfg.train_dataloader.dataset
-    if dataset.get('type') != 'WithReal':
-        del batch['real']
-        return batch
-    shape = dataset.get('real', {}).get('latent_shape')
-    if shape is not None:
-        batch['real']['x_0'] = torch.zeros(batch_size, *shape)
-    return batch
-
-
 @contextmanager
 def pretended_run(cfg: Config, gpus: int) -> Iterator[FlowRunner]:
     """The config's runner on tensors without values, as the first of ``gpus`` processes, ready for
@@ -221,7 +177,6 @@ def pretended_run(cfg: Config, gpus: int) -> Iterator[FlowRunner]:
     """
     init_default_scope('mmfgm')
     cfg = cfg.copy()
-    cfg.model.network = known_architecture(cfg.model.network.to_dict())
     with (
         tempfile.TemporaryDirectory() as work_dir,
         pretended_processes(gpus),

@@ -367,6 +367,39 @@ def report(found: Rehearsal) -> str:
     return '\n'.join(lines)
 
 
+COLUMNS = (
+    'recipe',
+    'strategy',
+    'GPUs x batch x accumulation',
+    'TFLOP',
+    *(kind.value for kind in Kind),
+    'peak, GiB',
+    'communication, GiB',
+    'days',
+    'fits',
+)
+
+
+def markdown_row(name: str, found: Rehearsal) -> str:
+    """A line of a table with :data:`COLUMNS`: arithmetic and communication of an iteration, memory
+    of the phase that takes most, all of one GPU."""
+    traffic = sum((Counter(cost.traffic_bytes) for cost in found.phases.values()), Counter())
+    sent = ', '.join(
+        f'{op.replace("_", "-")} {size / GIB:.3g}' for op, size in traffic.items() if size
+    )
+    cells = (
+        f'`{name}`',
+        f'{found.strategy.removesuffix("Strategy")}, {found.precision}',
+        f'{found.gpus} x {found.batch_size} x {found.accumulation}',
+        f'{sum(cost.tflop for cost in found.phases.values()):.4g}',
+        *(f'{found.peak.peak_bytes[kind.value] / GIB:.3g}' for kind in Kind),
+        f'{found.peak.peak / GIB:.3g}',
+        sent or 'none',
+        *(('', '') if found.gpu is None else (f'{found.days:.2g}', 'yes' if found.fits else 'no')),
+    )
+    return f'| {" | ".join(cells)} |'
+
+
 def _aligned(rows: list[tuple[str, ...]]) -> list[str]:
     widths = [max(map(len, column)) for column in zip(*rows)]
     return [

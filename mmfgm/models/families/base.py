@@ -1,7 +1,7 @@
 # Copyright (c) mmfgm authors.
 """What one kind of pre-trained model brings along, and how the right one is found.
 
-Caches, the inferencer, export and the estimate of memory know no model by name: they ask its
+Caches, the inferencer, export and the rehearsal know no model by name: they ask its
 family. Adding FLUX or SANA means one file or folder beside ``sd3``, with
 
 1. a network, registered in ``MODELS``: an ``nn.Module`` with ``forward(x_t, t, **cond) -> v`` in

@@ -206,8 +206,8 @@ class Flux(FluxNetwork):
         return (self.transformer.config.in_channels // 4, height, width)
 
     def dummy_conditions(self, batch_size: int) -> dict[str, Tensor]:
-        """Conditions of the shapes that a cache of full-length prompts yields, for estimates of
-        memory."""
+        """Conditions of the shapes that a cache of full-length prompts yields, for
+        rehearsals."""
         config = self.transformer.config
         return dict(
             prompt_embeds=torch.zeros(batch_size, LONGEST, config.joint_attention_dim),

@@ -39,8 +39,8 @@ class Flux2(FluxNetwork):
         return (self.transformer.config.in_channels, height, width)
 
     def dummy_conditions(self, batch_size: int) -> dict[str, Tensor]:
-        """Conditions of the shapes that a cache of full-length prompts yields, for estimates of
-        memory."""
+        """Conditions of the shapes that a cache of full-length prompts yields, for
+        rehearsals."""
         channels = self.transformer.config.joint_attention_dim
         return dict(prompt_embeds=torch.zeros(batch_size, LONGEST, channels))
 

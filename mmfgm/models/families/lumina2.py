@@ -60,7 +60,7 @@ class Lumina2(DiffusersNetwork):
         return layer
 
     def dummy_conditions(self, batch_size: int) -> dict[str, Tensor]:
-        """Conditions of the shapes that a cache of prompts yields, for estimates of memory."""
+        """Conditions of the shapes that a cache of prompts yields, for rehearsals."""
         channels = self.transformer.config.cap_feat_dim
         return dict(
             prompt_embeds=torch.zeros(batch_size, Lumina2TextEncoder.length, channels),

@@ -100,7 +100,7 @@ class QwenImage(nn.Module):
         check_layer(self.transformer, BLOCKS, layer)
 
     def dummy_conditions(self, batch_size: int) -> dict[str, Tensor]:
-        """Conditions of full-length prompts, for estimates of memory."""
+        """Conditions of full-length prompts, for rehearsals."""
         width = self.transformer.config.joint_attention_dim
         return dict(prompt_embeds=torch.zeros(batch_size, 512, width))
 

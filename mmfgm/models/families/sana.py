@@ -62,7 +62,7 @@ class Sana(DiffusersNetwork):
         return layer
 
     def dummy_conditions(self, batch_size: int) -> dict[str, Tensor]:
-        """Conditions of the shapes that a cache of prompts yields, for estimates of memory."""
+        """Conditions of the shapes that a cache of prompts yields, for rehearsals."""
         channels = self.transformer.config.caption_channels
         return dict(
             prompt_embeds=torch.zeros(batch_size, SanaTextEncoder.length, channels),

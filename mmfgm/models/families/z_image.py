@@ -97,7 +97,7 @@ class ZImage(nn.Module):
         check_layer(self.transformer, BLOCKS, layer)
 
     def dummy_conditions(self, batch_size: int) -> dict[str, Tensor]:
-        """Conditions of full-length prompts, for estimates of memory."""
+        """Conditions of full-length prompts, for rehearsals."""
         width = self.transformer.config.cap_feat_dim
         return dict(prompt_embeds=torch.zeros(batch_size, LONGEST, width))
 

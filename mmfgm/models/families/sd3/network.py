@@ -67,8 +67,8 @@ class SD3(nn.Module):
         check_layer(self.transformer, ('transformer_blocks',), layer)
 
     def dummy_conditions(self, batch_size: int) -> dict[str, Tensor]:
-        """Conditions of the shapes that a cache of full-length prompts yields, for estimates of
-        memory."""
+        """Conditions of the shapes that a cache of full-length prompts yields, for
+        rehearsals."""
         config = self.transformer.config
         return dict(
             prompt_embeds=torch.zeros(batch_size, 333, config.joint_attention_dim),
