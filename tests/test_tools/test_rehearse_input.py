@@ -113,6 +113,7 @@ class LooksAtValues(AdaLNMLP):
             'matches no layer of network',
         ),
         (['--cfg-options', 'strategy.precision=fp8'], 'precision must be one of'),
+        (['--cfg-options', 'train_cfg.share_velocity=True'], 'share_velocity=False, found True'),
         (['--cfg-options', 'optim_wrapper.online.optimizer.type=Adamant'], "found 'Adamant'"),
         (['--cfg-options', 'model.network.type=LooksAtValues'], 'cannot be built on the meta'),
         (

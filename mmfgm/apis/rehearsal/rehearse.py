@@ -17,7 +17,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from mmfgm.engine import DDPStrategy, FlowRunner, FSDP2Strategy
 from mmfgm.errors import UsageError
-from mmfgm.models import FlowModel
+from mmfgm.models import FlowModel, has_adapters
 
 from .counting import Kind, Memory, Traffic, Work
 from .gpus import EFFICIENCY, GIB, GPU, gpu_named
@@ -132,6 +132,12 @@ def rehearse(cfg: Config, gpus: int, gpu: str | None = None) -> Rehearsal:
     if gpus < 1:
         raise UsageError(f'expected --gpus to be at least 1, found {gpus}')
     accumulation = cfg.train_cfg.get('accumulation', 1)
+    if cfg.train_cfg.get('share_velocity'):
+        raise UsageError(
+            'a rehearsal counts the phases one after the other, and expects'
+            ' train_cfg.share_velocity=False, found True; rehearse without it, which costs one'
+            ' forward of the online network more'
+        )
     with explained(None, 'building the run'), pretended_run(cfg, gpus) as runner:
         model, strategy = runner.model, runner.strategy
         found = Rehearsal(
@@ -301,8 +307,11 @@ def _advice(found: Rehearsal, model: FlowModel, gpu: GPU) -> list[str]:
     )
     can = any(hasattr(module, 'gradient_checkpointing') for module in model.modules())
     if can and not recomputed and room > 0:
+        # the fastest that fits: a block that is not computed again keeps its activations
+        share = min(math.ceil(4 * (1 - room / activations)) / 4, 1.0) if activations else 1.0
         advice.append(
-            'recomputation: model.network.checkpointing=True keeps one block of activations'
+            f'recomputation: model.network.checkpointing={share if share < 1 else True} computes'
+            f' {share:.0%} of the blocks again'
         )
     batch_size = math.floor(found.batch_size * room / activations) if activations else 0
     if 1 <= batch_size < found.batch_size:
@@ -316,7 +325,9 @@ def _advice(found: Rehearsal, model: FlowModel, gpu: GPU) -> list[str]:
             advice.append(f'GPUs: about {math.ceil(needed)}, over which the states are sharded')
     elif found.strategy != 'FSDP2Strategy' and lasting > gpu.usable_bytes / 2:
         advice.append('GPUs: shard the states over several with strategy.type=FSDP2Strategy')
-    if lasting > gpu.usable_bytes / 2 and not hasattr(model.networks.get('online'), 'peft_config'):
+    if lasting > gpu.usable_bytes / 2 and not any(
+        has_adapters(network) for network in model.networks.values()
+    ):
         advice.append('LoRA: model.lora=dict(rank=64, ...) trains adapters of one shared network')
     return advice or ['a GPU with more memory']
 
