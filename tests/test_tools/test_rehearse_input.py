@@ -113,7 +113,6 @@ class LooksAtValues(AdaLNMLP):
             'matches no layer of network',
         ),
         (['--cfg-options', 'strategy.precision=fp8'], 'precision must be one of'),
-        (['--cfg-options', 'optim_wrapper.online.optimizer.type=Adamant'], "found 'Adamant'"),
         (['--cfg-options', 'model.network.type=LooksAtValues'], 'cannot be built on the meta'),
         (
             ['--cfg-options', 'model.network.pretrained=somewhere'],
