@@ -8,11 +8,9 @@ from mmengine.dist import get_rank
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 from torch.distributed.tensor import DTensor
 from torch.profiler import profile
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmfgm.apis import read_config
 from mmfgm.apis.rehearsal import GPUS, Memory, Traffic, Work, rehearse
@@ -127,29 +125,8 @@ def local(tensor):
 
 def storages(tensors):
     """Bytes of what is there, each storage once."""
-    found = {x.untyped_storage()._cdata: x.untyped_storage().nbytes() for x in map(local, tensors)}
-    return sum(found.values())
-
-
-class Gathered(TorchDispatchMode):
-    """The most bytes of whole parameters that FSDP2 holds beside the shards."""
-
-    def __init__(self, model):
-        super().__init__()
-        groups = [
-            module._get_fsdp_state()._fsdp_param_group
-            for module in model.modules()
-            if isinstance(module, FSDPModule)
-        ]
-        self.params = [param for group in groups if group for param in group.fsdp_params]
-        self.most = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if any(issubclass(kind, DTensor) for kind in types):
-            return NotImplemented
-        whole = [x for param in self.params for x in param.all_gather_outputs]
-        self.most = max(self.most, storages(whole))
-        return func(*args, **(kwargs or {}))
+    found = (local(x).untyped_storage() for x in tensors)
+    return sum({storage._cdata: storage.nbytes() for storage in found}.values())
 
 
 @HOOKS.register_module()
@@ -165,19 +142,17 @@ class MemoryHook(Hook):
         def measured(phase, shared):
             self.gradients = 0
             start = sum(self.lasting(runner).values())
-            with Gathered(runner.model) as gathered, profile(profile_memory=True) as events:
+            with profile(profile_memory=True) as events:
                 updates(phase, shared)
-            there = itertools.accumulate(
-                event.nbytes()
-                for event in sorted(
-                    events.profiler.kineto_results.events(), key=lambda event: event.start_ns()
-                )
+            changes = sorted(
+                (event.start_ns(), event.nbytes())
+                for event in events.profiler.kineto_results.events()
                 if event.name() == '[memory]'
             )
+            there = itertools.accumulate(change for _, change in changes)
             found[phase] = dict(
                 self.lasting(runner),
                 gradients=self.gradients,
-                gathered=gathered.most,
                 peak=start + max(there),
             )
             with open(f'{runner.work_dir}/memory_{get_rank()}.json', 'w') as f:
