@@ -103,12 +103,6 @@ class PerNetworkConstructor:
         if optimizer.get('type') == 'Adafactor' and 'Adafactor' not in OPTIMIZERS:
             # left out at start-up, see mmfgm/__init__.py
             register_transformers_optimizers()
-        kind = optimizer.get('type')
-        if isinstance(kind, str) and OPTIMIZERS.get(kind) is None:
-            raise UsageError(
-                f'expected {where}.optimizer.type to be the name of an optimizer of torch or mmfgm,'
-                f' found {kind!r}; correct it, or import what registers it by custom_imports'
-            )
         cfg = dict(cfg)
         cfg.setdefault('type', NetworkOptimWrapper)
         wrapper = DefaultOptimWrapperConstructor(cfg, cfg.pop('paramwise_cfg', None))(

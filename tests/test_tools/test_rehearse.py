@@ -8,19 +8,17 @@ from mmengine.dist import get_rank
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 from torch.distributed.tensor import DTensor
 from torch.profiler import profile
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmfgm.apis import read_config
-from mmfgm.apis.rehearsal import GPUS, Memory, Traffic, Work, dummy_batch, rehearse
+from mmfgm.apis.rehearsal import GPUS, Memory, Traffic, Work, rehearse
 from mmfgm.engine import FlowRunner
 from mmfgm.engine.adam import MomentumFreeAdam
 from mmfgm.errors import UsageError
 from mmfgm.models.networks import AdaLNMLP
-from mmfgm.registry import DATASETS, MODELS
+from mmfgm.registry import MODELS
 from mmfgm.tools.rehearse import rehearse_tool, share_batch
 from tests.conftest import ROOT, train
 
@@ -127,29 +125,8 @@ def local(tensor):
 
 def storages(tensors):
     """Bytes of what is there, each storage once."""
-    found = {x.untyped_storage()._cdata: x.untyped_storage().nbytes() for x in map(local, tensors)}
-    return sum(found.values())
-
-
-class Gathered(TorchDispatchMode):
-    """The most bytes of whole parameters that FSDP2 holds beside the shards."""
-
-    def __init__(self, model):
-        super().__init__()
-        groups = [
-            module._get_fsdp_state()._fsdp_param_group
-            for module in model.modules()
-            if isinstance(module, FSDPModule)
-        ]
-        self.params = [param for group in groups if group for param in group.fsdp_params]
-        self.most = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if any(issubclass(kind, DTensor) for kind in types):
-            return NotImplemented
-        whole = [x for param in self.params for x in param.all_gather_outputs]
-        self.most = max(self.most, storages(whole))
-        return func(*args, **(kwargs or {}))
+    found = (local(x).untyped_storage() for x in tensors)
+    return sum({storage._cdata: storage.nbytes() for storage in found}.values())
 
 
 @HOOKS.register_module()
@@ -165,19 +142,17 @@ class MemoryHook(Hook):
         def measured(phase, shared):
             self.gradients = 0
             start = sum(self.lasting(runner).values())
-            with Gathered(runner.model) as gathered, profile(profile_memory=True) as events:
+            with profile(profile_memory=True) as events:
                 updates(phase, shared)
-            there = itertools.accumulate(
-                event.nbytes()
-                for event in sorted(
-                    events.profiler.kineto_results.events(), key=lambda event: event.start_ns()
-                )
+            changes = sorted(
+                (event.start_ns(), event.nbytes())
+                for event in events.profiler.kineto_results.events()
                 if event.name() == '[memory]'
             )
+            there = itertools.accumulate(change for _, change in changes)
             found[phase] = dict(
                 self.lasting(runner),
                 gradients=self.gradients,
-                gathered=gathered.most,
                 peak=start + max(there),
             )
             with open(f'{runner.work_dir}/memory_{get_rank()}.json', 'w') as f:
@@ -247,52 +222,6 @@ def test_memory_is_what_a_run_takes(lora, tmp_path):
             assert cost.peak_bytes[kind] == measured[phase][kind] > 0
         assert cost.peak_bytes['gathered/cast'] == 0
         assert cost.peak == pytest.approx(measured[phase]['peak'], rel=0.01)
-
-
-@DATASETS.register_module()
-class TinySD3Data(torch.utils.data.Dataset):
-    """Prompts and latents of SD3's shapes, of zeros."""
-
-    metainfo: dict = {}
-
-    def __len__(self):
-        return 1 << 20
-
-    def __getitem__(self, index):
-        item = dummy_batch(MODELS.build(SD3), 1)
-        cond = {name: value[0] for name, value in item['cond'].items()}
-        return dict(idx=index, cond=cond, real=dict(x_0=item['x_0'][0], cond=cond))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize('precision', ['fp32', 'bf16'])
-def test_shards_and_gathered_blocks_are_what_a_sharded_run_takes(precision, tmp_path):
-    path = tmp_path / 'run.py'
-    # SD3's own recipe but for the sizes, and what would read files
-    path.write_text(f"""
-_base_ = [{str(SD3_1024)!r}]
-latent_size = {LATENT}
-model = dict(network=dict(_delete_=True, **{dict(SD3, checkpointing=True)}), guidance=None, decoder=None)
-strategy = dict(precision={precision!r})
-train_cfg = dict(max_iters=2, accumulation=2)
-train_dataloader = dict(
-    batch_size=1, num_workers=0, dataset=dict(_delete_=True, type='TinySD3Data'))
-evaluations = None
-default_hooks = dict(samples=None, watch=None, memory=dict(type='MemoryHook'))
-custom_imports = dict(imports=['tests.test_tools.test_rehearse'])
-""")
-    train(path, tmp_path, nproc=2)
-    cfg = read_config(str(path))
-    cfg.train_dataloader.dataset = dict(type='WithReal')
-    found = rehearse(cfg, gpus=2)
-    measured = json.load(open(tmp_path / 'memory_0.json'))
-    for phase, cost in found.phases.items():
-        kinds = cost.peak_bytes
-        print(phase, kinds, measured[phase])
-        for kind in KINDS:
-            assert kinds[kind] == measured[phase][kind] > 0
-        assert kinds['gathered/cast'] == pytest.approx(measured[phase]['gathered'], rel=0.1)
-        assert cost.peak == pytest.approx(measured[phase]['peak'], rel=0.1)
 
 
 @HOOKS.register_module()

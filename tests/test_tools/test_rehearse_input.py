@@ -114,7 +114,6 @@ class LooksAtValues(AdaLNMLP):
         ),
         (['--cfg-options', 'strategy.precision=fp8'], 'precision must be one of'),
         (['--cfg-options', 'train_cfg.share_velocity=True'], 'share_velocity=False, found True'),
-        (['--cfg-options', 'optim_wrapper.online.optimizer.type=Adamant'], "found 'Adamant'"),
         (['--cfg-options', 'model.network.type=LooksAtValues'], 'cannot be built on the meta'),
         (
             ['--cfg-options', 'model.network.pretrained=somewhere'],
