@@ -40,6 +40,7 @@ def choose_recomputed(blocks: Sequence[nn.Module], checkpointing: bool | float |
             f"expected checkpointing to be True, False, a share in [0, 1] or 'attention', found"
             f' {checkpointing!r}; use for example 0.5 to recompute every second block'
         )
+    block: Any  # flags, which a Module would take for tensors
     for i, block in enumerate(blocks):
         # a share of n blocks is floor(n share), the last of each stretch
         chosen = int((i + 1) * share) > int(i * share)
