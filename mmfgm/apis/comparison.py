@@ -96,6 +96,15 @@ def _train(config: str, work_dir: str, options: dict[str, Any]) -> dict[str, Any
     return dict(cycles=cycles, seconds_per_cycle=stage['seconds'] / cycles, peak_bytes=peak)
 
 
+def _mean(curves: list[dict[int, float]]) -> dict[int, float]:
+    """Of the runs of all seeds, where all have values."""
+    return {
+        k: statistics.mean(curve[k] for curve in curves)
+        for k in curves[0]
+        if all(k in curve for curve in curves)
+    }
+
+
 def _write(results: dict[str, dict], folder: str, metric: str) -> None:
     write_file(osp.join(folder, 'results.json'), json.dumps(results, indent=2) + '\n')
     rows = []
@@ -120,8 +129,8 @@ def _write(results: dict[str, dict], folder: str, metric: str) -> None:
     write_file(osp.join(folder, 'table.md'), text + '\n')
     print(f'\n{text}\n', flush=True)
     curves = {
-        f'{name}, seed {seed}': run['curve']
-        for name, runs in results.items()
-        for seed, run in runs.items()
+        name: _mean([run['curve'] for run in runs.values()]) for name, runs in results.items()
     }
+    # best first, as in the table
+    curves = {row[0]: curves[row[0]] for row in rows}
     write_file(osp.join(folder, 'curves.png'), curves_png({metric: curves}, columns=1))

@@ -2,6 +2,7 @@
 """Curves of a run: panels of scalars over iterations, as SVG for a page or as one PNG for a
 document."""
 
+import itertools
 import math
 import os.path as osp
 import re
@@ -112,7 +113,9 @@ def group_scalars(run: Run, beside: Sequence[Run] = ()) -> dict[str, dict[str, d
 
 
 def _draw(ax: Axes, title: str, curves: dict[str, Series]) -> None:
-    for colour, (label, series) in zip(COLOURS * len(curves), curves.items()):
+    many = len(curves) > len(COLOURS)
+    colours = matplotlib.colormaps['tab20'].colors if many else COLOURS
+    for colour, (label, series) in zip(itertools.cycle(colours), curves.items()):
         ax.plot(
             list(series),
             list(series.values()),
@@ -136,7 +139,9 @@ def _draw(ax: Axes, title: str, curves: dict[str, Series]) -> None:
     ax.tick_params(labelsize=8, which='both')
     ax.grid(alpha=0.25, linewidth=0.6)
     ax.spines[['top', 'right']].set_visible(False)
-    if len(curves) > 1:
+    if many:  # beside the curves, which it would cover
+        ax.legend(fontsize=8, frameon=False, loc='upper left', bbox_to_anchor=(1, 1))
+    elif len(curves) > 1:
         ax.legend(fontsize=8, frameon=False)
 
 
@@ -162,7 +167,9 @@ def curves_svg(title: str, curves: dict[str, Series]) -> str:
 def curves_png(panels: dict[str, dict[str, Series]], columns: int = 2) -> bytes:
     """All panels in one PNG of few colours, for a document; about 10 KB a panel."""
     rows = -(-len(panels) // columns)
-    figure = Figure(figsize=(PANEL[0] * columns, PANEL[1] * rows), layout='constrained')
+    many = any(len(curves) > len(COLOURS) for curves in panels.values())
+    width, height = (PANEL[0] * 1.5, PANEL[1] * 1.4) if many else PANEL
+    figure = Figure(figsize=(width * columns, height * rows), layout='constrained')
     axes = figure.subplots(rows, columns, squeeze=False).flatten()
     for ax, (title, curves) in zip(axes, panels.items()):
         _draw(ax, title, curves)
