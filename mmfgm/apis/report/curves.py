@@ -114,7 +114,8 @@ def group_scalars(run: Run, beside: Sequence[Run] = ()) -> dict[str, dict[str, d
 
 def _draw(ax: Axes, title: str, curves: dict[str, Series]) -> None:
     many = len(curves) > len(COLOURS)
-    colours = matplotlib.colormaps['tab20'].colors if many else COLOURS
+    palette = matplotlib.colormaps['tab20']
+    colours = [palette(i) for i in range(palette.N)] if many else COLOURS
     for colour, (label, series) in zip(itertools.cycle(colours), curves.items()):
         ax.plot(
             list(series),
