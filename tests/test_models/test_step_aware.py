@@ -119,8 +119,9 @@ def test_guidance_and_real_data_are_told_too():
     torch.testing.assert_close(v, expected, rtol=1e-4, atol=1e-5)
 
     few = model(FEW, online_loss=dict(type='RealUIDOnlineLoss', alpha=0.9, beta=0.9))
-    real = dict(x_0=torch.randn(6, 1, 8, 8), cond=batch(6)['cond'])
-    samples = few.prepare({**batch(6), 'real': real}, False)
+    real = dict(x_0=torch.randn(64, 1, 8, 8), cond=batch(64)['cond'])
+    # so many that each step is drawn
+    samples = few.prepare({**batch(64), 'real': real}, False)
     losses = few.loss('online', samples)
     sum(value for name, value in losses.items() if 'loss' in name).backward()
     assert (few.online.step_biases.weight.grad.abs().sum(1) > 0).all()
