@@ -1,9 +1,11 @@
 # Copyright (c) mmfgm authors.
 import copy
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -152,8 +154,8 @@ class AlternatingTrainLoop(IterBasedTrainLoop):
         """Compare the settings with the phases of the model, which is built after the loop.
 
         Raises:
-            UsageError: If there are updates of a phase that the model does not have, or phases that
-                cannot share a velocity are to.
+            UsageError: If there are updates of a phase that the model does not have, or if the
+                phases are to share a velocity and cannot.
         """
         known = [f'{phase}_updates' for phase in self.runner.model.phases]
         for name in self.updates:
@@ -208,16 +210,22 @@ class AlternatingTrainLoop(IterBasedTrainLoop):
         elif self.share_samples:
             shared = self._prepare(differentiable=True)
         for phase in schedule:
-            start = self.clock.mark()
             first = phase not in self.record.marks
-            with record_function(f'{phase} phase'):
+            with self._marked(phase):
                 self._update(phase, shared if first else None)
-            self.record.marks.setdefault(phase, []).append((start, self.clock.mark()))
         # hooks of others ask for both, though a cycle has several batches
         self.runner.call_hook(
             'after_train_iter', batch_idx=self._iter, data_batch=None, outputs=None
         )
         self._iter += 1
+
+    @contextmanager
+    def _marked(self, phase: str) -> Iterator[None]:
+        """Around work of a phase: marked in time, and named for the profiler."""
+        start = self.clock.mark()
+        with record_function(f'{phase} phase'):
+            yield
+        self.record.marks.setdefault(phase, []).append((start, self.clock.mark()))
 
     def _prepare(self, differentiable: bool) -> dict:
         model = self.runner.model
@@ -250,32 +258,29 @@ class AlternatingTrainLoop(IterBasedTrainLoop):
         """The first update of every phase, from losses that share what they can; returns how many
         these are. All gradients are those of the weights before."""
         model = self.runner.model
-        trained = {
+        networks = {
             phase: [getattr(model, name) for name in spec.trains]
             for phase, spec in model.phases.items()
         }
+        trained = {
+            phase: [p for network in each for p in network.parameters() if p.requires_grad]
+            for phase, each in networks.items()
+        }
         means: dict[str, dict[str, Tensor]] = {phase: {} for phase in trained}
         for i in range(self.accumulation):
-            networks = [network for each in trained.values() for network in each]
             last = i == self.accumulation - 1
-            with self.runner.strategy.accumulating(networks, last=last):
+            with self.runner.strategy.accumulating(chain(*networks.values()), last=last):
                 samples = self._prepare(differentiable=True)
                 with model.autocast():
                     losses = model.joint_loss(samples)
-                while losses:
-                    start = self.clock.mark()
-                    phase = next(iter(losses))
-                    inputs = [
-                        p
-                        for network in trained[phase]
-                        for p in network.parameters()
-                        if p.requires_grad
-                    ]
-                    # popped, so that what only this phase needs of the graph is freed
-                    self._backward(losses.pop(phase), means[phase], inputs, bool(losses))
-                    if last:
-                        self._step(phase, means[phase])
-                    self.record.marks.setdefault(phase, []).append((start, self.clock.mark()))
+                for phase in list(losses):
+                    with self._marked(phase):
+                        # popped, so that what only this phase needs of the graph is freed
+                        values = losses.pop(phase)
+                        self._backward(values, means[phase], trained[phase], bool(losses))
+                        if last:
+                            self._step(phase, means[phase])
+                    del values
         return len(trained)
 
     def _backward(

@@ -127,10 +127,10 @@ class FGM(FlowModel):
         wanted = self._choose(self.network_names(dict(gan=gan, ema=ema)), networks)
         self._make_networks(wanted, network, teacher, generator, LoRA(**lora) if lora else None)
         self.ema_decays = {name: decay for name, decay in ema.items() if name in wanted}
-        steps = max_nfe(generator)
-        self.generators = dict.fromkeys(('generator', *ema), steps)
         # the generator itself may be wrapped
         drawing = build_generator(generator, nn.Identity())
+        steps = getattr(drawing, 'max_nfe', 1)
+        self.generators = dict.fromkeys(('generator', *ema), steps)
         self._draw_steps = drawing.draw_steps if step_aware and steps > 1 else None
         if self._draw_steps is not None and 'online' in wanted:
             StepBiases(self.online, steps)

@@ -15,7 +15,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from mmfgm.flow import LinearPath, expand_t
+from mmfgm.flow import LinearPath, expand_t, shift_time
 
 from .lora import without_adapters
 
@@ -70,7 +70,64 @@ class OneStepGenerator(nn.Module):
         return self.c_skip * z - self.c_out * self.network(self.c_in * z, t, **cond)
 
 
-class FewStepGenerator(nn.Module):
+class _SeveralSteps(nn.Module):
+    """How a generator of several steps is called. It samples with some number of them, and each
+    sample of a training is made at a step of its own.
+
+    Attributes:
+        weights (tuple[float, ...]): In which proportion the steps are trained.
+        max_nfe (int): Network calls of a sample at most; any number from 1 is possible.
+    """
+
+    weights: tuple[float, ...]
+    max_nfe: int
+
+    def draw_steps(self, n: int) -> list[int]:
+        """The step at which each of ``n`` samples is trained, from 0; a single one is not drawn.
+
+        It is drawn by python, so that no step waits for the device to say how many samples take it.
+        """
+        if len(self.weights) == 1:
+            return [0] * n
+        return random.choices(range(len(self.weights)), self.weights, k=n)
+
+    def forward(
+        self,
+        z: Tensor,
+        nfe: int | None = None,
+        eps: Tensor | None = None,
+        steps: Sequence[int] | None = None,
+        **cond: Tensor,
+    ) -> Tensor:
+        """Map noise to samples: at a step of each, as training needs it, or with ``nfe`` calls.
+
+        Args:
+            z (Tensor): Noise, ``(N, *event)``.
+            nfe (int, optional): How many of the steps, from the first on, samples take. Defaults to
+                ``steps``, of which only the last call has a gradient.
+            eps (Tensor, optional): The noise between ``nfe`` calls, ``(nfe - 1, N, *event)``, where
+                estimates are noised again. Without it each is noised by the noise that it was taken
+                from, which is deterministic: of a teacher's network, Euler's method.
+            steps (Sequence[int], optional): Whose estimate each sample is, from 0. Defaults to
+                those of :meth:`draw_steps`.
+            **cond (Tensor): Conditions, ``(N, ...)``.
+
+        Returns:
+            Tensor: ``x_0 (N, *event)``.
+        """
+        if nfe is not None:
+            return self._sample(z, nfe, eps, cond)
+        return self._trained(z, list(self.draw_steps(len(z)) if steps is None else steps), cond)
+
+    def _sample(self, z: Tensor, nfe: int, eps: Tensor | None, cond: dict[str, Tensor]) -> Tensor:
+        raise NotImplementedError
+
+    def _trained(self, z: Tensor, steps: list[int], cond: dict[str, Tensor]) -> Tensor:
+        """Each sample at its step, the steps before it without gradient."""
+        raise NotImplementedError
+
+
+class FewStepGenerator(_SeveralSteps):
     """``x_0 = c_skip x_t - c_out v(c_in x_t, t)`` at a few times ``t_1 > ... > t_K``: the first
     step takes noise, each further one the estimate before it, noised again to its own time.
 
@@ -147,37 +204,7 @@ class FewStepGenerator(nn.Module):
             )
         return tuple(values)
 
-    def draw_steps(self, n: int) -> list[int]:
-        """The step at which each of ``n`` samples is trained, from 0."""
-        return _draw_steps(self.weights, n)
-
-    def forward(
-        self,
-        z: Tensor,
-        nfe: int | None = None,
-        eps: Tensor | None = None,
-        steps: Sequence[int] | None = None,
-        **cond: Tensor,
-    ) -> Tensor:
-        """Map noise to samples: at a step of each, as training needs it, or with ``nfe`` calls.
-
-        Args:
-            z (Tensor): Noise, ``(N, *event)``.
-            nfe (int, optional): How many of the times, from the first on, samples take. Defaults to
-                ``steps``, of which only the last call has a gradient.
-            eps (Tensor, optional): The noise between ``nfe`` calls, ``(nfe - 1, N, *event)``.
-                Without it each estimate is noised by the noise that it was taken from, which is
-                deterministic: of a teacher's network, Euler's method.
-            steps (Sequence[int], optional): Whose estimate each sample is, from 0. Defaults to
-                those of :meth:`draw_steps`.
-            **cond (Tensor): Conditions, ``(N, ...)``.
-
-        Returns:
-            Tensor: ``x_0 (N, *event)``.
-        """
-        if nfe is not None:
-            return self._sample(z, nfe, eps, cond)
-        steps = list(self.draw_steps(len(z)) if steps is None else steps)
+    def _trained(self, z: Tensor, steps: list[int], cond: dict[str, Tensor]) -> Tensor:
         k = torch.tensor(steps, device=z.device)
         return self._estimate(self._simulate(z, steps, k, cond), k, cond)
 
@@ -218,7 +245,7 @@ class FewStepGenerator(nn.Module):
         return x_0
 
 
-class DataSpaceGenerator(OneStepGenerator):
+class DataSpaceGenerator(_SeveralSteps, OneStepGenerator):
     """One step from the same noise, made again and again: each call is given the estimate of the
     one before and its number.
 
@@ -296,39 +323,14 @@ class DataSpaceGenerator(OneStepGenerator):
         made = self.estimate_layer(estimate.reshape(x_t.shape).to(x_t.dtype))
         return out + made + _for_each_place(self.step_biases[k], layer, out)
 
-    def draw_steps(self, n: int) -> list[int]:
-        """The step at which each of ``n`` samples is trained, from 0."""
-        return _draw_steps(self.weights, n)
+    def _sample(self, z: Tensor, nfe: int, eps: Tensor | None, cond: dict[str, Tensor]) -> Tensor:
+        # nothing is noised again
+        estimate = torch.zeros_like(z)
+        for i in range(nfe):
+            estimate = self._step(z, estimate, torch.full((len(z),), i, device=z.device), cond)
+        return estimate
 
-    def forward(
-        self,
-        z: Tensor,
-        nfe: int | None = None,
-        eps: Tensor | None = None,
-        steps: Sequence[int] | None = None,
-        **cond: Tensor,
-    ) -> Tensor:
-        """Map noise to samples: at a step of each, as training needs it, or with ``nfe`` calls.
-
-        Args:
-            z (Tensor): Noise, ``(N, *event)``.
-            nfe (int, optional): How many steps samples take. Defaults to ``steps``, of which only
-                the last call has a gradient.
-            eps (Tensor, optional): Not used: nothing is noised again.
-            steps (Sequence[int], optional): Whose estimate each sample is, from 0. Defaults to
-                those of :meth:`draw_steps`.
-            **cond (Tensor): Conditions, ``(N, ...)``.
-
-        Returns:
-            Tensor: ``x_0 (N, *event)``.
-        """
-        if nfe is not None:
-            estimate = torch.zeros_like(z)
-            for i in range(nfe):
-                k = torch.full((len(z),), i, device=z.device)
-                estimate = self._step(z, estimate, k, cond)
-            return estimate
-        steps = list(self.draw_steps(len(z)) if steps is None else steps)
+    def _trained(self, z: Tensor, steps: list[int], cond: dict[str, Tensor]) -> Tensor:
         k = torch.tensor(steps, device=z.device)
         return self._step(z, self._simulate(z, steps, k, cond), k, cond)
 
@@ -336,7 +338,7 @@ class DataSpaceGenerator(OneStepGenerator):
         """``x_0`` by the step ``k (N,)`` of each sample."""
         self._given = (estimate, k)
         try:
-            return super().forward(z, **cond)
+            return OneStepGenerator.forward(self, z, **cond)
         finally:
             self._given = None
 
@@ -413,16 +415,6 @@ def _check_weights(weights: tuple[float, ...]) -> None:
         )
 
 
-def _draw_steps(weights: tuple[float, ...], n: int) -> list[int]:
-    """The step at which each of ``n`` samples is trained; a single one is not drawn.
-
-    It is drawn by python, so that no step waits for the device to say how many samples take it.
-    """
-    if len(weights) == 1:
-        return [0] * n
-    return random.choices(range(len(weights)), weights, k=n)
-
-
 def _going_on(steps: list[int], k: Tensor, i: int) -> tuple[Tensor, int]:
     """Which samples are trained behind step ``i``, and how many these are.
 
@@ -443,8 +435,7 @@ def _spaced(count: int, shift: float) -> tuple[float, ...]:
             f'expected 1 to {MOST_STEPS} times and a positive shift, found times={count},'
             f' shift={shift}; for four times write times=4'
         )
-    even = [1 - i / count for i in range(count)]
-    return tuple(shift * t / (1 + (shift - 1) * t) for t in even)
+    return tuple(shift_time(1 - i / count, shift) for i in range(count))
 
 
 def _look_up(values: Sequence[float], k: Tensor, dtype: torch.dtype) -> Tensor:

@@ -16,7 +16,6 @@ from mmfgm.apis.rehearsal import rehearse
 from mmfgm.errors import UsageError
 from mmfgm.flow import euler, uniform_times
 from mmfgm.models import FGM, FewStepGenerator, OneStepGenerator, Sampling
-from mmfgm.models.generators import _draw_steps
 from tests.batches import rows
 from tests.conftest import NETWORK, ROOT
 from tests.gaussians import GaussianVelocity
@@ -189,7 +188,7 @@ def test_every_process_calls_the_network_equally_often():
 def test_steps_are_trained_in_the_proportion_of_their_weights():
     torch.manual_seed(0)
     generator = FewStepGenerator(Network(), weights=(4, 0, 1, 3))
-    k = torch.tensor(_draw_steps(generator.weights, 40_000))
+    k = torch.tensor(generator.draw_steps(40_000))
     shares = k.bincount(minlength=4) / 40_000
     torch.testing.assert_close(shares, torch.tensor([0.5, 0, 0.125, 0.375]), rtol=0, atol=0.01)
 

@@ -10,17 +10,17 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import pixel_shuffle, pixel_unshuffle
+from torch.nn.functional import pixel_shuffle
 
 from mmfgm.errors import UsageError
 from mmfgm.flow import flux_times
 from mmfgm.registry import MODELS, TASK_UTILS
 
 from .base import above, register_family
-from .blocks import check_layer, features, recompute
+from .blocks import features
 from .folding import fold_layers
 from .hub import diffusers_module, load_or_explain
-from .networks import stock_transformer
+from .networks import DiffusersNetwork, as_map, pack, unpack
 from .pipelines import DiffusersFamily, PipelineStep
 from .text import LONGEST, PipelineText, check_length
 
@@ -40,21 +40,6 @@ def both_sides(size: Size) -> tuple[int, int]:
     return height, width
 
 
-def pack(x: Tensor) -> Tensor:
-    """Latents ``(N, C, h, w)`` to tokens of 2 x 2 of them, ``(N, h w / 4, 4 C)``."""
-    return pixel_unshuffle(x, 2).flatten(2).transpose(1, 2)
-
-
-def unpack(tokens: Tensor, height: int, width: int) -> Tensor:
-    """Tokens of 2 x 2 latents ``(N, h w / 4, 4 C)`` to the latents ``(N, C, h, w)``."""
-    return pixel_shuffle(as_map(tokens, height // 2, width // 2), 2)
-
-
-def as_map(tokens: Tensor, height: int, width: int) -> Tensor:
-    """Tokens ``(N, h w, D)`` as a map ``(N, D, h, w)``."""
-    return tokens.transpose(1, 2).unflatten(2, (height, width))
-
-
 def rounded(value: float, dtype: torch.dtype) -> Tensor:
     """What a transformer of this dtype takes the sinusoids of, for a time or guidance."""
     return torch.tensor([value]).to(dtype) * 1000
@@ -66,9 +51,10 @@ def sinusoids(time_proj: nn.Module, value: float, dtype: torch.dtype) -> Tensor:
     return time_proj(rounded(value, dtype))[0].to(dtype).double()
 
 
-class FluxNetwork(nn.Module):
+class FluxNetwork(DiffusersNetwork):
     """What the networks of FLUX.1 and FLUX.2 have in common: a stock transformer of double blocks,
-    then single blocks, that takes ``t`` in [0, 1] as it is and guidance, if at all, as an input.
+    then single blocks, that takes ``t`` in [0, 1] as it is and guidance, if at all, as an input. In
+    bfloat16 the transformer rounds ``t`` too, to 1 / 256 near 1, as in its pipeline.
 
     Args:
         latent_size (int | Sequence[int]): Height and width of the latents, one number if they are
@@ -78,20 +64,15 @@ class FluxNetwork(nn.Module):
             exactly one of ``pretrained`` and ``config``.
         guidance (float, optional): The input of a network that has it, for every sample. Defaults
             to the pipeline's own.
-        subfolder (str): Where the transformer lies in the pipeline. Defaults to ``'transformer'``.
-        revision (str, optional): Git revision on the hub.
-        variant (str, optional): Variant of the weight files, for example ``'fp16'``.
-        dtype (str): Type the weights are kept in. Defaults to ``'float32'``: optimizers need it. In
-            bfloat16 the transformer rounds ``t`` too, to 1 / 256 near 1, as in its pipeline.
-        checkpointing (bool | float | str): Recompute all transformer blocks in the backward pass, a
-            share of them, or ``'attention'``: all but attention. Defaults to False.
+        *args (Any): Further ones of :class:`~mmfgm.models.families.networks.DiffusersNetwork`.
+        **kwargs (Any): Likewise.
 
     Raises:
         UsageError: If weights cannot be loaded, guidance is asked of a network without that input,
             or the network is not for making images of text.
     """
 
-    network_class: str
+    blocks = BLOCKS
     default_guidance: float
 
     def __init__(
@@ -100,23 +81,10 @@ class FluxNetwork(nn.Module):
         pretrained: str | None = None,
         config: dict[str, Any] | None = None,
         guidance: float | None = None,
-        subfolder: str = 'transformer',
-        revision: str | None = None,
-        variant: str | None = None,
-        dtype: str = 'float32',
-        checkpointing: bool | float | str = False,
+        *args: Any,
+        **kwargs: Any,
     ):
-        super().__init__()
-        self.transformer = stock_transformer(
-            type(self).__name__,
-            self.network_class,
-            pretrained,
-            config,
-            subfolder,
-            revision,
-            variant,
-            dtype,
-        )
+        super().__init__(latent_size, pretrained, config, *args, **kwargs)
         settings = self.transformer.config
         if self.transformer.out_channels != settings.in_channels:
             raise UsageError(
@@ -133,23 +101,13 @@ class FluxNetwork(nn.Module):
         self.guidance = guidance
         if guidance is None and settings.guidance_embeds:
             self.guidance = self.default_guidance
-        self.event_shape = self._event_shape(*both_sides(latent_size))
         self.feature_dim = self.transformer.inner_dim
-        recompute(self.transformer, checkpointing)
-
-    def _event_shape(self, height: int, width: int) -> tuple[int, int, int]:
-        raise NotImplementedError
 
     @property
     def input_layer(self) -> nn.Module:
         """What takes ``x_t``, packed into tokens."""
         layer: nn.Module = self.transformer.x_embedder
         return layer
-
-    def check_feature_layer(self, layer: int) -> None:
-        """Raise a UsageError unless there is a layer of that number, counted from 1, the single
-        blocks after the double ones."""
-        check_layer(self.transformer, BLOCKS, layer)
 
     def _run(
         self,
@@ -197,7 +155,8 @@ class Flux(FluxNetwork):
     network_class = 'FluxTransformer2DModel'
     default_guidance = GUIDANCE
 
-    def _event_shape(self, height: int, width: int) -> tuple[int, int, int]:
+    def _event_shape(self, latent_size: Size) -> tuple[int, int, int]:
+        height, width = both_sides(latent_size)
         if height % 2 or width % 2:
             raise UsageError(
                 f'expected latents of even sides, which make tokens of 2 x 2, found {height} x'

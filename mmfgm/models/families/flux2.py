@@ -12,9 +12,10 @@ from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 from mmfgm.registry import MODELS, TASK_UTILS
 
 from .base import LatentEncoder, above, register_family
-from .flux import FluxFamily, FluxNetwork, as_map, sinusoids
+from .flux import FluxFamily, FluxNetwork, Size, both_sides, sinusoids
 from .hub import diffusers_module
 from .latents import LatentDecoder, VAEEncoder
+from .networks import as_map
 from .pipelines import DiffusersFamily, PipelineStep
 from .text import LONGEST, PipelineText, check_length
 
@@ -35,8 +36,8 @@ class Flux2(FluxNetwork):
     network_class = 'Flux2Transformer2DModel'
     default_guidance = 4.0
 
-    def _event_shape(self, height: int, width: int) -> tuple[int, int, int]:
-        return (self.transformer.config.in_channels, height, width)
+    def _event_shape(self, latent_size: Size) -> tuple[int, int, int]:
+        return (self.transformer.config.in_channels, *both_sides(latent_size))
 
     def dummy_conditions(self, batch_size: int) -> dict[str, Tensor]:
         """Conditions of the shapes that a cache of full-length prompts yields, for

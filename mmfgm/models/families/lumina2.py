@@ -40,7 +40,7 @@ class Lumina2(DiffusersNetwork):
     """
 
     network_class = 'Lumina2Transformer2DModel'
-    blocks = 'layers'
+    blocks = ('layers',)
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -112,7 +112,7 @@ class Lumina2(DiffusersNetwork):
             image = tokens.gather(1, places[..., None].expand(-1, -1, tokens.shape[-1]))
             return image.transpose(1, 2).unflatten(2, (height, width)).to(x_t.dtype)
 
-        return features(self.transformer, (self.blocks,), feature_layer, inputs, to_map)
+        return features(self.transformer, self.blocks, feature_layer, inputs, to_map)
 
 
 @TASK_UTILS.register_module()

@@ -4,7 +4,8 @@
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
 from mmfgm.errors import UsageError
 
@@ -46,6 +47,21 @@ def stock_transformer(
     )
 
 
+def pack(x: Tensor) -> Tensor:
+    """Latents ``(N, C, h, w)`` to tokens of 2 x 2 of them, ``(N, h w / 4, 4 C)``."""
+    return pixel_unshuffle(x, 2).flatten(2).transpose(1, 2)
+
+
+def unpack(tokens: Tensor, height: int, width: int) -> Tensor:
+    """Tokens of 2 x 2 latents ``(N, h w / 4, 4 C)`` to the latents ``(N, C, h, w)``."""
+    return pixel_shuffle(as_map(tokens, height // 2, width // 2), 2)
+
+
+def as_map(tokens: Tensor, height: int, width: int) -> Tensor:
+    """Tokens ``(N, h w, D)`` as a map ``(N, D, h, w)``."""
+    return tokens.transpose(1, 2).unflatten(2, (height, width))
+
+
 class DiffusersNetwork(nn.Module):
     """One of diffusers' transformers on latents ``(N, C, h, w)``; a family's class says how it is
     called, in ``forward``.
@@ -65,14 +81,15 @@ class DiffusersNetwork(nn.Module):
 
     Attributes:
         network_class (str): The transformer's name in diffusers.
-        blocks (str): The transformer's attribute with the blocks whose output a GAN may see.
+        blocks (tuple[str, ...]): The transformer's attributes with the blocks whose output a GAN
+            may see, in their order.
 
     Raises:
         UsageError: If weights cannot be loaded, or the latents do not fit the network.
     """
 
     network_class: str
-    blocks: str
+    blocks: tuple[str, ...]
 
     def __init__(
         self,
@@ -96,6 +113,11 @@ class DiffusersNetwork(nn.Module):
             variant,
             dtype,
         )
+        self.event_shape = self._event_shape(latent_size)
+        recompute(self.transformer, checkpointing)
+
+    def _event_shape(self, latent_size: Any) -> tuple[int, int, int]:
+        """``(C, h, w)``, or a UsageError if such latents do not fit the transformer."""
         latent_size = latent_size or self.transformer.config.sample_size
         patch = self.transformer.config.patch_size
         if latent_size % patch:
@@ -103,8 +125,7 @@ class DiffusersNetwork(nn.Module):
                 f'expected latent_size to be a multiple of the patch size {patch}, found'
                 f' {latent_size}; choose another size of images'
             )
-        self.event_shape = (self.transformer.config.in_channels, latent_size, latent_size)
-        recompute(self.transformer, checkpointing)
+        return (self.transformer.config.in_channels, latent_size, latent_size)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -113,4 +134,4 @@ class DiffusersNetwork(nn.Module):
 
     def check_feature_layer(self, layer: int) -> None:
         """Raise a UsageError unless there is a layer of that number, counted from 1."""
-        check_layer(self.transformer, (self.blocks,), layer)
+        check_layer(self.transformer, self.blocks, layer)

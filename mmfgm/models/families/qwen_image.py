@@ -8,16 +8,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
 from mmfgm.errors import UsageError
 from mmfgm.flow import shift_time, uniform_times
 from mmfgm.registry import MODELS, TASK_UTILS
 
 from .base import register_family
-from .blocks import check_layer, features, recompute
+from .blocks import features
 from .latents import LatentDecoder, VAEEncoder
-from .networks import stock_transformer
+from .networks import DiffusersNetwork, as_map, pack, unpack
 from .pipelines import DiffusersFamily
 from .tokens import TokenEncoder, cut_padding, drop_padding
 
@@ -30,49 +29,24 @@ POSITIONS = 8192
 
 
 @MODELS.register_module()
-class QwenImage(nn.Module):
+class QwenImage(DiffusersNetwork):
     """Velocity of diffusers' ``QwenImageTransformer2DModel`` on latents, which are packed into
-    patches of 2 x 2 here and only here.
-
-    Args:
-        latent_size (int): Height and width of the latents: an eighth of the image's.
-        pretrained (str, optional): Hub id or local folder of a pipeline in diffusers' format.
-        config (dict, optional): Arguments of ``QwenImageTransformer2DModel`` for a random
-            initialisation; exactly one of ``pretrained`` and ``config``.
-        subfolder (str): Where the transformer lies in the pipeline. Defaults to ``'transformer'``.
-        revision (str, optional): Git revision on the hub.
-        variant (str, optional): Variant of the weight files, for example ``'fp16'``.
-        dtype (str): Type the weights are kept in. Defaults to ``'float32'``: optimizers need it.
-        checkpointing (bool | float | str): Recompute all transformer blocks in the backward pass, a
-            share of them, or ``'attention'``: all but attention. Defaults to False.
+    patches of 2 x 2 here and only here; for the arguments see
+    :class:`~mmfgm.models.families.networks.DiffusersNetwork`. Its ``latent_size`` must be given.
 
     Raises:
         UsageError: If weights cannot be loaded, the latents do not fit the network, or it takes
             more than a time, latents and a prompt.
     """
 
-    def __init__(
-        self,
-        latent_size: int,
-        pretrained: str | None = None,
-        config: dict[str, Any] | None = None,
-        subfolder: str = 'transformer',
-        revision: str | None = None,
-        variant: str | None = None,
-        dtype: str = 'float32',
-        checkpointing: bool | float | str = False,
-    ):
-        super().__init__()
-        self.transformer = stock_transformer(
-            'QwenImage',
-            'QwenImageTransformer2DModel',
-            pretrained,
-            config,
-            subfolder,
-            revision,
-            variant,
-            dtype,
-        )
+    network_class = 'QwenImageTransformer2DModel'
+    blocks = BLOCKS
+
+    def __init__(self, latent_size: int, *args: Any, **kwargs: Any):
+        super().__init__(latent_size, *args, **kwargs)
+        self.feature_dim = self.transformer.inner_dim
+
+    def _event_shape(self, latent_size: int) -> tuple[int, int, int]:
         for name in ('guidance_embeds', 'use_additional_t_cond', 'use_layer3d_rope'):
             if self.transformer.config[name]:
                 raise UsageError(
@@ -85,19 +59,13 @@ class QwenImage(nn.Module):
                 f' most {POSITIONS}, which the position embeddings of this network reach'
             )
         channels = self.transformer.config.in_channels // PATCH**2
-        self.event_shape = (channels, latent_size, latent_size)
-        self.feature_dim = self.transformer.inner_dim
-        recompute(self.transformer, checkpointing)
+        return (channels, latent_size, latent_size)
 
     @property
     def input_layer(self) -> nn.Module:
         """What takes ``x_t``, packed into tokens."""
         layer: nn.Module = self.transformer.img_in
         return layer
-
-    def check_feature_layer(self, layer: int) -> None:
-        """Raise a UsageError unless there is a layer of that number, counted from 1."""
-        check_layer(self.transformer, BLOCKS, layer)
 
     def dummy_conditions(self, batch_size: int) -> dict[str, Tensor]:
         """Conditions of full-length prompts, for rehearsals."""
@@ -132,7 +100,7 @@ class QwenImage(nn.Module):
         embeds, mask = cut_padding(prompt_embeds.to(dtype), prompt_mask)
         height, width = (side // PATCH for side in x_t.shape[-2:])
         inputs = dict(
-            hidden_states=pixel_unshuffle(x_t.to(dtype), PATCH).flatten(2).transpose(1, 2),
+            hidden_states=pack(x_t.to(dtype)),
             encoder_hidden_states=embeds,
             encoder_hidden_states_mask=mask,
             # rounded as the pipeline does: the sinusoids inside are of 1000 times this
@@ -141,15 +109,14 @@ class QwenImage(nn.Module):
             return_dict=False,
         )
 
-        def unpacked(tokens: Tensor) -> Tensor:
-            return tokens.transpose(1, 2).unflatten(2, (height, width)).to(x_t.dtype)
-
         if feature_layer is None:
-            return pixel_shuffle(unpacked(self.transformer(**inputs)[0]), PATCH)
-        # a block returns (text tokens, image tokens)
-        return features(
-            self.transformer, BLOCKS, feature_layer, inputs, lambda output: unpacked(output[1])
-        )
+            return unpack(self.transformer(**inputs)[0], *x_t.shape[-2:]).to(x_t.dtype)
+
+        def to_map(output: Any) -> Tensor:
+            # a block returns (text tokens, image tokens)
+            return as_map(output[1], height, width).to(x_t.dtype)
+
+        return features(self.transformer, BLOCKS, feature_layer, inputs, to_map)
 
 
 @TASK_UTILS.register_module()
@@ -281,11 +248,10 @@ class QwenImageFamily(DiffusersFamily):
         return self.times(steps, tokens=height * width // PATCH**2)
 
     def to_stock(self, x_t: Tensor) -> Tensor:
-        return pixel_unshuffle(x_t, PATCH).flatten(2).transpose(1, 2)
+        return pack(x_t)
 
     def from_stock(self, latents: Tensor, like: Tensor) -> Tensor:
-        height, width = (side // PATCH for side in like.shape[-2:])
-        return pixel_shuffle(latents.transpose(1, 2).unflatten(2, (height, width)), PATCH)
+        return unpack(latents, *like.shape[-2:])
 
     def recognises(self, index: dict[str, Any]) -> bool:
         # the pipelines that begin alike take images or controls as well

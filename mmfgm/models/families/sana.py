@@ -46,7 +46,7 @@ class Sana(DiffusersNetwork):
     """
 
     network_class = 'SanaTransformer2DModel'
-    blocks = 'transformer_blocks'
+    blocks = ('transformer_blocks',)
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -109,7 +109,7 @@ class Sana(DiffusersNetwork):
         sides = [side // self.transformer.config.patch_size for side in x_t.shape[-2:]]
         return features(
             self.transformer,
-            (self.blocks,),
+            self.blocks,
             feature_layer,
             inputs,
             lambda tokens: tokens.transpose(1, 2).unflatten(2, sides).to(x_t.dtype),

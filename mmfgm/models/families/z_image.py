@@ -12,9 +12,9 @@ from mmfgm.flow import flux_times
 from mmfgm.registry import MODELS, TASK_UTILS
 
 from .base import register_family
-from .blocks import check_layer, features, recompute
+from .blocks import features
 from .folding import fold_layers
-from .networks import stock_transformer
+from .networks import DiffusersNetwork
 from .pipelines import DiffusersFamily, PipelineStep
 from .tokens import TokenEncoder, drop_padding
 
@@ -31,70 +31,36 @@ LONGEST = 512
 
 
 @MODELS.register_module()
-class ZImage(nn.Module):
-    """Velocity of diffusers' ``ZImageTransformer2DModel`` on latents.
+class ZImage(DiffusersNetwork):
+    """Velocity of diffusers' ``ZImageTransformer2DModel`` on latents; for the arguments and errors
+    see :class:`~mmfgm.models.families.networks.DiffusersNetwork`. Its ``latent_size`` must be
+    given.
 
     That network's time is 1 at the data, and it predicts ``x_0 - eps``: ``v(x_t, t) = -net(x_t, 1 -
-    t)``, here and only here.
-
-    Args:
-        latent_size (int): Height and width of the latents: an eighth of the image's.
-        pretrained (str, optional): Hub id or local folder of a pipeline in diffusers' format.
-        config (dict, optional): Arguments of ``ZImageTransformer2DModel`` for a random
-            initialisation; exactly one of ``pretrained`` and ``config``.
-        subfolder (str): Where the transformer lies in the pipeline. Defaults to ``'transformer'``.
-        revision (str, optional): Git revision on the hub.
-        variant (str, optional): Variant of the weight files, for example ``'fp16'``.
-        dtype (str): Type the weights are kept in. Defaults to ``'float32'``: optimizers need it.
-        checkpointing (bool | float | str): Recompute all transformer blocks in the backward pass, a
-            share of them, or ``'attention'``: all but attention. Defaults to False.
-
-    Raises:
-        UsageError: If weights cannot be loaded, or the latents do not fit the network.
+    t)``, here and only here. Features are of the layers; the refiners before them do not count.
     """
 
-    def __init__(
-        self,
-        latent_size: int,
-        pretrained: str | None = None,
-        config: dict[str, Any] | None = None,
-        subfolder: str = 'transformer',
-        revision: str | None = None,
-        variant: str | None = None,
-        dtype: str = 'float32',
-        checkpointing: bool | float | str = False,
-    ):
-        super().__init__()
-        self.transformer = stock_transformer(
-            'ZImage',
-            'ZImageTransformer2DModel',
-            pretrained,
-            config,
-            subfolder,
-            revision,
-            variant,
-            dtype,
-        )
+    network_class = 'ZImageTransformer2DModel'
+    blocks = BLOCKS
+
+    def __init__(self, latent_size: int, *args: Any, **kwargs: Any):
+        super().__init__(latent_size, *args, **kwargs)
+        self.feature_dim = self.transformer.config.dim
+
+    def _event_shape(self, latent_size: int) -> tuple[int, int, int]:
         largest = PATCH * min(self.transformer.config.axes_lens[1:])
         if latent_size % PATCH or not 0 < latent_size <= largest:
             raise UsageError(
                 f'latent_size={latent_size} must be a multiple of the patch size {PATCH}, and at'
                 f' most {largest}, which the position embeddings of this network reach'
             )
-        self.event_shape = (self.transformer.config.in_channels, latent_size, latent_size)
-        self.feature_dim = self.transformer.config.dim
-        recompute(self.transformer, checkpointing)
+        return (self.transformer.config.in_channels, latent_size, latent_size)
 
     @property
     def input_layer(self) -> nn.Module:
         """What takes ``x_t``, packed into tokens."""
         layer: nn.Module = next(iter(self.transformer.all_x_embedder.values()))
         return layer
-
-    def check_feature_layer(self, layer: int) -> None:
-        """Raise a UsageError unless there is a layer of that number, counted from 1; the refiners
-        before them do not count."""
-        check_layer(self.transformer, BLOCKS, layer)
 
     def dummy_conditions(self, batch_size: int) -> dict[str, Tensor]:
         """Conditions of full-length prompts, for rehearsals."""

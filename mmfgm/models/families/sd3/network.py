@@ -11,46 +11,25 @@ from torch import Tensor, nn
 from mmfgm.errors import UsageError
 from mmfgm.registry import MODELS
 
-from ..blocks import check_layer, recompute
-from ..networks import stock_transformer
+from ..networks import DiffusersNetwork
 
 
 @MODELS.register_module()
-class SD3(nn.Module):
+class SD3(DiffusersNetwork):
     """Velocity of diffusers' ``SD3Transformer2DModel`` on latents; ``t`` is scaled to 0..1000 here
-    and only here.
-
-    Args:
-        latent_size (int): Height and width of the latents: an eighth of the image's.
-        pretrained (str, optional): Hub id or local folder of a pipeline in diffusers' format.
-        config (dict, optional): Arguments of ``SD3Transformer2DModel`` for a random initialisation;
-            exactly one of ``pretrained`` and ``config``.
-        subfolder (str): Where the transformer lies in the pipeline. Defaults to ``'transformer'``.
-        revision (str, optional): Git revision on the hub.
-        variant (str, optional): Variant of the weight files, for example ``'fp16'``.
-        dtype (str): Type the weights are kept in. Defaults to ``'float32'``: optimizers need it.
-        checkpointing (bool | float | str): Recompute all transformer blocks in the backward pass, a
-            share of them, or ``'attention'``: all but attention. Defaults to False.
-
-    Raises:
-        UsageError: If weights cannot be loaded, or the latents do not fit the network.
+    and only here. For the arguments and errors see
+    :class:`~mmfgm.models.families.networks.DiffusersNetwork`. Its ``latent_size``, an eighth of the
+    images' sides, must be given.
     """
 
-    def __init__(
-        self,
-        latent_size: int,
-        pretrained: str | None = None,
-        config: dict[str, Any] | None = None,
-        subfolder: str = 'transformer',
-        revision: str | None = None,
-        variant: str | None = None,
-        dtype: str = 'float32',
-        checkpointing: bool | float | str = False,
-    ):
-        super().__init__()
-        self.transformer = stock_transformer(
-            'SD3', 'SD3Transformer2DModel', pretrained, config, subfolder, revision, variant, dtype
-        )
+    network_class = 'SD3Transformer2DModel'
+    blocks = ('transformer_blocks',)
+
+    def __init__(self, latent_size: int, *args: Any, **kwargs: Any):
+        super().__init__(latent_size, *args, **kwargs)
+        self.feature_dim = self.transformer.inner_dim
+
+    def _event_shape(self, latent_size: int) -> tuple[int, int, int]:
         patch = self.transformer.config.patch_size
         largest = self.transformer.config.pos_embed_max_size
         if latent_size % patch or latent_size // patch > largest:
@@ -58,13 +37,7 @@ class SD3(nn.Module):
                 f'latent_size={latent_size} must be a multiple of the patch size {patch}, and at'
                 f' most {patch * largest}, which the position embeddings of this network reach'
             )
-        self.event_shape = (self.transformer.config.in_channels, latent_size, latent_size)
-        self.feature_dim = self.transformer.inner_dim
-        recompute(self.transformer, checkpointing)
-
-    def check_feature_layer(self, layer: int) -> None:
-        """Raise a UsageError unless there is a layer of that number, counted from 1."""
-        check_layer(self.transformer, ('transformer_blocks',), layer)
+        return (self.transformer.config.in_channels, latent_size, latent_size)
 
     def dummy_conditions(self, batch_size: int) -> dict[str, Tensor]:
         """Conditions of the shapes that a cache of full-length prompts yields, for
