@@ -1,6 +1,7 @@
 # Copyright (c) mmfgm authors.
 import itertools
 import json
+import time
 
 import pytest
 import torch
@@ -316,6 +317,12 @@ class FrozenMLP(AdaLNMLP):
 def test_a_frozen_network_is_named():
     with pytest.raises(UsageError, match="phase 'online'.*does not require grad"):
         rehearse(digits(**{'model.network.type': 'FrozenMLP'}), gpus=1)
+
+
+def test_rehearsals_of_one_second_share_nothing(monkeypatch):
+    # MMEngine names loggers and visualizers by the second, and a rehearsal removes its folder
+    monkeypatch.setattr(time, 'time', lambda: 0.0)
+    assert rehearse(digits(), gpus=1).phases == rehearse(digits(), gpus=1).phases
 
 
 def test_latents_that_do_not_fit_the_network_are_named():

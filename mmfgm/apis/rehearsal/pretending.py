@@ -6,6 +6,7 @@ import itertools
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -187,6 +188,8 @@ def pretended_run(cfg: Config, gpus: int) -> Iterator[FlowRunner]:
         cfg.merge_from_dict(
             dict(
                 work_dir=work_dir,
+                # what MMEngine keeps by name is not that of a rehearsal in the same second
+                experiment_name=Path(work_dir).name,
                 launcher='none' if gpus == 1 else 'pytorch',
                 log_level='ERROR',
                 load_from=None,
