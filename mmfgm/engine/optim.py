@@ -58,7 +58,8 @@ class PerNetworkConstructor:
     ...)``.
 
     Each ``NAME`` is a network of the model; its wrapper may carry ``clip_grad`` and
-    ``paramwise_cfg``.
+    ``paramwise_cfg``. ``NAME=None`` leaves out what a base config names, such as the
+    discriminator where ``model.gan=None``.
 
     Raises:
         UsageError: If the names are not exactly the networks that the model's phases train, or an
@@ -71,15 +72,17 @@ class PerNetworkConstructor:
                 'paramwise_cfg belongs inside the entry of one network, e.g.'
                 ' optim_wrapper.generator'
             )
-        self.cfg = copy.deepcopy(optim_wrapper_cfg)
-        self.cfg.pop('type', None)
+        cfg = copy.deepcopy(optim_wrapper_cfg)
+        cfg.pop('type', None)
+        self.cfg = {name: entry for name, entry in cfg.items() if entry is not None}
 
     def __call__(self, model: nn.Module) -> OptimWrapperDict:
         trained = {name for phase in model.phases.values() for name in phase.trains}
         if sorted(self.cfg) != sorted(trained):
             raise UsageError(
                 f'optim_wrapper must name the trained networks {sorted(trained)} of'
-                f' {type(model).__name__}, but it names {list(self.cfg)}'
+                f' {type(model).__name__}, but it names {list(self.cfg)}; give each of the former'
+                ' an optimizer, and set the others to None'
             )
         return OptimWrapperDict(
             **{name: self._build(name, cfg, model) for name, cfg in self.cfg.items()}

@@ -73,6 +73,13 @@ def test_bad_settings(cfg, match):
         PerNetworkConstructor(cfg)(Pair())
 
 
+def test_none_leaves_out_what_a_base_config_names():
+    cfg = dict(online=adam(), generator=adam(), discriminator=None)
+    assert list(PerNetworkConstructor(cfg)(Pair()).keys()) == ['online', 'generator']
+    with pytest.raises(UsageError, match=r'names \[.online.\]; .* set the others to None'):
+        PerNetworkConstructor({**cfg, 'generator': None})(Pair())
+
+
 class EMAModel(nn.Module):
     ema_source = 'net'
     ema_decays = dict(net_ema=0.9, net_ema_slow=0.99)
