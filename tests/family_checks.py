@@ -200,8 +200,8 @@ def check_names(network, family):
     assert tuple(lora.model.lora.target_modules) == family.adapter_targets
     assert cfg.model.network.type == family.network.__name__
     assert cfg.model.decoder == family.decoder(cfg.pretrained)
-    (teacher,) = (s for s in cfg.default_hooks.samples.samplings.values() if s.get('shift'))
-    assert teacher.shift == family.shift
+    samplings = cfg.default_hooks.samples.samplings.values()
+    assert [s.spacing for s in samplings if s.network == 'teacher'] == ['pipeline']
     assert LoRA(**lora.model.lora).adapted(network) is not network
 
 

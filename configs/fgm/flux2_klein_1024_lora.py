@@ -63,10 +63,7 @@ default_hooks = dict(
         nrow=4,
         dataset=dict(type='CachedPromptSamples', path='${prompt_cache}', num_samples=8),
         samplings={
-            # how the pipeline shifts 50 times of 1024 px; of 512 px by 5.485
-            'teacher, 50 NFE': dict(
-                network='teacher', nfe=50, shift=7.564, spacing='flux', guidance=4.0
-            ),
+            'teacher, 50 NFE': dict(network='teacher', nfe=50, spacing='pipeline', guidance=4.0),
             'generator, 1 NFE': dict(network='generator_ema'),
         },
     ),

@@ -63,8 +63,7 @@ default_hooks = dict(
         nrow=4,
         dataset=dict(type='CachedPromptSamples', path='${prompt_cache}', num_samples=8),
         samplings={
-            # exp(1.15), how the pipeline shifts the times of 1024 px; 512 px: exp(0.63) = 1.878
-            'teacher, 28 NFE': dict(network='teacher', nfe=28, shift=3.1582, spacing='flux'),
+            'teacher, 28 NFE': dict(network='teacher', nfe=28, spacing='pipeline'),
             'generator, 1 NFE': dict(network='generator_ema'),
         },
     ),

@@ -30,8 +30,7 @@ default_hooks = dict(
         nrow=4,
         dataset=dict(type='CachedPromptSamples', path='${prompt_cache}', num_samples=8),
         samplings={
-            # diffusers' even grid, shifted twice; the pipeline shifts once, down to 1 / steps
-            'teacher, 30 NFE': dict(network='teacher', nfe=30, shift=6.0, guidance=4.0),
+            'teacher, 30 NFE': dict(network='teacher', nfe=30, spacing='pipeline', guidance=4.0),
             'generator, 1 NFE': dict(network='generator_ema'),
         },
     ),

@@ -40,5 +40,4 @@ optim_wrapper = dict(
     generator=dict(optimizer=dict(lr=5e-5)),
 )
 evaluations = dict(geneval=dict(dataset=dict(path='data/geneval/qwen_image_prompts')))
-# the pictures' guidance keeps no norms, so it is less than the pipeline's
 default_hooks = dict(samples=dict(samplings={'teacher, 28 NFE': dict(guidance=4.0)}))

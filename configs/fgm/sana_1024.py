@@ -34,7 +34,7 @@ default_hooks = dict(
         nrow=4,
         dataset=dict(type='CachedPromptSamples', path='${prompt_cache}', num_samples=8),
         samplings={
-            'teacher, 20 NFE': dict(network='teacher', nfe=20, shift=3.0, guidance=4.5),
+            'teacher, 20 NFE': dict(network='teacher', nfe=20, spacing='pipeline', guidance=4.5),
             'generator, 1 NFE': dict(network='generator_ema'),
         },
     ),

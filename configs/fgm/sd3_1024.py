@@ -16,7 +16,7 @@ default_hooks = dict(
         nrow=4,
         dataset=dict(type='CachedPromptSamples', path='${prompt_cache}', num_samples=8),
         samplings={
-            'teacher, 28 NFE': dict(network='teacher', nfe=28, shift=3.0, guidance=7.0),
+            'teacher, 28 NFE': dict(network='teacher', nfe=28, spacing='pipeline', guidance=7.0),
             'generator, 1 NFE': dict(network='generator_ema'),
         },
     ),

@@ -34,5 +34,5 @@ optim_wrapper = dict(
 )
 evaluations = dict(geneval=dict(dataset=dict(path='data/geneval/z_image_prompts')))
 default_hooks = dict(
-    samples=dict(samplings={'teacher, 28 NFE': dict(shift=6.0, guidance=5.0)}),
+    samples=dict(samplings={'teacher, 28 NFE': dict(guidance=5.0)}),
 )

@@ -244,7 +244,7 @@ class FGMInferencer(BaseInferencer):
             solver (str, optional): ``'euler'`` or ``'heun'``.
             shift (float, optional): Of the time grid.
             guidance (float, optional): Scale of classifier-free guidance; 1 is none.
-            spacing (str, optional): Of the times: ``'uniform'``, ``'edm'`` or ``'flux'``.
+            spacing (str, optional): Of the times, see :class:`~mmfgm.models.Sampling`.
             guidance_channels (int, optional): Guide the first so many channels only.
             deterministic (bool, optional): Of a generator of few steps, see
                 :class:`~mmfgm.models.Sampling`.

@@ -11,17 +11,20 @@ import torch
 from torch import Tensor, nn
 
 from mmfgm.errors import NonFiniteError, UsageError
-from mmfgm.flow import ClassifierFreeGuidance, edm_times, flux_times, shifted_times, uniform_times
+from mmfgm.flow import ClassifierFreeGuidance, edm_times, shifted_times, uniform_times
 from mmfgm.processes import is_finite, local
 from mmfgm.registry import FUNCTIONS
+
+from .families import DiffusersFamily, family_of
+from .lora import AdaptedNetwork
 
 Conditions = dict[str, Tensor]
 # of a CPU that multiplies matrices in bf16; any other converts each number, many times slower
 BF16_FLAGS = ('avx512_bf16', 'amx_bf16')
 
-SPACINGS = dict(uniform=uniform_times, edm=edm_times, flux=uniform_times)
-# of those that a shift moves
-SHIFTED = dict(uniform=shifted_times, flux=flux_times)
+SPACINGS = dict(uniform=uniform_times, edm=edm_times)
+# times and guidance are those of the network's family
+PIPELINE = 'pipeline'
 
 
 @dataclass(frozen=True)
@@ -39,8 +42,9 @@ class Sampling:
         guidance (float, optional): Scale of classifier-free guidance; one batched call, so one
             evaluation.
         spacing (str): Of the times: ``'uniform'``; ``'edm'`` for those of EDM's sampler, which
-            its published networks are sampled at; or ``'flux'``, where ``shift`` moves the even
-            grid of FLUX's pipeline. Defaults to ``'uniform'``.
+            its published networks are sampled at; or ``'pipeline'`` for those of the stock
+            pipeline of the network's family, with that pipeline's form of guidance. Defaults to
+            ``'uniform'``.
         guidance_channels (int, optional): Guide the first so many channels only, see
             :class:`~mmfgm.flow.ClassifierFreeGuidance`. Defaults to all.
         deterministic (bool): Of a generator of few steps: the noise between calls is the one that
@@ -60,12 +64,16 @@ class Sampling:
     guidance_channels: int | None = None
     deterministic: bool = False
 
-    def times(self, device) -> Tensor:
-        """The solver's time grid, from 1 to 0."""
+    def times(self, network: nn.Module, device) -> Tensor:
+        """The solver's time grid for a network, from 1 to 0."""
         steps = self.nfe // FUNCTIONS.get(self.solver).evaluations_per_step
-        if self.shift is None:
-            return SPACINGS[self.spacing](steps, device)
-        return SHIFTED[self.spacing](steps, self.shift, device)
+        if self.spacing == PIPELINE:
+            network = _base(network)
+            pretrained = getattr(network, 'pretrained', None)
+            return _family(network).stock_times(steps, network, pretrained).to(device)
+        if self.shift is not None:
+            return shifted_times(steps, self.shift, device)
+        return SPACINGS[self.spacing](steps, device)
 
     def __post_init__(self):
         solver = FUNCTIONS.get(self.solver)
@@ -76,15 +84,33 @@ class Sampling:
                 f'{self.solver} spends {solver.evaluations_per_step} evaluations a step, so its NFE'
                 f' must be a positive multiple of that, but got nfe={self.nfe}'
             )
-        if self.spacing not in SPACINGS:
+        if self.spacing not in (*SPACINGS, PIPELINE):
             raise UsageError(
-                f'there is no spacing of times {self.spacing!r}; use {" or ".join(SPACINGS)}'
+                f'there is no spacing of times {self.spacing!r}; use'
+                f' {" or ".join((*SPACINGS, PIPELINE))}'
             )
-        if self.shift is not None and self.spacing not in SHIFTED:
+        if self.shift is not None and self.spacing != 'uniform':
             raise UsageError(
-                f'shift={self.shift} moves uniform times, but spacing={self.spacing!r}; leave one'
-                ' of the two out'
+                f'shift={self.shift} moves uniform times, but spacing={self.spacing!r}; set'
+                " spacing='uniform', or shift=None"
             )
+
+
+def _base(network: nn.Module) -> nn.Module:
+    """The network itself, below adapters."""
+    return network.base if isinstance(network, AdaptedNetwork) else network
+
+
+def _family(network: nn.Module) -> DiffusersFamily:
+    """The family of a network over a stock pipeline, or a UsageError."""
+    family = family_of(_base(network))
+    if not isinstance(family, DiffusersFamily):
+        raise UsageError(
+            f'expected a network of a family for spacing={PIPELINE!r}, found'
+            f' {type(_base(network)).__name__}, which has no stock pipeline; use'
+            f' {" or ".join(SPACINGS)}'
+        )
+    return family
 
 
 def bf16_autocast(device_type: str) -> Callable[[], AbstractContextManager]:
@@ -181,7 +207,8 @@ class Sampler:
         """Compare a sampling with the networks, before any sample is drawn.
 
         Raises:
-            UsageError: If there is no such network, or a generator takes no ``nfe`` calls.
+            UsageError: If there is no such network, a generator takes no ``nfe`` calls, or the
+                network has no stock pipeline to be sampled as.
         """
         if sampling.network not in self.networks:
             raise UsageError(
@@ -199,6 +226,8 @@ class Sampler:
                 f'expected deterministic=True of a generator of few steps, found'
                 f' {sampling.network}, which draws no noise between calls; leave it out'
             )
+        if sampling.spacing == PIPELINE and most is None:
+            _family(self.networks[sampling.network])
         if sampling.guidance is not None and (self.null is None or most is not None):
             raise UsageError(
                 f'guidance={sampling.guidance} of {sampling.network} needs a network that is'
@@ -297,8 +326,10 @@ class Sampler:
         if sampling.guidance is None:
             velocity = partial(network, **cond)
         else:
+            own = _family(network).guidance_options if sampling.spacing == PIPELINE else {}
             guidance = ClassifierFreeGuidance(
-                sampling.guidance, self.null, channels=sampling.guidance_channels
+                sampling.guidance, self.null, channels=sampling.guidance_channels, **own
             )
             velocity = partial(guidance, network, cond=cond)
-        return FUNCTIONS.get(sampling.solver)(velocity, z, sampling.times(z.device))
+        times = sampling.times(network, z.device)
+        return FUNCTIONS.get(sampling.solver)(velocity, z, times)

@@ -34,7 +34,10 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         '--spacing',
         default='uniform',
-        help="of the times: uniform; edm, that of EDM's sampler; flux (default: uniform)",
+        help=(
+            "of the times: uniform; edm, that of EDM's sampler; pipeline, that of the family's own,"
+            ' guidance included (default: uniform)'
+        ),
     )
     parser.add_argument(
         '--guidance',

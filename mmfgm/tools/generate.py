@@ -91,7 +91,9 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         help="of the teacher's time grid; 3 for SD3's scheduler",
     )
     parser.add_argument(
-        '--spacing', default=None, help="of the teacher's times: uniform, edm or flux"
+        '--spacing',
+        default=None,
+        help="of the teacher's times: uniform; edm; or pipeline, all as its own pipeline",
     )
     parser.add_argument(
         '--nfe',

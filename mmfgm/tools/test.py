@@ -61,8 +61,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         '--spacing',
         default='uniform',
         help=(
-            "of the times of networks that are integrated: uniform; edm, that of EDM's sampler; or"
-            " flux, that of FLUX's pipeline before its shift"
+            "of the times of networks that are integrated: uniform; edm, that of EDM's sampler;"
+            " or pipeline, that of the family's own pipeline, its guidance included"
         ),
     )
     parser.add_argument(

@@ -85,7 +85,7 @@ def test_sampling_is_the_pipelines(folders, kind, size, guidance):
 
 
 def test_classifier_free_guidance_is_the_pipelines(folders, monkeypatch):
-    """Of klein's base models, by two calls; shift and grid by Sampling."""
+    """Of klein's base models, by two calls."""
     folder = folders['base']
     encoder = FAMILY.encoder(folder, max_length=300)
     null = {name: value[0] for name, value in FAMILY.null(encoder).items()}
@@ -97,9 +97,8 @@ def test_classifier_free_guidance_is_the_pipelines(folders, monkeypatch):
         time_sampler=dict(type='Uniform'),
         null_condition=dict(type='CachedNullPrompt', path='cache'),
     )
-    shift = FAMILY.shift_at((4, 3), folder, steps=8)
     batch = dict(idx=torch.arange(2), seed=[3, 4], cond=encoder.encode(PROMPTS))
-    made = model.sample(batch, Sampling('network', 8, shift=shift, guidance=4.0, spacing='flux'))
+    made = model.sample(batch, Sampling('network', 8, guidance=4.0, spacing='pipeline'))
     theirs = stock(folder, noise(16, 4, 3), guidance_scale=4.0)
     torch.testing.assert_close(Flux2Decoder(folder).unpack(made), theirs, rtol=1e-5, atol=1e-5)
 
@@ -277,9 +276,7 @@ def test_the_family_is_found(folders, tmp_path):
 def test_the_config_says_what_the_family_does():
     cfg = read_config(str(ROOT / 'configs/fgm/flux2_klein_1024_lora.py'))
     assert tuple(cfg.model.lora.target_modules) == FAMILY.adapter_targets
-    teacher = cfg.default_hooks.samples.samplings['teacher, 50 NFE']
-    assert teacher.spacing == 'flux'
-    assert math.isclose(teacher.shift, FAMILY.shift_at(steps=50), abs_tol=1e-3)
+    assert cfg.default_hooks.samples.samplings['teacher, 50 NFE'].spacing == 'pipeline'
 
 
 def test_the_config_of_dev_shards_the_blocks_and_guides_once():
@@ -289,7 +286,7 @@ def test_the_config_of_dev_shards_the_blocks_and_guides_once():
     # an input of the network, so nothing guides beside it
     assert cfg.model.guidance is None
     sampling = cfg.default_hooks.samples.samplings['teacher, 50 NFE']
-    assert sampling.get('guidance') is None and sampling.spacing == 'flux'
+    assert sampling.get('guidance') is None and sampling.spacing == 'pipeline'
 
 
 def test_bad_input(folders):

@@ -129,7 +129,7 @@ def test_one_euler_step_of_the_teacher_is_a_generator_at_t_1(fgm):
         (lambda m: Sampling('teacher', 3, 'heun'), 'multiple'),
         (lambda m: Sampling('teacher', 3, 'rk45'), 'euler or heun'),
         (lambda m: Sampling('teacher', 4, spacing='karras'), 'uniform or edm'),
-        (lambda m: Sampling('teacher', 4, shift=3.0, spacing='edm'), 'leave one'),
+        (lambda m: Sampling('teacher', 4, shift=3.0, spacing='edm'), 'or shift=None'),
         (lambda m: m._check_ema(dict(average=0.9)), 'generator_ema'),
         (lambda m: m._check_ema(dict(generator_ema=1.0)), r'\[0, 1\)'),
     ],

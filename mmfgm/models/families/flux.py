@@ -351,7 +351,7 @@ class FluxFamily(DiffusersFamily):
         given = network.guidance if scale is None else scale
         return dict(guidance_scale=given or 0.0, height=height, width=width)
 
-    def stock_times(self, steps: int, network: nn.Module, pretrained: str) -> Tensor:
+    def stock_times(self, steps: int, network: nn.Module, pretrained: str | None) -> Tensor:
         return self.times(steps, latent_size=network.event_shape[-2:], pretrained=pretrained)
 
     def to_stock(self, x_t: Tensor) -> Tensor:

@@ -157,7 +157,7 @@ class Lumina2Family(DiffusersFamily):
     )
     folds = True
 
-    def stock_times(self, steps: int, network: nn.Module, pretrained: str) -> Tensor:
+    def stock_times(self, steps: int, network: nn.Module, pretrained: str | None) -> Tensor:
         return self.times(steps, pretrained=pretrained)
 
     def times(

@@ -81,6 +81,7 @@ class DiffusersNetwork(nn.Module):
 
     Attributes:
         network_class (str): The transformer's name in diffusers.
+        pretrained (str, optional): As given.
         blocks (tuple[str, ...]): The transformer's attributes with the blocks whose output a GAN
             may see, in their order.
 
@@ -103,6 +104,7 @@ class DiffusersNetwork(nn.Module):
         checkpointing: bool | float | str = False,
     ):
         super().__init__()
+        self.pretrained = pretrained
         self.transformer = stock_transformer(
             type(self).__name__,
             self.network_class,

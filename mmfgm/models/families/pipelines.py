@@ -177,8 +177,8 @@ class DiffusersFamily(Family):
         ``count`` prompts, noise and the number of steps."""
         return dict(guidance_scale=scale)
 
-    def stock_times(self, steps: int, network: nn.Module, pretrained: str) -> Tensor:
-        """:meth:`times` of this network's size and this pipeline."""
+    def stock_times(self, steps: int, network: nn.Module, pretrained: str | None) -> Tensor:
+        """:meth:`times` of this network's size and this pipeline, or the published one."""
         return self.times(steps)
 
     def to_stock(self, x_t: Tensor) -> Tensor:

@@ -243,7 +243,7 @@ class QwenImageFamily(DiffusersFamily):
         empty = [''] * count
         return dict(true_cfg_scale=scale, negative_prompt=empty, height=height, width=width)
 
-    def stock_times(self, steps: int, network: nn.Module, pretrained: str) -> Tensor:
+    def stock_times(self, steps: int, network: nn.Module, pretrained: str | None) -> Tensor:
         height, width = network.event_shape[-2:]
         return self.times(steps, tokens=height * width // PATCH**2)
 
