@@ -244,8 +244,8 @@ class FSDP2Strategy(ProcessGroupStrategy):
         block_types (Sequence[str], optional): Class names of the layers that are gathered one at a
             time, for example ``('AdaLNBlock',)``. Defaults to those of the network's family.
         shard_size (int, optional): Processes that share one copy, usually those of a machine; each
-            such group holds all of it, and between groups only gradients travel (HSDP). Defaults to
-            all processes.
+            such group holds all of it, and between groups only gradients travel, once an update
+            (HSDP). Defaults to all processes.
         **kwargs: Those of :class:`SingleDeviceStrategy`, of which two mean more here. With
             ``precision='bf16'`` parameters are communicated in bf16 too; gradients are reduced in
             float32 and the sharded master weights stay float32. ``compile=True`` runs each of those
@@ -319,6 +319,15 @@ class FSDP2Strategy(ProcessGroupStrategy):
             # the root is resharded too: averages and optimizers must see shards at any time
             fully_shard(network, mesh=mesh, mp_policy=root_policy, reshard_after_forward=True)
         return model.to(device)
+
+    @contextmanager
+    def unsynchronised(self, network: nn.Module):
+        # within a group gradients are reduced always, so that no process holds them whole
+        network.set_requires_all_reduce(False)
+        try:
+            yield
+        finally:
+            network.set_requires_all_reduce(True)
 
     def optim_state_dict(self) -> dict[str, dict]:
         flat = StateDictOptions(flatten_optimizer_state_dict=True)

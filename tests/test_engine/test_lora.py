@@ -11,6 +11,7 @@ from mmfgm.models import read_state_dict
 from tests.conftest import ROOT, train
 
 FSDP2 = ('strategy.type=FSDP2Strategy',)
+HSDP = (*FSDP2, 'strategy.shard_size=2')
 HALF = ('train_dataloader.batch_size=4',)
 OPTIONS = {
     accumulation: (
@@ -73,16 +74,19 @@ def records(work_dir):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    'accumulation, strategy',
-    [(2, ()), (1, FSDP2), (2, FSDP2)],
-    ids=['DDP accumulation 2', 'FSDP2', 'FSDP2 accumulation 2'],
+    'accumulation, strategy, processes',
+    [(2, (), 2), (1, FSDP2, 2), (2, FSDP2, 2), (2, HSDP, 4)],
+    ids=['DDP accumulation 2', 'FSDP2', 'FSDP2 accumulation 2', 'HSDP accumulation 2'],
 )
-def test_two_processes_equal_one(accumulation, strategy, run):
+def test_several_processes_equal_one(accumulation, strategy, processes, run):
     # samples are shared where the recipe may, so that the generator's phase is the first
     options = OPTIONS[accumulation]
     single = run(*options)
-    double = run(*options, *strategy, *HALF, nproc=2)
-    expected, found, start = map(read_state_dict, map(str, (single, double, single / 'iter_2.pth')))
+    batch = f'train_dataloader.batch_size={8 // processes}'
+    several = run(*options, *strategy, batch, nproc=processes)
+    expected, found, start = map(
+        read_state_dict, map(str, (single, several, single / 'iter_2.pth'))
+    )
     # nothing of the shared base is saved
     assert {key.split('.')[0] for key in expected} == {
         'online',
@@ -104,15 +108,16 @@ def test_two_processes_equal_one(accumulation, strategy, run):
         torch.testing.assert_close(
             found[key], value, **TOLERANCE, msg=lambda m, key=key: f'{key}: {m}'
         )
-    (whole,), halves = records(single), records(double)
-    assert len(halves) == 2
+    (whole,), parts = records(single), records(several)
+    assert len(parts) == processes
     for i, values in enumerate(whole['losses']):
         assert {'online/loss_fm', 'generator/loss_fgm', 'generator/loss_g'} <= set(values)
         for name, value in values.items():
-            mean = sum(half['losses'][i][name] for half in halves) / 2
+            mean = sum(part['losses'][i][name] for part in parts) / processes
             assert mean == pytest.approx(value, rel=1e-4, abs=1e-6), (i, name)
-    # DDP holds the base whole, FSDP2 its shards; blocks are divided evenly, small rests may not be
-    share = max(half['base_bytes'] for half in halves) / whole['base_bytes']
+    # DDP holds the base whole, FSDP2 half in two processes; blocks are divided evenly, small rests
+    # may not be
+    share = max(part['base_bytes'] for part in parts) / whole['base_bytes']
     assert share == 1 if not strategy else 0.5 <= share < 0.51
 
 

@@ -245,25 +245,30 @@ class TrafficHook(Hook):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    'strategy',
-    [dict(type='DDPStrategy'), dict(type='FSDP2Strategy', block_types=('AdaLNBlock',))],
-    ids=['DDP', 'FSDP2'],
+    'strategy, processes',
+    [
+        (dict(type='DDPStrategy'), 2),
+        (dict(type='FSDP2Strategy', block_types=('AdaLNBlock',)), 2),
+        (dict(type='FSDP2Strategy', block_types=('AdaLNBlock',), shard_size=2), 4),
+    ],
+    ids=['DDP', 'FSDP2', 'HSDP'],
 )
-def test_traffic_is_what_two_processes_send(strategy, tmp_path):
+def test_traffic_is_what_processes_send(strategy, processes, tmp_path):
+    """Of two micro-batches; copies of the weights are summed over in the second alone."""
     path = tmp_path / 'run.py'
     path.write_text(f"""
 _base_ = [{str(DIGITS)!r}]
 model = dict(teacher=dict(checkpoint=None), network=dict(width=16, depth=2, embed_dim=16))
 strategy = {strategy}
-train_cfg = dict(max_iters=3)
+train_cfg = dict(max_iters=3, accumulation=2, share_samples=False)
 train_dataloader = dict(batch_size=8)
 evaluations = dict(fd=dict(interval=0))
 default_hooks = dict(samples=None, traffic=dict(type='TrafficHook'))
 custom_imports = dict(imports=['tests.test_tools.test_rehearse'])
 """)
-    train(path, tmp_path, nproc=2)
+    train(path, tmp_path, nproc=processes)
     sent = json.load(open(tmp_path / 'traffic.json'))
-    found = rehearse(read_config(str(path)), gpus=2)
+    found = rehearse(read_config(str(path)), gpus=processes)
     assert {name: cost.traffic_bytes for name, cost in found.phases.items()} == sent
     assert all(size > 0 for phase in sent.values() for size in phase.values())
 

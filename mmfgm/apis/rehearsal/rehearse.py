@@ -15,7 +15,7 @@ import torch
 from mmengine.config import Config
 from torch.distributed.fsdp import FSDPModule
 
-from mmfgm.engine import DDPStrategy, FlowRunner, FSDP2Strategy
+from mmfgm.engine import FlowRunner, FSDP2Strategy
 from mmfgm.errors import UsageError
 from mmfgm.models import FlowModel, has_adapters
 
@@ -191,9 +191,13 @@ def _run(runner: FlowRunner, gpu: GPU | None, accumulation: int) -> dict[str, Ph
         cost.updates += 1
         cost.tflop += work.flops * accumulation / 1e12
         cost.compute_seconds += work.seconds * accumulation
-        # DDP sums gradients in the last micro-batch, FSDP2 in each
-        times = 1 if isinstance(strategy, DDPStrategy) else accumulation
-        sizes = Counter({name: size * times for name, size in traffic.bytes.items()})
+        # gathered and scattered in each micro-batch; summed over copies of the weights in the last
+        sizes = Counter(
+            {
+                name: size * (1 if name == 'all_reduce' else accumulation)
+                for name, size in traffic.bytes.items()
+            }
+        )
         cost.traffic_bytes = dict(Counter(cost.traffic_bytes) + sizes)
         if gpu is not None:
             cost.link_seconds += (
