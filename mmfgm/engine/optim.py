@@ -1,5 +1,6 @@
 # Copyright (c) mmfgm authors.
 import copy
+import difflib
 
 from mmengine.optim import DefaultOptimWrapperConstructor, OptimWrapper, OptimWrapperDict
 from mmengine.optim.optimizer.builder import register_transformers_optimizers
@@ -106,6 +107,14 @@ class PerNetworkConstructor:
         if optimizer.get('type') == 'Adafactor' and 'Adafactor' not in OPTIMIZERS:
             # left out at start-up, see mmfgm/__init__.py
             register_transformers_optimizers()
+        kind = optimizer.get('type')
+        with OPTIMIZERS.switch_scope_and_registry(None) as registry:
+            if isinstance(kind, str) and registry.get(kind) is None:
+                close = difflib.get_close_matches(kind, OPTIMIZERS.module_dict, 1) or ['Adam']
+                raise UsageError(
+                    f'{where}.optimizer.type is {kind!r}, which is no optimizer of torch or of the'
+                    f' scope {registry.scope!r}; did you mean {close[0]!r}?'
+                )
         cfg = dict(cfg)
         cfg.setdefault('type', NetworkOptimWrapper)
         wrapper = DefaultOptimWrapperConstructor(cfg, cfg.pop('paramwise_cfg', None))(

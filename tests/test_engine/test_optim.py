@@ -66,6 +66,10 @@ def test_one_optimizer_for_each_network_with_paramwise_options():
             dict(online=dict(accumulative_counts=2, **adam()), generator=adam()),
             'train_cfg.accumulation',
         ),
+        (
+            dict(online=dict(optimizer=dict(type='AdamV', lr=1e-3)), generator=adam()),
+            "online.optimizer.type is 'AdamV'.*did you mean 'Adam",
+        ),
     ],
 )
 def test_bad_settings(cfg, match):
