@@ -360,9 +360,9 @@ LORA = (
 )
 
 
-def lora_problem(folder, base, **generator):
+def lora_problem(folder, base, config=None, **generator):
     folder.mkdir()
-    problem = make_problem(folder, sd3_config(base, **generator) + LORA)
+    problem = make_problem(folder, (config or sd3_config(base, **generator)) + LORA)
     adapters = {name: p for name, p in problem.model.named_parameters() if 'lora_' in name}
     for name, p in adapters.items():
         p.data = 0.3 * torch.randn(p.shape, generator=torch.Generator().manual_seed(len(name)))

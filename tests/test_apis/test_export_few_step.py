@@ -7,12 +7,14 @@ from unittest import mock
 
 import pytest
 import torch
+from diffusers import StableDiffusion3Pipeline
 
 from mmfgm.apis import FGMInferencer, export_generator, read_config
+from mmfgm.apis.export.exporter import HERE
 from mmfgm.errors import UsageError
 from mmfgm.models import Sampler
 from tests.test_apis.conftest import make_problem, sd3_config
-from tests.test_apis.test_export import PROMPTS, SEEDS, run_stock, to_unit
+from tests.test_apis.test_export import PROMPTS, SEEDS, lora_problem, run_stock, to_unit
 
 TIMES = (1.0, 0.9, 0.75, 0.5)
 
@@ -57,12 +59,36 @@ def test_stock_diffusers_makes_our_image_at_every_prefix(sd3_folder, tmp_path):
     assert index['scheduler'] == ['diffusers', 'FlowMatchLCMScheduler']
 
 
+def test_adapters_alone_with_the_scheduler_that_their_card_names(sd3_folder, tmp_path):
+    problem = lora_problem(tmp_path / 'run', sd3_folder, config_of(sd3_folder, times=TIMES))
+    out = str(tmp_path / 'out')
+    assert export_generator(read_config(problem.config), problem.weights, out, lora=True) == 'lora'
+    card = (tmp_path / 'out/README.md').read_text()
+    code = card.split('```python\n')[1].split('```')[0]
+    opened, *settings = code.splitlines()[1:-2]
+    assert '.from_pretrained(' in opened and "sigmas=[1.0, 0.9, 0.75, 0.5]" in code
+    pipe = StableDiffusion3Pipeline.from_pretrained(sd3_folder)
+    exec('\n'.join(settings).replace(HERE, out), dict(pipe=pipe))
+    inferencer = FGMInferencer(problem.config, problem.weights)
+    z = problem.model.sampler.noise(SEEDS)
+    torch.manual_seed(5)
+    noises = torch.stack([z, *(torch.randn_like(z) for _ in range(3))])
+    for n in (1, 4):
+        with mock.patch.object(Sampler, 'noises', lambda self, seeds, count: noises[:count]):
+            ours = to_unit(inferencer(PROMPTS, seeds=SEEDS, nfe=n, out='tensor')['predictions'])
+        torch.manual_seed(5)
+        theirs = pipe(
+            PROMPTS, latents=z, sigmas=list(TIMES[:n]), guidance_scale=1.0, output_type='pt'
+        ).images
+        torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-5)
+
+
 def test_steps_that_the_scheduler_does_not_make_are_refused(sd3_folder, tmp_path):
     problem = make_problem(tmp_path, config_of(sd3_folder, times=2, c_in=(0.8, 1.0)))
     cfg = read_config(problem.config)
     with pytest.raises(UsageError, match=r"scheduler's own.*c_in=\(0.8, 1.0\)"):
         export_generator(cfg, problem.weights, str(tmp_path / 'out'))
     cfg.model.lora = dict(rank=2, alpha=2, target_modules=('attn.to_q',))
-    with pytest.raises(UsageError, match='leave --lora out'):
+    with pytest.raises(UsageError, match=r"scheduler's own.*c_in=\(0.8, 1.0\)"):
         export_generator(cfg, problem.weights, str(tmp_path / 'out'), lora=True)
     assert not (tmp_path / 'out').exists()

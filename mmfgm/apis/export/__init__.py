@@ -22,7 +22,7 @@ from .exporter import DTYPES, BaseExporter, Exporter, write_text
 from .few_step import FewStepPipelineExporter
 from .generator import GeneratorExporter
 from .hub import HubRepository
-from .lora import LoRAExporter
+from .lora import FewStepLoRAExporter, LoRAExporter
 from .pipeline import PipelineExporter
 
 __all__ = [
@@ -79,13 +79,8 @@ def choose_exporter(
             ' family that exports pipelines; leave --lora out'
         )
     few = getattr(generator, 'max_nfe', 1) > 1
-    if lora and few:
-        raise UsageError(
-            'a LoRA file cannot say at which times a generator of few steps is called; leave --lora'
-            ' out to export the pipeline with its scheduler'
-        )
     if lora:
-        return LoRAExporter(cfg, dtype, family, base)
+        return (FewStepLoRAExporter if few else LoRAExporter)(cfg, dtype, family, base)
     if folds and base and few:
         return FewStepPipelineExporter(cfg, dtype, family, base, max_shard_size=max_shard_size)
     if folds and base:
@@ -123,7 +118,7 @@ def export_generator(
         max_shard_size (str): Of the pipeline's files, as diffusers takes it. Defaults to
             ``'10GB'``.
         lora (bool): Of a generator trained with LoRA, export the adapters alone, for diffusers'
-            ``load_lora_weights``.
+            ``load_lora_weights``; of several steps, the model card names scheduler and times.
         force (bool): Replace ``out`` if it is an export.
 
     Returns:
