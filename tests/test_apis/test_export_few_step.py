@@ -66,7 +66,7 @@ def test_adapters_alone_with_the_scheduler_that_their_card_names(sd3_folder, tmp
     card = (tmp_path / 'out/README.md').read_text()
     code = card.split('```python\n')[1].split('```')[0]
     opened, *settings = code.splitlines()[1:-2]
-    assert '.from_pretrained(' in opened and "sigmas=[1.0, 0.9, 0.75, 0.5]" in code
+    assert '.from_pretrained(' in opened and 'sigmas=[1.0, 0.9, 0.75, 0.5]' in code
     pipe = StableDiffusion3Pipeline.from_pretrained(sd3_folder)
     exec('\n'.join(settings).replace(HERE, out), dict(pipe=pipe))
     inferencer = FGMInferencer(problem.config, problem.weights)

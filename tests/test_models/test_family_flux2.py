@@ -1,7 +1,6 @@
 # Copyright (c) mmfgm authors.
 """FLUX.2 against diffusers' own pipelines, on tiny random models of dev's and klein's kinds."""
 
-import math
 from types import SimpleNamespace
 
 import pytest

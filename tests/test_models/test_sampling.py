@@ -60,7 +60,9 @@ def test_it_makes_the_pipelines_latents(kind, tmp_path):
 def test_networks_without_a_pipeline():
     network = AdaLNMLP((2,), width=8)
     sampler = Sampler(dict(teacher=network), (2,), {})
-    with pytest.raises(UsageError, match='found AdaLNMLP, which has no stock pipeline; use uniform'):
+    with pytest.raises(
+        UsageError, match='found AdaLNMLP, which has no stock pipeline; use uniform'
+    ):
         sampler.check(Sampling('teacher', 4, spacing='pipeline'))
     with pytest.raises(UsageError, match='no spacing of times .*edm or pipeline'):
         Sampling('teacher', spacing='flux')

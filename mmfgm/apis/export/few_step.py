@@ -19,8 +19,8 @@ SCHEDULER = 'FlowMatchLCMScheduler'
 
 
 def check_steps(bare: FewStepGenerator) -> None:
-    """Raise a UsageError if a step is anything but the network's own estimate ``x_t - t v(x_t, t)``,
-    which is all that the scheduler computes."""
+    """Raise a UsageError if a step is anything but the network's own estimate ``x_t - t v(x_t,
+    t)``, which is all that the scheduler computes."""
     ones = (1,) * bare.max_nfe
     if (bare.c_skip, bare.c_out, bare.c_in) != (ones, bare.times, ones):
         raise UsageError(

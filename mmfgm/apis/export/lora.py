@@ -55,9 +55,7 @@ class LoRAExporter(BaseExporter):
         """The model of the export's description."""
         return dict(type='FGM', network=self.family.exported(network))
 
-    def write(
-        self, generator: nn.Module, folder: str, source: dict[str, Any]
-    ) -> dict[str, Any]:
+    def write(self, generator: nn.Module, folder: str, source: dict[str, Any]) -> dict[str, Any]:
         family = self.family
         network = without_adapters(generator.network)
         tensors = {}
