@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from unittest import mock
 
 import torch
+import torch.distributed.checkpoint as dcp
 from mmengine.dist import get_rank
 from mmengine.hooks import Hook
 
@@ -37,6 +38,23 @@ class KillHook(Hook):
     def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
         if runner.iter + 1 == self.at and get_rank() == self.rank:
             os.kill(os.getpid(), signal.SIGKILL)
+
+
+@HOOKS.register_module()
+class SlowDiskHook(Hook):
+    """Shards of checkpoints take their time, so that iterations pass while they are written."""
+
+    def __init__(self, seconds):
+        self.seconds = seconds
+
+    def before_train(self, runner):
+        save = dcp.save
+
+        def slow(*args, **kwargs):
+            time.sleep(self.seconds)
+            return save(*args, **kwargs)
+
+        mock.patch('torch.distributed.checkpoint.save', slow).start()
 
 
 @HOOKS.register_module()

@@ -1,19 +1,23 @@
 # Copyright (c) mmfgm authors.
 """Checkpoints that survive a crash: written beside their final name, then renamed.
 
-A run on one device or with DDP writes one file, a sharded run a directory. Either holds only
+A run on one device or with DDP writes one file, a sharded run a directory, while it goes on if
+``strategy.async_checkpoints`` says so. Either holds only
 tensors and plain containers, so it loads with ``weights_only=True``.
 """
 
+import copy
 import os.path as osp
 import shutil
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
 import mmengine
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from mmengine.dist import (
     all_gather_object,
@@ -26,6 +30,7 @@ from mmengine.dist import (
 from mmengine.logging import HistoryBuffer
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.staging import BlockingAsyncStager
 
 from mmfgm.errors import EXIT_USAGE, DamagedError, NonFiniteInputError, UsageError
 from mmfgm.files import disk_errors, replace_folder, whole_file
@@ -126,16 +131,18 @@ def save_file(content: dict, filename: str) -> None:
         torch.save(content, f)
 
 
-def save_directory(tensors: dict, extras: dict, directory: str) -> None:
+def save_directory(
+    tensors: dict, extras: dict, directory: str, group: dist.ProcessGroup | None = None
+) -> None:
     # all processes write into it, so its name is the same for all of them
     unfinished = f'{directory}.tmp'
     if is_main_process():
         shutil.rmtree(unfinished, ignore_errors=True)
-    barrier()
+    barrier(group)
     try:
-        dcp.save(tensors, checkpoint_id=unfinished)
+        dcp.save(tensors, checkpoint_id=unfinished, process_group=group)
         # every process has written one file, and reads one back
-        found = all_gather_object(shard_checksums(unfinished, get_rank(), get_world_size()))
+        found = all_gather_object(shard_checksums(unfinished, get_rank(), get_world_size()), group)
         if is_main_process():
             shards = {INDEX: index_checksum(unfinished)}
             for files in found:
@@ -149,6 +156,48 @@ def save_directory(tensors: dict, extras: dict, directory: str) -> None:
     finally:
         if is_main_process():
             shutil.rmtree(unfinished, ignore_errors=True)
+
+
+class BackgroundSaver:
+    """Writes sharded checkpoints in a thread, one after the other, while the training goes on.
+
+    What is written is a copy on the CPU of what the tensors are now, made before :meth:`save`
+    returns. The thread's messages go through processes' group of its own. Create it on all ranks.
+    """
+
+    def __init__(self) -> None:
+        self._group = dist.new_group(backend='gloo')
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix='checkpoint')
+        self._filename = ''
+        self._steps: list[Future] = []
+
+    def save(self, tensors: dict, extras: dict, directory: str) -> None:
+        """Begin to save; what was begun before has to be finished."""
+        staged = BlockingAsyncStager().stage(tensors)
+        self._filename = directory
+        self._steps = [
+            self._thread.submit(
+                save_directory, staged, copy.deepcopy(extras), directory, self._group
+            )
+        ]
+
+    def then(self, function: Callable[[], None]) -> None:
+        """Call ``function`` in the thread once the checkpoint is whole, if it becomes so."""
+        saved = self._steps[0]
+
+        def step() -> None:
+            saved.result()
+            function()
+
+        self._steps.append(self._thread.submit(step))
+
+    def finish(self) -> None:
+        """Wait for it; raises what went wrong."""
+        steps, self._steps = self._steps, []
+        if steps:
+            with _writing(self._filename):
+                for step in steps:
+                    step.result()
 
 
 @contextmanager
@@ -226,6 +275,9 @@ class CheckpointMixin:
     """Saving, loading and resuming for a strategy; see the module's docstring."""
 
     sharded_checkpoints = False
+    # sharded ones alone are written beside the training
+    async_checkpoints = False
+    _saver: BackgroundSaver | None = None
 
     def compare_config(self, filename: str, meta: dict) -> bool:
         """Whether the optimizers' settings and the schedules come from the config, not from the
@@ -253,7 +305,12 @@ class CheckpointMixin:
         callback: Callable | None = None,
     ) -> None:
         """Save the model, optimizers, schedulers and what hooks add through ``callback``; call on
-        all ranks."""
+        all ranks.
+
+        With ``async_checkpoints`` it returns when all is copied, see :meth:`when_saved` and
+        :meth:`finish_checkpoint`.
+        """
+        self.finish_checkpoint()
         extras = dict(extra_ckpt or {})
         if save_param_scheduler and hasattr(self, 'param_schedulers'):
             extras['param_schedulers'] = self.scheduler_state_dict()
@@ -276,12 +333,29 @@ class CheckpointMixin:
         tensors = dict(state_dict=self.model_state_dict())
         if save_optimizer and hasattr(self, 'optim_wrapper'):
             tensors['optimizer'] = self.optim_state_dict()
-        if self.sharded_checkpoints:
+        if self.async_checkpoints:
+            self._saver = self._saver or BackgroundSaver()
+            self._saver.save(tensors, extras, filename)
+        elif self.sharded_checkpoints:
             with _writing(filename):
                 save_directory(tensors, extras, filename)
             barrier()
         else:
             on_main(lambda: self._save_whole({**extras, **tensors}, filename))
+
+    def when_saved(self, function: Callable[[], None]) -> None:
+        """Have the first process call ``function`` once the checkpoint that was saved last is
+        whole; call on all ranks."""
+        if self._saver is None:
+            on_main(function)
+        elif is_main_process():
+            self._saver.then(function)
+
+    def finish_checkpoint(self) -> None:
+        """Wait until the checkpoint that was saved last is whole, and what :meth:`when_saved` was
+        given is done; call on all ranks."""
+        if self._saver is not None:
+            self._saver.finish()
 
     @staticmethod
     def _save_whole(content: dict, filename: str) -> None:

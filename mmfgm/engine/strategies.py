@@ -246,6 +246,8 @@ class FSDP2Strategy(ProcessGroupStrategy):
         shard_size (int, optional): Processes that share one copy, usually those of a machine; each
             such group holds all of it, and between groups only gradients travel, once an update
             (HSDP). Defaults to all processes.
+        async_checkpoints (bool): Write checkpoints while training goes on, from a copy of a
+            process's shards in the CPU's memory. Defaults to False.
         **kwargs: Those of :class:`SingleDeviceStrategy`, of which two mean more here. With
             ``precision='bf16'`` parameters are communicated in bf16 too; gradients are reduced in
             float32 and the sharded master weights stay float32. ``compile=True`` runs each of those
@@ -260,9 +262,17 @@ class FSDP2Strategy(ProcessGroupStrategy):
     # blocks are resharded and gradients reduced once for each forward
     several_backwards = False
 
-    def __init__(self, *, block_types: Sequence[str] = (), shard_size: int | None = None, **kwargs):
+    def __init__(
+        self,
+        *,
+        block_types: Sequence[str] = (),
+        shard_size: int | None = None,
+        async_checkpoints: bool = False,
+        **kwargs,
+    ):
         self.block_types = tuple(block_types)
         self.shard_size = shard_size
+        self.async_checkpoints = async_checkpoints
         super().__init__(**kwargs)
 
     def _mesh(self, device: str) -> DeviceMesh:

@@ -7,11 +7,17 @@ import signal
 import subprocess
 import sys
 import time
+from threading import Event
+from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 
-from mmfgm.models import latest_checkpoint, read_state_dict
+from mmfgm.engine.checkpoint import BackgroundSaver
+from mmfgm.errors import UsageError
+from mmfgm.models import EXTRAS, latest_checkpoint, read_state_dict
 from mmfgm.models.weights import read_pickle
 from tests.conftest import LIMIT, ROOT, run_module, tool_env, train
 
@@ -37,6 +43,17 @@ def assert_same(a, b, path=''):
 
 def hook_options(**cfg):
     return [f'default_hooks.test.{key}={value}' for key, value in cfg.items()]
+
+
+def after(event, function):
+    """``function``, once ``event`` is set."""
+
+    def waiting(*args, **kwargs):
+        assert event.wait(LIMIT)
+        return function(*args, **kwargs)
+
+    waiting.event = event
+    return waiting
 
 
 def final(work_dir):
@@ -98,6 +115,71 @@ def test_sharded_run_resumes_exactly(tiny, tmp_path):
     train(tiny / 'fgm.py', tmp_path / 'parts', *options, *hook, nproc=2, codes=None)
     train(tiny / 'fgm.py', tmp_path / 'parts', *options, nproc=2, resume=True)
     assert_same(read_state_dict(str(tmp_path / 'parts')), read_state_dict(str(tmp_path / 'whole')))
+
+
+@pytest.mark.slow
+def test_killed_while_checkpoints_are_written_beside_the_training(tiny, tmp_path, request):
+    """Each takes longer than the iterations between two, so a kill meets one half written."""
+    options = (
+        'strategy.type=FSDP2Strategy',
+        'strategy.block_types=AdaLNBlock,',
+        'default_hooks.checkpoint.interval=2',
+        'default_hooks.checkpoint.max_keep_ckpts=1',
+    )
+    beside = ('strategy.async_checkpoints=True', 'default_hooks.slow.type=SlowDiskHook')
+    train(tiny / 'fgm.py', tmp_path / 'whole', *options, nproc=2)
+    expected = read_state_dict(str(tmp_path / 'whole'))
+    rng, resumed = random.Random(0), []
+    for kill in range(request.config.getoption('--kills')):
+        work_dir = tmp_path / f'killed_{kill}'
+        slow = f'default_hooks.slow.seconds={rng.uniform(0.01, 0.3)}'
+        at, when = rng.randrange(4, ITERS), rng.choice(['before', 'while', 'after'])
+        rank = 0 if when == 'while' else rng.randrange(2)
+        hook = hook_options(type='KillHook', at=at, when=when, rank=rank)
+        train(tiny / 'fgm.py', work_dir, *options, *beside, slow, *hook, nproc=2, codes=None)
+        whole = latest_checkpoint(str(work_dir))
+        resumed.append(whole)
+        assert not (work_dir / f'iter_{ITERS}.pth').exists()
+        result = train(
+            tiny / 'fgm.py', work_dir, *options, *beside, slow, nproc=2, resume=whole is not None
+        )
+        assert_same(read_state_dict(str(work_dir)), expected)
+        # nothing is left of what was half written, nor of what is out of date
+        assert [path.name for path in work_dir.glob('iter_*')] == [f'iter_{ITERS}.pth']
+        assert 'Traceback' not in result.stderr
+    assert any(resumed)
+
+
+def test_a_checkpoint_is_of_the_moment_at_which_it_was_asked_for(tmp_path):
+    """The training changes the weights in place while they are written."""
+    dist.init_process_group('gloo', rank=0, world_size=1, store=dist.HashStore())
+    try:
+        saver, done = BackgroundSaver(), []
+        weight, history = torch.arange(4.0), [1]
+        extras = dict(meta=dict(history=history))
+        with mock.patch('torch.distributed.checkpoint.save', after(Event(), dcp.save)) as save:
+            saver.save(dict(state_dict=dict(weight=weight)), extras, str(tmp_path / 'iter_1.pth'))
+            saver.then(lambda: done.append(sorted(p.name for p in tmp_path.iterdir())))
+            weight.zero_()
+            history.append(2)
+            assert not done
+            save.event.set()
+            saver.finish()
+        # only the whole checkpoint is there when others hear of it
+        assert done == [['iter_1.pth']]
+        assert torch.equal(
+            read_state_dict(str(tmp_path / 'iter_1.pth'))['weight'], torch.arange(4.0)
+        )
+        assert read_pickle(str(tmp_path / 'iter_1.pth' / EXTRAS))['meta']['history'] == [1]
+        # what goes wrong is said where the training waits, and nobody hears of that checkpoint
+        (tmp_path / 'file').touch()
+        saver.save(dict(state_dict=dict(weight=weight)), {}, str(tmp_path / 'file/iter_2.pth'))
+        saver.then(lambda: done.append(None))
+        with pytest.raises((UsageError, RuntimeError, OSError)):
+            saver.finish()
+        assert len(done) == 1
+    finally:
+        dist.destroy_process_group()
 
 
 @pytest.mark.slow

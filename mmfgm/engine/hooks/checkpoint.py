@@ -4,12 +4,12 @@ import os.path as osp
 import re
 import shutil
 from collections import deque
+from functools import partial
 
-from mmengine.dist import is_main_process, master_only
+from mmengine.dist import is_main_process
 from mmengine.hooks import CheckpointHook as _CheckpointHook
 
 from mmfgm.files import write_file
-from mmfgm.processes import on_main
 from mmfgm.registry import HOOKS
 
 # What this hook writes into the work dir, and what is left of it by a crash. Nothing else there is
@@ -19,7 +19,6 @@ _CHECKPOINT = r'(best_[^/]+_)?iter_\d+\.pth'
 _LEFT_OVER = rf'({_CHECKPOINT}|last_checkpoint)(\.[0-9a-f]{{32}})?(\.old)?\.tmp'
 
 
-@master_only
 def _remove(path: str) -> None:
     if osp.isdir(path):
         shutil.rmtree(path)
@@ -67,6 +66,11 @@ class CheckpointHook(_CheckpointHook):
         """Save at the end of the current iteration, unless that is done already."""
         if self.last_ckpt != self._path(runner.iter + 1):
             self._save_checkpoint(runner)
+        runner.strategy.finish_checkpoint()
+
+    def after_train(self, runner) -> None:
+        super().after_train(runner)
+        runner.strategy.finish_checkpoint()
 
     def _path(self, step: int) -> str:
         return osp.join(self.out_dir, self.filename_tmpl.format(step))
@@ -89,10 +93,15 @@ class CheckpointHook(_CheckpointHook):
             by_epoch=False,
         )
         self.last_ckpt = path
-        # no process goes on, perhaps to its end, before the checkpoint is findable
-        on_main(lambda: write_file(osp.join(runner.work_dir, 'last_checkpoint'), path))
-        for old in outdated:
-            _remove(old)
+
+        def findable() -> None:
+            write_file(osp.join(runner.work_dir, 'last_checkpoint'), path)
+            for old in outdated:
+                _remove(old)
+
+        # no process goes on, perhaps to its end, before the checkpoint is findable, or being
+        # written
+        runner.strategy.when_saved(findable)
 
     def after_evaluation(self, runner, metrics: dict[str, float]) -> None:
         """Keep the best checkpoint so far of each metric in ``save_best`` that was just
@@ -125,4 +134,4 @@ class CheckpointHook(_CheckpointHook):
             runner.logger.info(f'Best {key} so far: {metrics[key]:.4f}, saved to {path}')
             ours = re.fullmatch(rf'{re.escape(prefix)}iter_\d+\.pth', outdated)
             if ours and outdated != osp.basename(path):
-                _remove(osp.join(self.out_dir, outdated))
+                runner.strategy.when_saved(partial(_remove, osp.join(self.out_dir, outdated)))
