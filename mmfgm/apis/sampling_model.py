@@ -125,7 +125,7 @@ class SamplingModel:
         source = self.kind.ema_source
         named = self.kind.network_names(self.model)
         averages = [name for name in named if name.startswith(f'{source}_ema')]
-        return _merged_network(self.weights) or [*averages, source]
+        return merged_network(self.weights) or [*averages, source]
 
     @property
     def sampler(self) -> Sampler:
@@ -228,7 +228,7 @@ class SamplingModel:
         adapters = None
         if self._has_adapters:
             adapters = {key for key in network.state_dict() if '.lora_' in key}
-        prefix = '' if _merged_network(self.weights) else name
+        prefix = '' if merged_network(self.weights) else name
         return load_network(network, self.weights, prefix, names=adapters)
 
     def _build_null(self) -> Any | None:
@@ -244,7 +244,7 @@ class SamplingModel:
         )
 
 
-def _merged_network(weights: str) -> list[str] | None:
+def merged_network(weights: str) -> list[str] | None:
     """The network that a file of ``tools/merge_checkpoint.py`` holds, or None for another
     checkpoint."""
     if not osp.isfile(weights) or not weights.endswith('.safetensors'):

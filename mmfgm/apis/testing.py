@@ -16,10 +16,11 @@ from mmfgm.engine import FlowRunner
 from mmfgm.errors import Interrupted, UsageError
 from mmfgm.evaluation import build_evaluations, draw_over_nfe, draw_panels
 from mmfgm.files import disk_errors, write_file
-from mmfgm.models import Sampling
+from mmfgm.models import Sampling, load_network
 from mmfgm.processes import StopSignals
 
 from .config import building
+from .sampling_model import merged_network
 
 Table = dict[str, dict[str, dict[int, float]]]  # metric -> network -> NFE -> value
 # of a table with a column for each metric, in a terminal
@@ -37,9 +38,29 @@ def build_for_sampling(cfg: Config, networks: Sequence[str], checkpoint: str | N
     if cfg.launcher == 'none' and 'strategy' in cfg:
         cfg.strategy = {key: value for key, value in cfg.strategy.items() if key == 'precision'}
     cfg.visualizer = None
+    merged = merged_network(checkpoint) if checkpoint else None
+    if merged:
+        _check_merged(cfg, networks, checkpoint, merged[0])
     runner = building(lambda: FlowRunner.from_cfg(cfg))
-    building(lambda: runner.prepare_to_sample(checkpoint))
+    building(lambda: runner.prepare_to_sample(None if merged else checkpoint))
+    if merged:
+        load_network(runner.model.networks[merged[0]], checkpoint)
     return runner
+
+
+def _check_merged(cfg: Config, networks: Sequence[str], file: str, name: str) -> None:
+    """Whether a file of one network, of ``tools/merge_checkpoint.py``, is all that is needed."""
+    others = [network for network in networks if network not in (name, 'teacher')]
+    if others:
+        raise UsageError(
+            f'{file!r} holds {name} alone, not {", ".join(others)}; name its checkpoint or its work'
+            ' dir instead'
+        )
+    if cfg.launcher != 'none' or cfg.model.get('lora'):
+        raise UsageError(
+            f'{file!r}, of one network, is measured on one process and without model.lora; name its'
+            ' checkpoint or its work dir instead'
+        )
 
 
 def samplings_of(
@@ -118,7 +139,8 @@ def measure(
 
     Args:
         cfg (Config): With ``launcher`` and ``work_dir``; it is changed.
-        checkpoint (str, optional): Checkpoint or work dir; not needed for the teacher alone.
+        checkpoint (str, optional): Checkpoint, work dir, or a file of one network; not needed for
+            the teacher alone.
         networks (Sequence[str], optional): Defaults to the one each evaluation names.
         nfe (Sequence[int]): Network evaluations; see :func:`samplings_of`.
         solver (str), guidance (float, optional), shift (float, optional), spacing (str): Of

@@ -14,7 +14,9 @@ from mmfgm.apis import is_export
 from mmfgm.apis.testing import folder_name
 from mmfgm.errors import UsageError
 from mmfgm.models import Sampling
+from mmfgm.tools.merge_checkpoint import merge
 from mmfgm.tools.quickstart import quickstart
+from mmfgm.tools.test import test as measure_tool
 from mmfgm.tools.train import train as train_tool
 from tests.conftest import ROOT, run_module, tool_env, train
 
@@ -65,6 +67,21 @@ def test_a_run_leaves_what_a_user_expects(run):
     ]
     assert sorted(p.name for p in run.glob('iter_*.pth')) == ['iter_6.pth', 'iter_8.pth']
     assert len(list(run.glob('best_fd_fd_iter_*.pth'))) == 1 and not list(run.glob('*.tmp'))
+
+
+@pytest.mark.slow
+def test_a_file_of_one_network_is_measured(run, tiny, tmp_path):
+    merged = str(tmp_path / 'merged.safetensors')
+    merge([str(run / 'iter_8.pth'), merged])
+
+    def measure(weights, network='generator_ema'):
+        folder = tmp_path / f'{len(list(tmp_path.iterdir()))}'
+        argv = [str(tiny / 'fgm.py'), str(weights), '--network', network, '--work-dir', str(folder)]
+        return measure_tool(argv)['fd/fd']
+
+    assert measure(merged) == measure(run / 'iter_8.pth')
+    with pytest.raises(UsageError, match='holds generator_ema alone, not online; name its ch'):
+        measure(merged, 'online')
 
 
 @pytest.mark.slow
