@@ -149,15 +149,19 @@ class EDMGrid:
         sigma: Tensor = (low + r * (high - low)) ** self.rho
         return (sigma / (1 + sigma)).float()
 
+    def _bound(self, r: float) -> float:
+        # on the CPU also while a model is built on torch's meta device
+        return self._time(torch.tensor(r, dtype=torch.float64, device='cpu')).item()
+
     @property
     def low(self) -> float:
         """The smallest time."""
-        return self._time(torch.tensor(0.0, dtype=torch.float64)).item()
+        return self._bound(0.0)
 
     @property
     def high(self) -> float:
         """The largest time."""
-        return self._time(torch.tensor(self.fraction, dtype=torch.float64)).item()
+        return self._bound(self.fraction)
 
     def __call__(
         self, n: int, device: Device = None, generator: torch.Generator | None = None
