@@ -162,7 +162,7 @@ class BackgroundSaver:
     """Writes sharded checkpoints in a thread, one after the other, while the training goes on.
 
     What is written is a copy on the CPU of what the tensors are now, made before :meth:`save`
-    returns. The thread's messages go through processes' group of its own. Create it on all ranks.
+    returns. The thread's messages go through a process group of its own. Create it on all ranks.
     """
 
     def __init__(self) -> None:
