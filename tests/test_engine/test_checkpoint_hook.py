@@ -8,6 +8,7 @@ import pytest
 from mmengine.logging import MessageHub
 
 from mmfgm.engine import CheckpointHook
+from mmfgm.engine.checkpoint import CheckpointMixin
 
 
 @pytest.fixture
@@ -20,6 +21,7 @@ def runner(tmp_path):
         logger=mock.Mock(),
         iter=3,
         epoch=0,
+        strategy=CheckpointMixin(),
         save_checkpoint=lambda out_dir, name, **_: (work_dir / name).write_text('weights'),
     )
 
