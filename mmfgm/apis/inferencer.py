@@ -279,6 +279,9 @@ class FGMInferencer(BaseInferencer):
             ).items()
             if value is not None
         }
+        if shift is not None:
+            # a shift is of uniform times, whatever the config's are
+            given.setdefault('spacing', 'uniform')
         sampling = replace(self.default_sampling(network), **given)
         with self._lock:
             return super().__call__(

@@ -156,6 +156,8 @@ def samplings_of(args: argparse.Namespace, inferencer: FGMInferencer) -> dict[st
         for name in ('solver', 'guidance', 'shift', 'spacing')
         if getattr(args, name) is not None
     }
+    if args.shift is not None:
+        asked.setdefault('spacing', 'uniform')
     main = inferencer.default_sampling(args.network)
     integrated = main.network not in inferencer.model.generators
     main = replace(
