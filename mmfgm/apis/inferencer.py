@@ -2,7 +2,6 @@
 import copy
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -279,10 +278,7 @@ class FGMInferencer(BaseInferencer):
             ).items()
             if value is not None
         }
-        if shift is not None:
-            # a shift is of uniform times, whatever the config's are
-            given.setdefault('spacing', 'uniform')
-        sampling = replace(self.default_sampling(network), **given)
+        sampling = self.default_sampling(network).but(**given)
         with self._lock:
             return super().__call__(
                 inputs,

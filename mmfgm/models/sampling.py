@@ -3,7 +3,7 @@
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -16,7 +16,7 @@ from mmfgm.processes import is_finite, local
 from mmfgm.registry import FUNCTIONS
 
 from .families import DiffusersFamily, family_of
-from .lora import AdaptedNetwork
+from .lora import without_adapters
 
 Conditions = dict[str, Tensor]
 # of a CPU that multiplies matrices in bf16; any other converts each number, many times slower
@@ -68,12 +68,18 @@ class Sampling:
         """The solver's time grid for a network, from 1 to 0."""
         steps = self.nfe // FUNCTIONS.get(self.solver).evaluations_per_step
         if self.spacing == PIPELINE:
-            network = _base(network)
+            network = without_adapters(network)
             pretrained = getattr(network, 'pretrained', None)
             return _family(network).stock_times(steps, network, pretrained).to(device)
         if self.shift is not None:
             return shifted_times(steps, self.shift, device)
         return SPACINGS[self.spacing](steps, device)
+
+    def but(self, **asked: Any) -> 'Sampling':
+        """This one with what a user asked for; a shift alone is of uniform times."""
+        if 'shift' in asked:
+            asked.setdefault('spacing', 'uniform')
+        return replace(self, **asked)
 
     def __post_init__(self):
         solver = FUNCTIONS.get(self.solver)
@@ -96,18 +102,14 @@ class Sampling:
             )
 
 
-def _base(network: nn.Module) -> nn.Module:
-    """The network itself, below adapters."""
-    return network.base if isinstance(network, AdaptedNetwork) else network
-
-
 def _family(network: nn.Module) -> DiffusersFamily:
     """The family of a network over a stock pipeline, or a UsageError."""
-    family = family_of(_base(network))
+    network = without_adapters(network)
+    family = family_of(network)
     if not isinstance(family, DiffusersFamily):
         raise UsageError(
             f'expected a network of a family for spacing={PIPELINE!r}, found'
-            f' {type(_base(network)).__name__}, which has no stock pipeline; use'
+            f' {type(network).__name__}, which has no stock pipeline; use'
             f' {" or ".join(SPACINGS)}'
         )
     return family

@@ -15,7 +15,6 @@ import json
 import math
 import os.path as osp
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from mmfgm.errors import UsageError
@@ -156,12 +155,9 @@ def samplings_of(args: argparse.Namespace, inferencer: FGMInferencer) -> dict[st
         for name in ('solver', 'guidance', 'shift', 'spacing')
         if getattr(args, name) is not None
     }
-    if args.shift is not None:
-        asked.setdefault('spacing', 'uniform')
     main = inferencer.default_sampling(args.network)
     integrated = main.network not in inferencer.model.generators
-    main = replace(
-        main,
+    main = main.but(
         **(asked if integrated else {}),
         **({} if args.nfe is None else dict(nfe=args.nfe)),
         deterministic=args.deterministic,
@@ -182,7 +178,7 @@ def samplings_of(args: argparse.Namespace, inferencer: FGMInferencer) -> dict[st
     nfe = dict(nfe=args.compare) if args.compare else {}
     return {
         **samplings,
-        '_teacher': replace(inferencer.default_sampling('teacher'), **asked, **nfe),
+        '_teacher': inferencer.default_sampling('teacher').but(**asked, **nfe),
     }
 
 

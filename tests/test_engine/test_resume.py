@@ -52,7 +52,6 @@ def after(event, function):
         assert event.wait(LIMIT)
         return function(*args, **kwargs)
 
-    waiting.event = event
     return waiting
 
 
@@ -154,16 +153,16 @@ def test_a_checkpoint_is_of_the_moment_at_which_it_was_asked_for(tmp_path):
     """The training changes the weights in place while they are written."""
     dist.init_process_group('gloo', rank=0, world_size=1, store=dist.HashStore())
     try:
-        saver, done = BackgroundSaver(), []
+        saver, done, free = BackgroundSaver(), [], Event()
         weight, history = torch.arange(4.0), [1]
         extras = dict(meta=dict(history=history))
-        with mock.patch('torch.distributed.checkpoint.save', after(Event(), dcp.save)) as save:
+        with mock.patch('torch.distributed.checkpoint.save', after(free, dcp.save)):
             saver.save(dict(state_dict=dict(weight=weight)), extras, str(tmp_path / 'iter_1.pth'))
             saver.then(lambda: done.append(sorted(p.name for p in tmp_path.iterdir())))
             weight.zero_()
             history.append(2)
             assert not done
-            save.event.set()
+            free.set()
             saver.finish()
         # only the whole checkpoint is there when others hear of it
         assert done == [['iter_1.pth']]
