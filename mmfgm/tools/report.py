@@ -28,7 +28,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         nargs='+',
         default=[],
         metavar='WORK_DIR',
-        help='draw metrics and losses of these runs in the same panels',
+        help='draw metrics, over network calls too, and losses of these runs in the same panels',
     )
     parser.add_argument(
         '--pictures',
@@ -38,7 +38,9 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         help='sample pictures of a run (default: 12)',
     )
     parser.add_argument(
-        '--curves', metavar='FILE.png', help='also draw metrics and losses into one picture'
+        '--curves',
+        metavar='FILE.png',
+        help='also draw metrics (over network calls too, as tools/test.py measured) and losses',
     )
     parser.add_argument(
         '--panels',

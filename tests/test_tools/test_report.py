@@ -9,7 +9,7 @@ from PIL import Image
 
 import mmfgm
 from mmfgm.apis import read_config
-from mmfgm.apis.report.curves import group_scalars
+from mmfgm.apis.report.curves import group_scalars, over_nfe
 from mmfgm.apis.report.data import closest_packaged_config, config_difference, read_run
 from mmfgm.errors import UsageError
 from mmfgm.tools.report import report
@@ -148,6 +148,36 @@ def test_runs_beside_each_other_share_panels(tmp_path):
     assert Image.open(tmp_path / 'curves.png').height == one_row  # two panels in a row
     with pytest.raises(UsageError, match="there are \\['fd/fd', 'online/loss_fm'\\]"):
         report([str(runs[0]), *curves, 'nothing'])
+
+
+def test_what_was_measured_at_several_calls_is_a_panel_over_them(tmp_path):
+    teacher = {'1': 5.0, '10': 0.5, '100': 0.1}
+    tables = dict(
+        four=dict(teacher=teacher, generator={'1': 0.9, '4': 0.2}),
+        one=dict(teacher=teacher, generator={'1': 0.3}),
+    )
+    runs = {}
+    for name, table in tables.items():
+        run = start(tmp_path / name, '20260101_000000', losses(10))
+        (run / 'test').mkdir()
+        (run / 'test' / 'metrics.json').write_text(json.dumps({'fd/fd': table}))
+        Image.new('RGB', (4, 4)).save(run / 'test' / 'fd_fd_vs_nfe.png')
+        runs[name] = read_run(str(run))
+    title = 'fd/fd over network calls'
+    ours = {'teacher': {1: 5.0, 10: 0.5, 100: 0.1}, 'generator': {1: 0.9, 4: 0.2}}
+    assert over_nfe(runs['four']) == {title: ours}
+    both = over_nfe(runs['four'], [runs['one']])[title]
+    # the teacher, whose numbers are equal, comes once
+    assert list(both) == ['four, teacher', 'four, generator', 'one, generator']
+    assert both['one, generator'] == {1: 0.3}
+    runs['one'].tables['fd/fd'].pop('teacher')
+    assert not over_nfe(runs['one'])  # nothing goes over calls
+    page = open(report([str(tmp_path / 'four'), '--beside', str(tmp_path / 'one')])).read()
+    assert page.count('network calls (NFE)</text>') == 1 and '>one, generator</text>' in page
+    assert 'test/fd_fd_vs_nfe.png' not in page  # the panel says it
+    curves = tmp_path / 'curves.png'
+    report([str(tmp_path / 'four'), '--curves', str(curves), '--panels', 'network calls'])
+    assert curves.is_file()
 
 
 def test_gradients_of_several_networks_share_a_panel(tmp_path):

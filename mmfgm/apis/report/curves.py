@@ -31,6 +31,33 @@ FROM_ZERO = (
     'share of the time',
     'GPU memory, MB',
 )
+# ends the titles of panels whose curves go over network calls instead of iterations
+OVER_NFE = ' over network calls'
+
+
+def over_nfe(run: Run, beside: Sequence[Run] = ()) -> dict[str, dict[str, Series]]:
+    """Panel to curve of what ``tools/test.py`` measured: each metric over network calls, of every
+    network; a teacher that several runs measured comes once."""
+    runs = (run, *beside)
+    panels: dict[str, dict[str, Series]] = {}
+    for label, each in zip(_labels(runs), runs):
+        for metric, networks in each.tables.items():
+            panel = panels.setdefault(metric + OVER_NFE, {})
+            for network, values in networks.items():
+                series = {int(nfe): value for nfe, value in values.items()}
+                if series not in panel.values():
+                    panel[f'{label}, {network}' if beside else network] = series
+    # one number of calls makes no curve
+    return {
+        title: {name: dict(sorted(series.items())) for name, series in curves.items()}
+        for title, curves in panels.items()
+        if len({nfe for series in curves.values() for nfe in series}) > 1
+    }
+
+
+def _labels(runs: Sequence[Run]) -> list[str]:
+    labels = [osp.basename(osp.abspath(run.work_dir)) for run in runs]
+    return labels if len(set(labels)) == len(labels) else [run.work_dir for run in runs]
 
 
 def group_scalars(run: Run, beside: Sequence[Run] = ()) -> dict[str, dict[str, dict[str, Series]]]:
@@ -57,9 +84,7 @@ def group_scalars(run: Run, beside: Sequence[Run] = ()) -> dict[str, dict[str, d
         }
 
     drawn_runs = (run, *beside)
-    labels = [osp.basename(osp.abspath(each.work_dir)) for each in drawn_runs]
-    if len(set(labels)) < len(labels):
-        labels = [each.work_dir for each in drawn_runs]
+    labels = _labels(drawn_runs)
 
     def together(name: str) -> dict[str, Series]:
         return {label: each.scalars.get(name, {}) for label, each in zip(labels, drawn_runs)}
@@ -135,8 +160,15 @@ def _draw(ax: Axes, title: str, curves: dict[str, Series]) -> None:
     elif min(values) > 0 and max(values) > 10 * min(values):
         ax.set_yscale('log')
     ax.set_title(title, fontsize=10, loc='left', parse_math=False)
-    ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-    ax.set_xlabel('iteration', fontsize=8)
+    if title.endswith(OVER_NFE):
+        ax.set_xscale('log')
+        calls = sorted({nfe for series in curves.values() for nfe in series})
+        ax.set_xticks(calls, labels=[str(nfe) for nfe in calls])
+        ax.minorticks_off()
+        ax.set_xlabel('network calls (NFE)', fontsize=8)
+    else:
+        ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+        ax.set_xlabel('iteration', fontsize=8)
     ax.tick_params(labelsize=8, which='both')
     ax.grid(alpha=0.25, linewidth=0.6)
     ax.spines[['top', 'right']].set_visible(False)

@@ -44,7 +44,8 @@ class Run:
             start.
         tables (dict): What ``tools/test.py`` measured, ``{metric: {network: {NFE: value}}}``; empty
             if it was not run.
-        plots (list[str]): The pictures that ``tools/test.py`` drew.
+        plots (list[str]): The pictures that ``tools/test.py`` drew, of samples and of evaluations;
+            its plots over NFE are in ``tables``.
     """
 
     work_dir: str
@@ -119,7 +120,11 @@ def read_run(work_dir: str) -> Run:
         cfg=read_dump(osp.join(folders[-1], 'vis_data', 'config.py')),
         environment=read_environment(log),
         tables=tables,
-        plots=sorted(glob(osp.join(glob_escape(work_dir), 'test', '*.png'))),
+        plots=[
+            path
+            for path in sorted(glob(osp.join(glob_escape(work_dir), 'test', '*.png')))
+            if not path.endswith('_vs_nfe.png')
+        ],
     )
 
 

@@ -13,7 +13,7 @@ from mmengine.config import Config
 
 from mmfgm.version import __version__
 
-from .curves import curves_svg, group_scalars
+from .curves import curves_svg, group_scalars, over_nfe
 from .data import Run, closest_packaged_config, config_difference
 
 STYLE = """
@@ -125,7 +125,7 @@ def run_section(
             to 12.
         beside (Sequence[Run]): Other runs, whose metrics and losses are drawn in the same panels.
     """
-    parts = [_facts(run), _results(run)]
+    parts = [_facts(run), _results(run, beside)]
     for name, panels in group_scalars(run, beside).items():
         figures = ''.join(
             f'<figure>{curves_svg(title, curves)}</figure>' for title, curves in panels.items()
@@ -159,7 +159,7 @@ def _facts(run: Run) -> str:
     return table((), [*rows, ('work dir', f'`{run.work_dir}`')])
 
 
-def _results(run: Run) -> str:
+def _results(run: Run, beside: Sequence[Run]) -> str:
     rows = []
     for name in run.metrics:
         series = run.scalars[name]
@@ -183,11 +183,16 @@ def _results(run: Run) -> str:
             table(['metric', 'network', 'NFE', 'last, at iteration', 'lowest', 'highest'], rows),
         ]
     if run.tables:
-        plots = ''.join(picture(path, f'test/{osp.basename(path)}') for path in run.plots)
         parts += [
             '<h3>Measured by tools/test.py</h3>',
             _measured(run.tables),
-            f'<div class="grid">{plots}</div>',
+            '<div class="grid">',
+            *(
+                f'<figure>{curves_svg(title, curves)}</figure>'
+                for title, curves in over_nfe(run, beside).items()
+            ),
+            *(picture(path, f'test/{osp.basename(path)}') for path in run.plots),
+            '</div>',
         ]
     return ''.join(parts)
 

@@ -9,7 +9,7 @@ from mmfgm.apis.runs import is_work_dir
 from mmfgm.errors import UsageError
 from mmfgm.files import write_file
 
-from .curves import curves_png, group_scalars
+from .curves import curves_png, group_scalars, over_nfe
 from .data import Run, read_quickstart, read_run
 from .page import page, quickstart_section, run_section
 
@@ -32,7 +32,8 @@ def write_report(
             in the fewest values.
         beside (Sequence[str]): Work dirs whose metrics and losses are drawn in the same panels.
         pictures (int): Sample pictures of a run.
-        curves (str, optional): Also draw metrics and losses into this ``.png``.
+        curves (str, optional): Also draw metrics, over iterations and over network calls, and
+            losses into this ``.png``.
         panels (Sequence[str], optional): Only those whose names contain one of these words, there.
 
     Raises:
@@ -69,7 +70,11 @@ def write_report(
     write_file(out, page(title, _about(runs), sections).encode())
     if curves:
         groups = group_scalars(last, others)
-        drawn = {**groups.get('Metrics', {}), **groups.get('Losses', {})}
+        drawn = {
+            **groups.get('Metrics', {}),
+            **over_nfe(last, others),
+            **groups.get('Losses', {}),
+        }
         chosen = {
             name: series
             for name, series in drawn.items()
