@@ -18,4 +18,5 @@ train_cfg = dict(accumulation=24)
 strategy = dict(
     type='FSDP2Strategy', block_types=('Flux2TransformerBlock', 'Flux2SingleTransformerBlock')
 )
+evaluations = dict(geneval=dict(dataset=dict(path='data/geneval/prompts_flux2_dev')))
 default_hooks = dict(samples=dict(samplings={'teacher, 50 NFE': dict(guidance=None)}))

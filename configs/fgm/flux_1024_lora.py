@@ -54,7 +54,13 @@ optim_wrapper = dict(
     generator=dict(optimizer=dict(lr=5e-5)),
 )
 strategy = dict(precision='auto')
-evaluations = dict(geneval=dict(batch_size=1, sampling=dict(network='generator_ema')))
+evaluations = dict(
+    geneval=dict(
+        dataset=dict(path='data/geneval/prompts_flux'),
+        batch_size=1,
+        sampling=dict(network='generator_ema'),
+    )
+)
 default_hooks = dict(
     checkpoint=dict(interval=500, max_keep_ckpts=3),
     samples=dict(

@@ -39,5 +39,5 @@ optim_wrapper = dict(
     discriminator=dict(optimizer=dict(lr=5e-5)),
     generator=dict(optimizer=dict(lr=5e-5)),
 )
-evaluations = dict(geneval=dict(dataset=dict(path='data/geneval/qwen_image_prompts')))
+evaluations = dict(geneval=dict(dataset=dict(path='data/geneval/prompts_qwen_image')))
 default_hooks = dict(samples=dict(samplings={'teacher, 28 NFE': dict(guidance=4.0)}))

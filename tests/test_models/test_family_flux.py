@@ -402,6 +402,14 @@ def test_the_config_says_what_the_family_does():
     cfg = read_config(str(ROOT / 'configs/fgm/flux_1024_lora.py'))
     assert tuple(cfg.model.lora.target_modules) == FAMILY.adapter_targets
     assert cfg.default_hooks.samples.samplings['teacher, 28 NFE'].spacing == 'pipeline'
+    full = read_config(str(ROOT / 'configs/fgm/flux_1024.py'))
+    assert tuple(full.strategy.block_types) == FAMILY.block_types and not full.model.get('lora')
+    for recipe in (cfg, full):
+        assert recipe.model.decoder == FAMILY.decoder(recipe.pretrained)
+        # an input of the network, so nothing guides beside it
+        assert recipe.model.guidance is None and recipe.model.network.guidance == 3.5
+        teacher = recipe.default_hooks.samples.samplings['teacher, 28 NFE']
+        assert teacher.get('guidance') is None
 
 
 def test_a_rehearsal(folders, tmp_path):
@@ -440,3 +448,25 @@ def test_bad_input(folders, tmp_path):
     (tmp_path / 'half' / 'model_index.json').write_text(json.dumps(index))
     with pytest.raises(UsageError, match='has no text_encoder_2; download all of it'):
         FAMILY.encoder(str(tmp_path / 'half'))
+
+
+def test_adapters_of_another_family(folders, tmp_path):
+    problem = with_adapters(tmp_path / 'run', folders['dev'], t_star=1.0, c_out=1.0, c_in=1.0)
+    others = {
+        f'{network}.layers.0.attention.{layer}.lora_{side}.weight': torch.randn(4, 4)
+        for network in ('online', 'generator.network', 'generator_ema.network')
+        for layer in ('to_q', 'to_k')
+        for side in 'AB'
+    }
+    torch.save(dict(state_dict=others), problem.weights)
+    out = tmp_path / 'out'
+    for use in (
+        lambda: ours(problem.config, problem.weights),
+        lambda: export_generator(read_config(problem.config), problem.weights, str(out)),
+    ):
+        with pytest.raises(
+            UsageError, match='of another architecture .* is missing from it'
+        ) as found:
+            use()
+        assert problem.weights in str(found.value) and ';' in str(found.value)
+    assert not out.exists()

@@ -275,7 +275,13 @@ def test_the_family_is_found(folders, tmp_path):
 def test_the_config_says_what_the_family_does():
     cfg = read_config(str(ROOT / 'configs/fgm/flux2_klein_1024_lora.py'))
     assert tuple(cfg.model.lora.target_modules) == FAMILY.adapter_targets
-    assert cfg.default_hooks.samples.samplings['teacher, 50 NFE'].spacing == 'pipeline'
+    full = read_config(str(ROOT / 'configs/fgm/flux2_klein_1024.py'))
+    assert tuple(full.strategy.block_types) == FAMILY.block_types and not full.model.get('lora')
+    for recipe in (cfg, full):
+        assert recipe.model.decoder == FAMILY.decoder(recipe.pretrained)
+        samplings = recipe.default_hooks.samples.samplings
+        assert list(samplings) == ['teacher, 50 NFE', 'generator, 1 NFE']
+        assert samplings['teacher, 50 NFE'].spacing == 'pipeline'
 
 
 def test_the_config_of_dev_shards_the_blocks_and_guides_once():

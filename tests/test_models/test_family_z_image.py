@@ -246,6 +246,12 @@ def test_blocks_and_adapters():
     assert blocks == linear and len(linear) == 7 * 5
     cfg = read_config(str(ROOT / 'configs/fgm/z_image_1024_lora.py'))
     assert tuple(cfg.model.lora.target_modules) == FAMILY.adapter_targets
+    full = read_config(str(ROOT / 'configs/fgm/z_image_1024.py'))
+    assert tuple(full.strategy.block_types) == FAMILY.block_types and not full.model.get('lora')
+    for recipe in (cfg, full):
+        assert recipe.model.decoder == FAMILY.decoder(recipe.pretrained)
+        # the pipeline adds its scale to the guided difference, of which 1 is none
+        assert recipe.model.guidance.scale == 4.0 + 1
 
 
 def config_of(folder, **generator):
