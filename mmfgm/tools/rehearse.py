@@ -27,6 +27,13 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument('--gpu', metavar='NAME', help='which GPU, such as H100-80GB')
     parser.add_argument(
+        '--per-machine',
+        type=int,
+        default=8,
+        metavar='N',
+        help='GPUs of a machine, which share its fast link (default: 8)',
+    )
+    parser.add_argument(
         '--total-batch',
         type=int,
         help='samples of an update on all GPUs; sets accumulation, and the batch size where one'
@@ -81,7 +88,7 @@ def rehearse_tool(argv: Sequence[str] | None = None) -> None:
         cfg.train_cfg.accumulation = times
     # errors are told in our words, not by torch's log too
     logging.getLogger('torch._subclasses.fake_tensor').setLevel(logging.CRITICAL)
-    found = rehearse(cfg, args.gpus, args.gpu)
+    found = rehearse(cfg, args.gpus, args.gpu, args.per_machine)
     print(markdown_row(args.config, found) if args.markdown else f'{args.config}: {report(found)}')
     if args.json:
         from mmfgm.files import whole_file

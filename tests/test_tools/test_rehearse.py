@@ -2,10 +2,11 @@
 import itertools
 import json
 import time
+from unittest.mock import patch
 
 import pytest
 import torch
-from mmengine.dist import get_rank
+from mmengine.dist import get_rank, get_world_size
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -14,7 +15,7 @@ from torch.distributed.tensor import DTensor
 from torch.profiler import profile
 
 from mmfgm.apis import read_config
-from mmfgm.apis.rehearsal import GPUS, Memory, Traffic, Work, rehearse
+from mmfgm.apis.rehearsal import GPUS, Memory, Message, Traffic, Work, gpu_named, rehearse
 from mmfgm.engine import FlowRunner
 from mmfgm.engine.adam import MomentumFreeAdam
 from mmfgm.errors import UsageError
@@ -92,6 +93,58 @@ def test_flops_are_those_counted_by_hand():
     assert found.phases['online'].tflop * 1e12 == pytest.approx(expected, rel=1e-12)
 
 
+@pytest.mark.parametrize('shared', [False, True])
+def test_each_forward_of_a_cycle_is_counted(shared):
+    """In forwards, of which a backward pass is two, one of them the gradient of weights: 3 to learn
+    the flow, 3 for teacher and online network beside the path, 2 back through them, 2 through the
+    generator, and one for each time that it makes samples."""
+    cfg = digits(**{'train_cfg.share_samples': shared})
+    found = sum(cost.tflop for cost in rehearse(cfg, gpus=1).phases.values())
+    teacher = read_config(str(ROOT / 'configs/reflow/digits.py'))
+    # a step of pre-training is a forward and a backward pass; the first layer's input needs none
+    unit = sum(cost.tflop for cost in rehearse(teacher, gpus=1).phases.values()) / 3
+    assert found / unit == pytest.approx(10 if shared else 11, rel=0.05)
+
+
+def test_a_collectives_time_is_that_of_its_ring():
+    sheet = gpu_named('H100-80GB')
+    link, network = 0.7 * 450e9, 0.7 * 50e9
+    # in one machine: 7/8 of the message, 7 hops
+    assert Message('all_gather', 8, 1, 10**9).seconds(sheet) == pytest.approx(
+        7 / 8 * 1e9 / link + 8.4e-6 + 7 * 3.4e-6
+    )
+    # over four machines with eight cards each, which together are slower than the link
+    assert Message('reduce_scatter', 32, 4, 10**9).seconds(sheet) == pytest.approx(
+        31 / 32 * 1e9 / (8 * network) + 8.4e-6 + 28 * 3.4e-6 + 3 * 14e-6
+    )
+    # one process of each machine, around twice
+    assert Message('all_reduce', 4, 4, 10**9).seconds(sheet) == pytest.approx(
+        2 * 3 / 4 * 1e9 / network + 8.4e-6 + 6 * 14e-6
+    )
+
+
+def test_copies_are_gathered_in_a_machine_and_summed_between():
+    cfg = digits()
+    cfg.model.network.update(SMALL)
+    cfg.strategy = dict(type='FSDP2Strategy', block_types=('AdaLNBlock',), shard_size=4)
+    groups = []
+    seconds = Message.seconds
+    with patch.object(Message, 'seconds', lambda m, gpu: groups.append(m) or seconds(m, gpu)):
+        found = rehearse(cfg, 8, 'H100-80GB', per_machine=4)
+    kinds = {(m.name, m.members, m.machines) for m in groups}
+    norms = ('all_reduce', 4, 1)  # over the shards
+    assert kinds - {norms} == {
+        ('all_gather', 4, 1),
+        ('reduce_scatter', 4, 1),
+        ('all_reduce', 2, 2),
+    }
+    assert max(m.size for m in groups if m[:3] == norms) < 1000
+    whole = digits(strategy=dict(type='FSDP2Strategy', block_types=('AdaLNBlock',)))
+    whole.model.network.update(SMALL)
+    for name, cost in rehearse(whole, 8, 'H100-80GB', per_machine=4).phases.items():
+        assert cost.link_seconds > found.phases[name].link_seconds
+
+
 def local_bytes(params, gpus):
     return sum(
         4 * -(-len(p) // gpus) * p[:1].numel() if gpus > 1 else 4 * p.numel() for p in params
@@ -130,13 +183,31 @@ def storages(tensors):
     return sum({storage._cdata: storage.nbytes() for storage in found}.values())
 
 
+def finished(collective):
+    """The collective, and time for gloo's threads to let go of its tensors: they hold them for a
+    moment longer than a stream of a GPU would."""
+
+    def run(*args, **kwargs):
+        work = collective(*args, **kwargs)
+        if work is not None:
+            work.wait()
+        time.sleep(0.01)
+        return work
+
+    return run
+
+
 @HOOKS.register_module()
 class MemoryHook(Hook):
     """Write the bytes that each phase of a real iteration takes, by kind as far as tensors last,
-    and in all as torch's allocator counts them; of the second, when optimizers have states."""
+    and in all as torch's allocator counts them; the least of those after the first, when optimizers
+    have states."""
 
     def before_train(self, runner):
-        found, updates = {}, runner.train_loop._update
+        if get_world_size() > 1:
+            for name in ('all_gather_into_tensor', 'reduce_scatter_tensor'):
+                setattr(torch.distributed, name, finished(getattr(torch.distributed, name)))
+        found, peaks, updates = {}, {}, runner.train_loop._update
         for wrapper in runner.optim_wrapper.values():
             wrapper.optimizer.register_step_pre_hook(lambda *args: self.count_gradients(runner))
 
@@ -151,10 +222,11 @@ class MemoryHook(Hook):
                 if event.name() == '[memory]'
             )
             there = itertools.accumulate(change for _, change in changes)
+            peaks.setdefault(phase, []).append(start + max(there))
             found[phase] = dict(
                 self.lasting(runner),
                 gradients=self.gradients,
-                peak=start + max(there),
+                peak=min(peaks[phase][1:], default=None),
             )
             with open(f'{runner.work_dir}/memory_{get_rank()}.json', 'w') as f:
                 json.dump(found, f)
@@ -223,6 +295,38 @@ def test_memory_is_what_a_run_takes(lora, tmp_path):
             assert cost.peak_bytes[kind] == measured[phase][kind] > 0
         assert cost.peak_bytes['gathered/cast'] == 0
         assert cost.peak == pytest.approx(measured[phase]['peak'], rel=0.01)
+
+
+@pytest.mark.slow
+def test_memory_is_what_a_sharded_run_takes(tmp_path):
+    """The gathered blocks too, which are the larger part of what does not last here. Gloo holds up
+    to two blocks' buffers longer than the rehearsal, as its threads happen to run, so the least of
+    all iterations and processes counts."""
+    path = tmp_path / 'run.py'
+    path.write_text(f"""
+_base_ = [{str(DIGITS)!r}]
+model = dict(teacher=dict(checkpoint=None), network=dict(width=256, depth=4, embed_dim=64))
+strategy = dict(type='FSDP2Strategy', block_types=('AdaLNBlock',))
+train_cfg = dict(max_iters=8, accumulation=2, share_samples=False)
+train_dataloader = dict(batch_size=2)
+evaluations = dict(fd=dict(interval=0))
+default_hooks = dict(samples=None, memory=dict(type='MemoryHook'))
+custom_imports = dict(imports=['tests.test_tools.test_rehearse'])
+""")
+    train(path, tmp_path, nproc=2)
+    measured = [json.load(open(tmp_path / f'memory_{rank}.json')) for rank in range(2)]
+    found = rehearse(read_config(str(path)), gpus=2)
+    assert measured[0].keys() == found.phases.keys()
+    for phase, cost in found.phases.items():
+        for kind in KINDS:
+            assert cost.peak_bytes[kind] == measured[0][phase][kind] > 0
+        gathered = cost.peak_bytes['gathered/cast']
+        assert gathered > 2 * cost.peak_bytes['activations']
+        more = min(each[phase]['peak'] for each in measured) - cost.peak
+        # of the whole; and of what is gathered, where gloo lets go in time
+        assert -0.01 * gathered < more < 0.1 * cost.peak
+        if phase == 'online':
+            assert more < 0.1 * gathered
 
 
 @HOOKS.register_module()

@@ -104,6 +104,7 @@ class LooksAtValues(AdaLNMLP):
     [
         (['--gpu', 'H900'], "expected --gpu to be one of .*, found 'H900'"),
         (['--gpus', '0'], 'expected --gpus to be at least 1, found 0'),
+        (['--per-machine', '0'], 'expected --per-machine to be at least 1, found 0'),
         (
             [
                 '--gpus',

@@ -1,21 +1,26 @@
 # Copyright (c) mmfgm authors.
 """A training run rehearsed at full size, without weights, data or a GPU."""
 
-from .counting import Kind, Memory, Traffic, Work
+from .counting import Kind, Memory, Message, Traffic, Work
 from .gpus import GPUS, gpu_named
+from .pretending import bare_runner, feed
 from .rehearse import COLUMNS, PhaseCost, Rehearsal, markdown_row, rehearse, report
-from .shapes import dummy_batch, known_architectures, without_weights
+from .shapes import build_on_meta, dummy_batch, known_architectures, without_weights
 
 __all__ = [
     'COLUMNS',
     'GPUS',
     'Kind',
     'Memory',
+    'Message',
     'PhaseCost',
     'Rehearsal',
     'Traffic',
     'Work',
+    'bare_runner',
+    'build_on_meta',
     'dummy_batch',
+    'feed',
     'gpu_named',
     'known_architectures',
     'markdown_row',

@@ -4,12 +4,13 @@
 from collections import Counter
 from collections.abc import Iterable
 from enum import Enum
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch._guards import active_fake_mode
-from torch.distributed._tools.fake_collectives import collective_ops, sync_ops
+from torch.distributed._tools.fake_collectives import CollectiveOp, collective_ops, sync_ops
 from torch.distributed._tools.mem_tracker import MemTracker
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
@@ -22,7 +23,7 @@ from torch.utils.flop_counter import (
     sdpa_flop_count,
 )
 
-from .gpus import GPU
+from .gpus import GPU, RING_HOP, RING_HOP_BETWEEN, RING_START
 from .pretending import Replicated
 
 aten = torch.ops.aten
@@ -68,15 +69,44 @@ class _Local(TorchDispatchMode):
         raise NotImplementedError
 
 
-class Traffic(_Local):
-    """Bytes of each collective, as one process sees them.
+class Message(NamedTuple):
+    """A collective among ``members`` processes on ``machines``, of ``size`` bytes: the whole
+    tensor, which is what an all-gather returns, what a reduce-scatter is given, what an all-reduce
+    sums."""
 
-    A message is the whole tensor: what an all-gather returns, what a reduce-scatter is given, what
-    an all-reduce sums.
+    name: str
+    members: int
+    machines: int
+    size: int
+
+    def seconds(self, gpu: GPU) -> float:
+        """Around a ring, as NCCL reckons it.
+
+        ``(n - 1) / n`` of the message pass each process in one direction, twice that for an
+        all-reduce. Between machines it is spread over the network cards of all members of one.
+        """
+        rounds = 2 if self.name == 'all_reduce' else 1
+        speed = gpu.link_bytes_per_second
+        if self.machines > 1:
+            cards = self.members / self.machines
+            speed = min(speed, cards * gpu.network_bytes_per_second)
+        hops, between = rounds * (self.members - 1), rounds * (self.machines - 1)
+        return (
+            hops / self.members * self.size / speed
+            + RING_START
+            + (hops - between) * RING_HOP
+            + between * RING_HOP_BETWEEN
+        )
+
+
+class Traffic(_Local):
+    """The collectives that one process takes part in.
+
+    Args:
+        per_machine (int): Processes of a machine, which have successive ranks. Defaults to 8.
 
     Attributes:
-        bytes (Counter[str]): By collective, ``'all_gather'`` for example.
-        calls (Counter[str]): By collective.
+        messages (Counter[Message]): How often each was sent.
     """
 
     NAMES = (
@@ -86,10 +116,10 @@ class Traffic(_Local):
         ('broadcast', ('broadcast',)),
     )
 
-    def __init__(self) -> None:
+    def __init__(self, per_machine: int = 8) -> None:
         super().__init__()
-        self.bytes: Counter[str] = Counter()
-        self.calls: Counter[str] = Counter()
+        self.per_machine = per_machine
+        self.messages: Counter[Message] = Counter()
 
     def see(self, func, args, kwargs, out) -> None:
         if func not in collective_ops or func in sync_ops:
@@ -98,17 +128,22 @@ class Traffic(_Local):
         name = next(
             (name for name, parts in self.NAMES if any(part in op for part in parts)), op.strip('_')
         )
-        self.calls[name] += 1
-        self.bytes[name] += max(map(_nbytes, (*args, out)))
+        ranks = dist.get_process_group_ranks(CollectiveOp.get_process_group(func, args))
+        machines = len({rank // self.per_machine for rank in ranks})
+        self.messages[Message(name, len(ranks), machines, max(map(_nbytes, (*args, out))))] += 1
 
-    @staticmethod
-    def link_bytes(sizes: Counter[str], processes: int) -> float:
-        """What passes a process's link in one direction if collectives go around a ring:
-        ``(n - 1) / n`` of a message among ``n`` processes, and twice that for an all-reduce."""
-        return sum(
-            (2 if name == 'all_reduce' else 1) * size * (processes - 1) / processes
-            for name, size in sizes.items()
-        )
+    @property
+    def bytes(self) -> Counter[str]:
+        """By collective, ``'all_gather'`` for example."""
+        return sizes_of(self.messages)
+
+
+def sizes_of(messages: Counter[Message]) -> Counter[str]:
+    """Bytes of each collective."""
+    found: Counter[str] = Counter()
+    for message, times in messages.items():
+        found[message.name] += times * message.size
+    return found
 
 
 class Work(_Local):

@@ -168,6 +168,49 @@ def _to_fake(model: FlowModel) -> None:
                 setattr(module, name, torch.empty(old.shape, dtype=old.dtype))
 
 
+def bare_runner(cfg: Config, model: FlowModel, work_dir: str, launcher: str) -> FlowRunner:
+    """The config's runner around a model, with endless data of one batch (:func:`feed`), and of
+    hooks the averages' alone.
+
+    Raises:
+        UsageError: If the config cannot be built.
+    """
+    cfg = cfg.copy()
+    ema = (cfg.get('default_hooks') or {}).get('ema')
+    cfg.merge_from_dict(
+        dict(
+            work_dir=work_dir,
+            # what MMEngine keeps by name is not that of a rehearsal in the same second
+            experiment_name=Path(work_dir).name,
+            launcher=launcher,
+            log_level='ERROR',
+            load_from=None,
+            resume=False,
+        )
+    )
+    # what else hooks do, they do with values
+    for key in ('custom_hooks', 'evaluations', 'visualizer'):
+        cfg[key] = None
+    cfg.default_hooks = dict.fromkeys(
+        ('timer', 'logger', 'param_scheduler', 'checkpoint', 'sampler_seed', 'runtime_info')
+    )
+    if ema:
+        cfg.default_hooks.ema = ema
+    runner = building(lambda: FlowRunner.from_cfg(cfg))
+    runner._train_dataloader['dataset'] = _Endless()
+    runner._train_dataloader['num_workers'] = 0
+    runner.model = model
+    return runner
+
+
+def feed(runner: FlowRunner, cfg: Config) -> None:
+    """Give a prepared runner's loop the same batch for ever, of the shapes of the config's data."""
+    loop = runner.train_loop
+    batch = training_batch(cfg, runner.model, loop.dataloader.batch_size)
+    loop._batches = itertools.repeat(batch)
+    runner.model.train()
+
+
 @contextmanager
 def pretended_run(cfg: Config, gpus: int) -> Iterator[FlowRunner]:
     """The config's runner on tensors without values, as the first of ``gpus`` processes, ready for
@@ -177,43 +220,17 @@ def pretended_run(cfg: Config, gpus: int) -> Iterator[FlowRunner]:
         UsageError: If the config cannot be built, or needs values to be.
     """
     init_default_scope('mmfgm')
-    cfg = cfg.copy()
     with (
         tempfile.TemporaryDirectory() as work_dir,
         pretended_processes(gpus),
         without_values(),
     ):
         model = build_on_meta(cfg)
-        ema = (cfg.get('default_hooks') or {}).get('ema')
-        cfg.merge_from_dict(
-            dict(
-                work_dir=work_dir,
-                # what MMEngine keeps by name is not that of a rehearsal in the same second
-                experiment_name=Path(work_dir).name,
-                launcher='none' if gpus == 1 else 'pytorch',
-                log_level='ERROR',
-                load_from=None,
-                resume=False,
-            )
-        )
-        # what else hooks do, they do with values
-        for key in ('custom_hooks', 'evaluations', 'visualizer'):
-            cfg[key] = None
-        cfg.default_hooks = dict.fromkeys(
-            ('timer', 'logger', 'param_scheduler', 'checkpoint', 'sampler_seed', 'runtime_info')
-        )
-        if ema:
-            cfg.default_hooks.ema = ema
-        runner = building(lambda: FlowRunner.from_cfg(cfg))
-        runner._train_dataloader['dataset'] = _Endless()
-        runner._train_dataloader['num_workers'] = 0
-        runner.model = model
+        runner = bare_runner(cfg, model, work_dir, 'none' if gpus == 1 else 'pytorch')
         with FakeTensorMode(), _SoundValues():
             _to_fake(model)
             object.__setattr__(model, 'to', lambda *args, **kwargs: model)
             runner.prepare()
-            loop = runner.train_loop
-            loop.accumulation = 1
-            loop._batches = itertools.repeat(training_batch(cfg, model, loop.dataloader.batch_size))
-            model.train()
+            runner.train_loop.accumulation = 1
+            feed(runner, cfg)
             yield runner

@@ -19,7 +19,7 @@ from mmfgm.engine import FlowRunner, FSDP2Strategy
 from mmfgm.errors import UsageError
 from mmfgm.models import FlowModel, has_adapters
 
-from .counting import Kind, Memory, Traffic, Work
+from .counting import Kind, Memory, Traffic, Work, sizes_of
 from .gpus import EFFICIENCY, GIB, GPU, gpu_named
 from .pretending import pretended_run
 
@@ -36,6 +36,7 @@ class PhaseCost:
         tflop (float): Arithmetic of matrix products, convolutions and attention.
         peak_bytes (dict[str, int]): By kind, when their sum is highest.
         traffic_bytes (dict[str, int]): By collective, see :class:`Traffic`.
+        messages (int): Collectives.
         compute_seconds (float), link_seconds (float): Rooflines; 0 without a GPU.
     """
 
@@ -43,6 +44,7 @@ class PhaseCost:
     tflop: float = 0.0
     peak_bytes: dict[str, int] = field(default_factory=dict)
     traffic_bytes: dict[str, int] = field(default_factory=dict)
+    messages: int = 0
     compute_seconds: float = 0.0
     link_seconds: float = 0.0
 
@@ -118,7 +120,7 @@ class Rehearsal:
         return found
 
 
-def rehearse(cfg: Config, gpus: int, gpu: str | None = None) -> Rehearsal:
+def rehearse(cfg: Config, gpus: int, gpu: str | None = None, per_machine: int = 8) -> Rehearsal:
     """Run one iteration of a config without values, as the first of ``gpus`` processes.
 
     It is an iteration after the first: optimizers have their state, and with accumulation the
@@ -129,8 +131,9 @@ def rehearse(cfg: Config, gpus: int, gpu: str | None = None) -> Rehearsal:
             stumble over, with its place.
     """
     sheet = None if gpu is None else gpu_named(gpu)
-    if gpus < 1:
-        raise UsageError(f'expected --gpus to be at least 1, found {gpus}')
+    for option, number in (('--gpus', gpus), ('--per-machine', per_machine)):
+        if number < 1:
+            raise UsageError(f'expected {option} to be at least 1, found {number}')
     accumulation = cfg.train_cfg.get('accumulation', 1)
     if cfg.train_cfg.get('share_velocity'):
         raise UsageError(
@@ -152,14 +155,16 @@ def rehearse(cfg: Config, gpus: int, gpu: str | None = None) -> Rehearsal:
                 name: sum(p.numel() for p in network.parameters())
                 for name, network in model.networks.items()
             },
-            phases=_run(runner, sheet, accumulation),
+            phases=_run(runner, sheet, accumulation, per_machine),
         )
     if found.fits is False:
         found.advice = _advice(found, model, sheet)
     return found
 
 
-def _run(runner: FlowRunner, gpu: GPU | None, accumulation: int) -> dict[str, PhaseCost]:
+def _run(
+    runner: FlowRunner, gpu: GPU | None, accumulation: int, per_machine: int
+) -> dict[str, PhaseCost]:
     """Costs of the phases of one iteration."""
     model, loop, strategy = runner.model, runner.train_loop, runner.strategy
     optimizers = [wrapper.optimizer for wrapper in runner.optim_wrapper.values()]
@@ -169,41 +174,56 @@ def _run(runner: FlowRunner, gpu: GPU | None, accumulation: int) -> dict[str, Ph
     memory.know(model.networks, averages, optimizers)
     phases = {name: PhaseCost() for name in model.phases}
     moments: dict[str, list[tuple[int, int]]] = {name: [] for name in model.phases}
-    update = loop._update
+    update, prepare = loop._update, loop._prepare
 
-    def counted(phase: str, shared: dict | None) -> None:
+    @contextmanager
+    def counting(phase: str) -> Iterator[None]:
         start = memory.mark()
-        if accumulation > 1:
-            _earlier_gradients(model, phase)
         with (
             explained(model, f'phase {phase!r}'),
-            Traffic() as traffic,
+            Traffic(per_machine) as traffic,
             Work(gpu, strategy.precision == 'tf32') as work,
         ):
+            yield
+        moments[phase].append((start, memory.mark()))
+        cost = phases[phase]
+        cost.tflop += work.flops * accumulation / 1e12
+        cost.compute_seconds += work.seconds * accumulation
+        # gathered and scattered in each micro-batch; summed over copies of the weights in the last
+        messages = Counter(
+            {
+                message: times * (1 if message.name == 'all_reduce' else accumulation)
+                for message, times in traffic.messages.items()
+            }
+        )
+        cost.traffic_bytes = dict(Counter(cost.traffic_bytes) + sizes_of(messages))
+        cost.messages += messages.total()
+        if gpu is not None:
+            cost.link_seconds += sum(
+                times * message.seconds(gpu) for message, times in messages.items()
+            )
+
+    def counted(phase: str, shared: dict | None) -> None:
+        if accumulation > 1:
+            _earlier_gradients(model, phase)
+        with counting(phase):
+            loop._prepare = prepare
             try:
                 update(phase, shared)
             except RuntimeError:
                 # says why, where it is the reason
                 _check_reduction(model, strategy)
                 raise
-        moments[phase].append((start, memory.mark()))
-        cost = phases[phase]
-        cost.updates += 1
-        cost.tflop += work.flops * accumulation / 1e12
-        cost.compute_seconds += work.seconds * accumulation
-        # gathered and scattered in each micro-batch; summed over copies of the weights in the last
-        sizes = Counter(
-            {
-                name: size * (1 if name == 'all_reduce' else accumulation)
-                for name, size in traffic.bytes.items()
-            }
-        )
-        cost.traffic_bytes = dict(Counter(cost.traffic_bytes) + sizes)
-        if gpu is not None:
-            cost.link_seconds += (
-                Traffic.link_bytes(sizes, runner.world_size) / gpu.link_bytes_per_second
-            )
+            finally:
+                loop._prepare = shared_by_phases
+        phases[phase].updates += 1
 
+    def shared_by_phases(differentiable: bool) -> dict:
+        """Samples made before the phases that share them count as the first one's."""
+        with counting(loop.schedule[0]):
+            return prepare(differentiable)
+
+    loop._prepare = shared_by_phases
     loop._update = counted
 
     def before_step(name: str, optimizer: torch.optim.Optimizer, *args: Any) -> None:
@@ -361,12 +381,19 @@ def report(found: Rehearsal) -> str:
     ]
     for name, cost in found.phases.items():
         sent = ', '.join(f'{op} {size / GIB:.3f} GiB' for op, size in cost.traffic_bytes.items())
-        lines.append(f'{name} communicates {sent or "nothing"} in an iteration.')
+        lines.append(
+            f'{name} communicates {sent or "nothing"} in an iteration'
+            f'{f", by {cost.messages} messages" if sent else ""}.'
+        )
     if found.gpu is None:
         return '\n'.join(lines)
     gpu = gpu_named(found.gpu)
     assumed = ', '.join(f'{name} {part:.0%}' for name, part in EFFICIENCY.items())
-    lines += ['', f'On {found.gpu} ({gpu.link}), if of its data sheet it reaches {assumed}:']
+    lines += [
+        '',
+        f'On {found.gpu} ({gpu.link}; between machines {gpu.network}), if of its data sheet it'
+        f' reaches {assumed}:',
+    ]
     for name, cost in found.phases.items():
         lines.append(
             f'{name}: {cost.compute_seconds:.3f} s of arithmetic and memory, beside'
