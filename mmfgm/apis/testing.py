@@ -25,6 +25,8 @@ from .sampling_model import merged_network
 Table = dict[str, dict[str, dict[int, float]]]  # metric -> network -> NFE -> value
 # of a table with a column for each metric, in a terminal
 MOST_COLUMNS = 6
+# images of each panel
+PICTURED = 100
 
 
 def build_for_sampling(cfg: Config, networks: Sequence[str], checkpoint: str | None) -> FlowRunner:
@@ -202,6 +204,8 @@ def _measure(
         signals.end()
     # on every process: sharded networks sample together
     batch = next(iter(next(iter(evaluations.values())).loader))
+    if len(runner.model.event_shape) > 1:
+        batch = _first(batch, PICTURED)
     best = {sampling.network: sampling for sampling in sorted(samplings, key=lambda s: s.nfe)}
     panels = {
         f'{name}, {sampling.nfe} NFE': runner.model.sample(batch, sampling)
@@ -210,6 +214,13 @@ def _measure(
     if is_main_process():
         _write(cfg.work_dir, table, panels)
     return table
+
+
+def _first(batch: dict[str, Any], number: int) -> dict[str, Any]:
+    return {
+        name: _first(value, number) if isinstance(value, dict) else value[:number]
+        for name, value in batch.items()
+    }
 
 
 def _tabulate(runner, cfg: Config, samplings, evaluations, signals: StopSignals) -> Table:
@@ -238,9 +249,7 @@ def _write(out: str, table: Table, panels: dict[str, torch.Tensor]) -> None:
         Image.fromarray(draw_over_nfe(results, metric)).save(
             osp.join(out, f'{metric.replace("/", "_")}_vs_nfe.png')
         )
-    points = all(samples.ndim == 2 for samples in panels.values())
-    shown = {title: samples if points else samples[:100] for title, samples in panels.items()}
-    Image.fromarray(draw_panels(shown, nrow=10)).save(osp.join(out, 'samples.png'))
+    Image.fromarray(draw_panels(panels, nrow=10)).save(osp.join(out, 'samples.png'))
     print(
         f'\n{format_table(table)}\n\nWritten to {out}: metrics.json, samples.png and a plot for'
         ' each metric.'

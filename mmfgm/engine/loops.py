@@ -118,6 +118,8 @@ class AlternatingTrainLoop(IterBasedTrainLoop):
             # all ranks must shuffle alike, and a resumed run like the one it continues
             dataloader['sampler'].setdefault('seed', runner.strategy.randomness['seed'])
             dataloader.setdefault('collate_fn', dict(type=collate))
+            # batches are copied to the GPU while it computes
+            dataloader.setdefault('pin_memory', torch.cuda.is_available())
         super().__init__(runner, dataloader, max_iters)
         if not hasattr(self.dataloader.sampler, 'skip'):
             raise UsageError(

@@ -10,8 +10,10 @@ is that with RealUID's K online updates (``train_cfg.online_updates``), all on f
 
 Both loops run in one process on equal networks, in alternating blocks, so that other load on the
 machine meets both alike. Before timing, their losses must agree. Prints the median time of an
-iteration of each, the ratio, what our phases take, and with ``--memory`` the peak memory of each in
-a process of its own.
+iteration of each, the ratio, what our phases take, with ``--memory`` the peak memory of each in a
+process of its own, and with ``--breakdown`` what the forward passes of each of our networks take in
+an iteration; the rest of a phase is backward passes and optimizers. On a GPU that waits after each
+pass, so that the ratio is then not one to quote.
 
     python tools/benchmark/train_step.py [CONFIG] [--iters 200] [--block 10]
     python tools/benchmark/train_step.py configs/fgm/cifar10_uncond.py --baseline realuid \
@@ -196,17 +198,30 @@ def now():
 
 class Alternate(Hook):
     """From equal samples and noise both must have the same losses; then blocks of each are timed in
-    turn, and what our phases and the forward passes of our networks take is noted."""
+    turn, and what our phases take is noted, with ``breakdown`` the networks' forward passes too."""
 
     priority = 'LOWEST'
 
-    def __init__(self, other, block):
-        self.other, self.block = other, block
+    def __init__(self, other, block, breakdown=False):
+        self.other, self.block, self.breakdown = other, block, breakdown
         self.ours, self.theirs = [], []
         self.parts = defaultdict(list)
+        self.passes = defaultdict(float)
+
+    def watch(self, name, network):
+        began = []
+        network.register_forward_pre_hook(lambda *args: began.append(now()))
+
+        def end(*args):
+            self.passes[f'{name}, forward'] += now() - began.pop()
+
+        network.register_forward_hook(end)
 
     def before_train(self, runner):
         model = runner.model
+        if self.breakdown:
+            for name, network in model.networks.items():
+                self.watch(name, network)
         z, cond = self.other.draw()
         with torch.no_grad():
             # as copies of the teacher they would leave the generator nothing to follow
@@ -225,13 +240,17 @@ class Alternate(Hook):
                 b = theirs(x_0, cond)
                 print(f'{phase} loss  ours {float(a):.6f}  theirs {float(b):.6f}')
                 torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
+        self.passes.clear()
         self.start = now()
 
     def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
         for phase, marks in runner.train_loop.record.marks.items():
             clock = runner.train_loop.clock
             if not clock.cuda or now():
-                self.parts[phase].append(sum(clock.seconds(*each) for each in marks))
+                self.parts[f'{phase} phase'].append(sum(clock.seconds(*each) for each in marks))
+        for name, seconds in self.passes.items():
+            self.parts[name].append(seconds)
+        self.passes.clear()
         if batch_idx % self.block == 0:
             middle = now()
             self.ours.append((middle - self.start) / self.block)
@@ -319,6 +338,9 @@ def main():
     parser.add_argument(
         '--memory', action='store_true', help='measure the peak memory of each loop too'
     )
+    parser.add_argument(
+        '--breakdown', action='store_true', help="time each network's forward passes too"
+    )
     parser.add_argument('--only', choices=['ours', 'theirs'], default=None, help=argparse.SUPPRESS)
     parser.add_argument(
         '--cfg-options', nargs='+', action=DictAction, help='e.g. strategy.compile=True'
@@ -328,7 +350,7 @@ def main():
         if args.only:
             return run_alone(args, work_dir)
         runner = build_ours(args, work_dir)
-        hook = Alternate(build_theirs(args, runner), args.block)
+        hook = Alternate(build_theirs(args, runner), args.block, args.breakdown)
         runner.register_hook(hook)
         runner.train()
     # the first block warms up
@@ -345,9 +367,8 @@ def main():
             f'{name:20} {1000 * seconds:9.2f} ms an iteration  {n / seconds:8.2f} images/s{memory}'
         )
     print(f'ratio                {ratio:9.3f}')
-    for phase, seconds in hook.parts.items():
-        median = statistics.median(seconds[1:])
-        print(f'{phase + " phase":20} {1000 * median:9.2f} ms of ours')
+    for part, seconds in hook.parts.items():
+        print(f'{part:20} {1000 * statistics.median(seconds[1:]):9.2f} ms of ours')
 
 
 if __name__ == '__main__':
