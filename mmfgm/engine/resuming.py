@@ -13,6 +13,7 @@ from mmfgm.config import leaves
 APPLIED, WARNED, REFUSED, IGNORED = 'applied', 'warned', 'refused', 'ignored'
 # The first pattern that fits decides. The last one fits keys that do not touch the training.
 RULES = (
+    ('model.teacher.fp8', REFUSED),
     # the content is compared, not its place: fingerprints of pre-trained weights
     ('model.teacher.*', IGNORED),
     # only for pictures
@@ -50,6 +51,7 @@ DEFAULTS = {
     'train_cfg.share_samples': False,
     'train_cfg.share_velocity': False,
     'strategy.precision': 'fp32',
+    'model.teacher.fp8': False,
 }
 
 

@@ -12,6 +12,7 @@ from mmfgm.registry import MODELS, TASK_UTILS
 
 from .base import FlowModel, Phase
 from .discriminator import GAN
+from .fp8 import to_fp8
 from .generators import StepBiases
 from .lora import LoRA, copy_network
 from .losses import discriminator_loss, generator_gan_loss
@@ -48,7 +49,8 @@ class FGM(FlowModel):
         network (dict): Config of the velocity network, the same as the teacher's.
         teacher (dict): ``dict(checkpoint=..., prefix='network_ema', weights_only=True)``, see
             :func:`mmfgm.models.load_network`; ``checkpoint=None`` keeps the weights that the
-            network's own config loads or initialises.
+            network's own config loads or initialises. ``fp8=True`` lets the teacher multiply in 8
+            bits, see :func:`~mmfgm.models.fp8.to_fp8`.
         fm_time_sampler (dict): Density of ``t`` in the online phase's flow-matching loss.
         fgm_time_sampler (dict): Density of ``t`` in the generator phase's FGM loss.
         generator (dict): Config of the map from noise to samples around the network. Its ``type``
@@ -173,6 +175,13 @@ class FGM(FlowModel):
         """Make the ``wanted`` networks, all as the teacher stands; others cost no memory."""
         base = MODELS.build(network)
         self._describe(base)
+        teacher = dict(teacher)
+        fp8 = teacher.pop('fp8', False)
+        if fp8 and lora is not None:
+            raise UsageError(
+                'model.teacher.fp8 expects a teacher of its own, found model.lora, under which all'
+                ' networks share its weights; leave one of them out'
+            )
         if teacher['checkpoint'] is not None and ('teacher' in wanted or lora is not None):
             load_network(base, **teacher)
         # without a teacher to keep, the first network that is made needs no copy
@@ -197,6 +206,8 @@ class FGM(FlowModel):
                 self.add_module(name, made if name == 'generator' else made.requires_grad_(False))
         if 'teacher' in wanted:
             self.teacher.requires_grad_(False)
+            if fp8:
+                self.teacher = to_fp8(self.teacher)
 
     def prepare(self, batch: dict[str, Any], differentiable: bool) -> dict[str, Any]:
         """Add ``x_0 = g(z)``, fresh noise ``z ~ N(0, I)``; with its graph only if

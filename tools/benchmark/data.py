@@ -116,8 +116,8 @@ def main() -> None:
     if args.seconds and args.eats:
         needed = args.eats / args.seconds
         print(
-            f'a GPU eats {needed:.2f} items a second ({needed * each / 1e6:.1f} MB/s): the loader is'
-            f' {rate / needed:.0f} times as fast'
+            f'a GPU eats {needed:.2f} items a second ({needed * each / 1e6:.1f} MB/s); the loader'
+            f' is {rate / needed:.0f} times as fast'
         )
 
 
