@@ -196,6 +196,10 @@ class _Shard:
                     ' missing'
                 )
 
+    def tokens(self, name: str, row: int) -> int:
+        """How many one item has, of a part whose padding was dropped."""
+        return self.offsets[name][row + 1] - self.offsets[name][row]
+
     def copy(self, name: str, row: int, out: Tensor) -> None:
         """Copy one item's values into ``out``, whose rest stays as it is where padding was dropped.
 
@@ -229,15 +233,26 @@ class ShardedCache(BatchDataset):
             cache.
         verify (bool): Compare all checksums, which reads all of the cache; sizes and headers are
             always checked.
+        drop_padding (bool): Prompts of a batch have as many tokens as the longest of them, instead
+            of as many as the encoder makes at most. Networks that attend to padding, as Stable
+            Diffusion 3 does, then see another condition than their pipeline gives them. Defaults to
+            False.
 
     Raises:
-        UsageError: If the folder is not such a cache, a shard is missing or corrupted, or other
-            models made it.
+        UsageError: If the folder is not such a cache, a shard is missing or corrupted, other models
+            made it, or padding is to be dropped that the cache did not leave out, or that the
+            network leaves out by itself.
     """
 
     kind = ''
 
-    def __init__(self, path: str, identity: dict | None = None, verify: bool = False):
+    def __init__(
+        self,
+        path: str,
+        identity: dict | None = None,
+        verify: bool = False,
+        drop_padding: bool = False,
+    ):
         super().__init__()
         self.path = osp.expanduser(path)
         self.manifest = read_manifest(self.path, self.kind)
@@ -261,6 +276,9 @@ class ShardedCache(BatchDataset):
         if verify:
             verify_cache(self.path)
         self._opened = {}
+        self.drop_padding = drop_padding
+        if drop_padding:
+            self._check_padding()
 
     def __len__(self) -> int:
         return self.manifest['count']
@@ -283,6 +301,19 @@ class ShardedCache(BatchDataset):
         _Shard(path).check(
             self.layout if entry['file'] != NULL else self._null_layout(), entry.get('count', 1)
         )
+
+    def _check_padding(self) -> None:
+        first = self._shard(self.shards[0]['file'])
+        if any(name.endswith('_mask') for name in self.manifest['conditions']):
+            raise UsageError(
+                f'drop_padding expects prompts without a mask, found one in {self.path!r}: this'
+                ' network leaves padding out by itself; remove drop_padding'
+            )
+        if not first.offsets:
+            raise UsageError(
+                f'drop_padding expects a cache without padding, found {self.path!r} with it; make'
+                ' it again with tools/cache_prompts.py --drop-padding'
+            )
 
     def _null_layout(self) -> dict[str, tuple[int, ...]]:
         """Of the empty prompt, which has no latents."""
@@ -311,10 +342,18 @@ class ShardedCache(BatchDataset):
 
     def _read(self, rows: list[tuple[_Shard, int]], name: str) -> Tensor:
         dtype = torch.int64 if name == LABELS else self.dtype
-        out = torch.zeros(len(rows), *self.layout[name], dtype=dtype)
+        shape = self.layout[name]
+        if self.drop_padding and all(name in shard.offsets for shard, _ in rows):
+            # "no prompt" too must have its place
+            longest = max(shard.tokens(name, row) for shard, row in [*rows, *self._null_rows()])
+            shape = (longest, *shape[1:])
+        out = torch.zeros(len(rows), *shape, dtype=dtype)
         for value, (shard, row) in zip(out, rows):
             shard.copy(name, row, value)
         return out
+
+    def _null_rows(self) -> list[tuple[_Shard, int]]:
+        return [(self._shard(NULL), 0)] if self.manifest.get('null') else []
 
     def _prompts(self, rows: list[tuple[_Shard, int]]) -> Batch:
         """The conditions ``(n, ...)`` of items, by the names that the network takes."""
@@ -334,7 +373,7 @@ class ShardedCache(BatchDataset):
                 f'{self.path!r} was made without prompts, so it has no empty prompt either;'
                 ' make it again with prompts'
             )
-        return {name: value[0] for name, value in self._prompts([(self._shard(NULL), 0)]).items()}
+        return {name: value[0] for name, value in self._prompts(self._null_rows()).items()}
 
 
 @DATASETS.register_module()
@@ -397,7 +436,7 @@ class CachedLatents(ShardedCache):
         labels (bool): Whether items carry the numbers of their classes. Defaults to False.
         identity (dict, optional): As for :class:`ShardedCache`; what it leaves out, such as text
             encoders, is not compared.
-        verify (bool): As for :class:`ShardedCache`.
+        verify (bool), drop_padding (bool): As for :class:`ShardedCache`.
 
     Raises:
         UsageError: As for :class:`ShardedCache`; if the latents have another shape, or there are no
@@ -414,8 +453,9 @@ class CachedLatents(ShardedCache):
         identity: dict | None = None,
         verify: bool = False,
         labels: bool = False,
+        drop_padding: bool = False,
     ):
-        super().__init__(path, identity, verify)
+        super().__init__(path, identity, verify, drop_padding)
         self.event_shape = self.layout['x_0']
         if latent_shape is not None and tuple(latent_shape) != self.event_shape:
             raise UsageError(

@@ -1,4 +1,5 @@
 # Copyright (c) mmfgm authors.
+import json
 import os
 import pickle
 
@@ -81,6 +82,38 @@ def test_items_come_back_across_shards(tmp_path):
     for index in (8, -1):
         with pytest.raises(IndexError, match=f'index {index} of a cache of 8 items'):
             cache[index]
+
+
+@pytest.mark.parametrize('data, longest', [([1, 2, 3], 2), ([1, 2], 2), ([4, 2], 3), ([0, 1], 5)])
+def test_padding_can_be_dropped_up_to_the_longest_prompt(tmp_path, data, longest):
+    """That of the empty prompt, of two tokens, included: it is put beside the others."""
+    items = make(tmp_path / 'cache')
+    cache = CachedLatents(str(tmp_path / 'cache'), drop_padding=True)
+    found = cache.__getitems__(data)
+    expected = items['cond']['prompt_embeds'][data]
+    assert torch.equal(found['cond']['prompt_embeds'], expected[:, : 7 + longest])
+    assert not expected[:, 7 + longest :].any()
+    assert torch.equal(found['cond']['pooled_embeds'], items['cond']['pooled_embeds'][data])
+    assert torch.equal(found['x_0'], items['x_0'][data].float())
+    assert cache.null['prompt_embeds'].shape == (7 + 2, 6)
+    # what it is expanded to, by guidance, cuts nothing off
+    whole = CachedLatents(str(tmp_path / 'cache')).null['prompt_embeds']
+    assert torch.equal(cache.null['prompt_embeds'], whole[: 7 + 2]) and not whole[7 + 2 :].any()
+
+
+def test_padding_that_cannot_be_dropped(tmp_path):
+    make(tmp_path / 'cache', 'prompts')
+    manifest = json.loads((tmp_path / 'cache' / 'manifest.json').read_text())
+    del manifest['checksum']
+    masked = {**manifest, 'conditions': dict(prompt_embeds=['t5'], prompt_mask=['clip'])}
+    (tmp_path / 'cache' / 'manifest.json').write_text(json.dumps(masked))
+    with pytest.raises(UsageError, match='leaves padding out by itself; remove drop_padding'):
+        CachedPrompts(str(tmp_path / 'cache'), drop_padding=True)
+    (tmp_path / 'cache' / 'manifest.json').write_text(json.dumps(manifest))
+    with pytest.raises(UsageError, match='with it; make it again with .* --drop-padding'):
+        first = CachedPrompts(str(tmp_path / 'cache'))
+        first._shard(first.shards[0]['file']).offsets.clear()
+        first._check_padding()
 
 
 def test_workers_give_the_same_items(tmp_path, monkeypatch):
