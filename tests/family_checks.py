@@ -1,6 +1,8 @@
 # Copyright (c) mmfgm authors.
 """What every family over a stock pipeline must show, whatever the pipeline."""
 
+import json
+
 import torch
 from mmengine.registry import DefaultScope
 
@@ -20,6 +22,7 @@ from tests.tiny_qwen_image import make_tiny_qwen_image
 from tests.tiny_sana import make_tiny_sana
 from tests.tiny_sd3 import SD35, make_tiny_sd3
 from tests.tiny_z_image import make_tiny_z_image
+from tests.without_mmfgm import images_without_mmfgm
 
 PROMPTS = ['a red cat', 'the blue house on a green tree']
 SEEDS = [3, 4]
@@ -206,7 +209,8 @@ def check_names(network, family):
 
 
 def check_export(folder, pipeline_class, tmp_path, t_star, c_in, config, **call):
-    """The stock pipeline's one step with an export is the generator, and the images are equal."""
+    """The stock pipeline's one step with an export is the generator, and the images are equal, in a
+    process without mmfgm."""
     family = find(folder)
     (tmp_path / 'config.py').write_text(f"""
 _base_ = [{str(ROOT / config)!r}]
@@ -232,19 +236,17 @@ model = dict(
     torch.save(dict(state_dict=model.state_dict()), weights)
     kind = export_generator(cfg, weights, str(tmp_path / 'out'))
     assert kind == 'pipeline'
-    pipeline = pipeline_class.from_pretrained(str(tmp_path / 'out'))
-    pipeline.set_progress_bar_config(disable=True)
+    assert json.loads((tmp_path / 'out' / 'model_index.json').read_text())['_class_name'] == (
+        pipeline_class.__name__
+    )
     network = model.generator_ema.network
     z = noise(*network.event_shape)
-    theirs = pipeline(
-        PROMPTS, num_inference_steps=1, guidance_scale=1.0, latents=z, output_type='latent', **call
-    ).images
+    call = dict(prompt=PROMPTS, num_inference_steps=1, guidance_scale=1.0, latents=z, **call)
+    calls = [dict(call, output_type='latent'), dict(call, output_type='pt')]
+    theirs, decoded = images_without_mmfgm(tmp_path, str(tmp_path / 'out'), calls)
     with torch.no_grad():
         ours = model.generator_ema(z, **family.encode(folder, PROMPTS))
     torch.testing.assert_close(theirs, ours, rtol=1e-5, atol=1e-5)
     images = FGMInferencer(str(tmp_path / 'out'), device='cpu')(PROMPTS, seeds=SEEDS, out='tensor')
-    decoded = pipeline(
-        PROMPTS, num_inference_steps=1, guidance_scale=1.0, latents=z, output_type='pt', **call
-    ).images
     for image, expected in zip(images['predictions'], decoded):
         torch.testing.assert_close((image / 2 + 0.5).clamp(0, 1), expected, rtol=1e-4, atol=1e-4)

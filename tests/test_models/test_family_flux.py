@@ -4,8 +4,6 @@
 import json
 import math
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,9 +21,10 @@ from mmfgm.flow import euler
 from mmfgm.models import FGM, FlowMatching, LatentDecoder, Sampling
 from mmfgm.models.families import FAMILIES, family_of, find
 from mmfgm.models.families.flux import Flux, pack, unpack
-from tests.conftest import LIMIT, ROOT, tool_env
+from tests.conftest import ROOT
 from tests.test_apis.conftest import make_problem
 from tests.tiny_flux import CONFIG, make_tiny_flux
+from tests.without_mmfgm import images_without_mmfgm
 
 PROMPTS = ['a red cat', 'the blue house on a green tree']
 FAMILY = FAMILIES['flux']
@@ -278,51 +277,18 @@ model = dict(
 """
 
 
-WITHOUT_MMFGM = """
-import importlib.abc, sys
-
-class Blocker(importlib.abc.MetaPathFinder):
-    def find_spec(self, name, path=None, target=None):
-        if name.split('.')[0] in ('mmfgm', 'mmengine'):
-            raise ImportError(f'{name} is blocked')
-
-sys.meta_path.insert(0, Blocker())
-import torch
-from diffusers import DiffusionPipeline
-
-job = torch.load(sys.argv[1])
-pipe = DiffusionPipeline.from_pretrained(job['base'])
-if job['lora']:
-    pipe.load_lora_weights(job['lora'])
-options = dict(num_inference_steps=1, height=16, width=16, output_type='pt')
-images = [
-    pipe(prompt=job['prompts'], guidance_scale=scale, latents=job['latents'], **options).images
-    for scale in job['scales']
-]
-torch.save(images, sys.argv[2])
-"""
-
-
 def noise(*shape):
     """Of the seeds 3 and 4."""
     seeds = (torch.Generator().manual_seed(seed) for seed in (3, 4))
     return torch.stack([torch.randn(*shape, generator=seed) for seed in seeds])
 
 
-def images_without_mmfgm(tmp_path, base, latents, scales, lora=None):
-    """One step of plain diffusers, of 16 x 16 pixels, for each ``guidance_scale``."""
-    job = dict(base=base, lora=lora, prompts=PROMPTS, scales=scales, latents=latents)
-    torch.save(job, tmp_path / 'job')
-    env = {key: value for key, value in tool_env().items() if key != 'PYTHONPATH'}
-    result = subprocess.run(
-        [sys.executable, '-I', '-c', WITHOUT_MMFGM, tmp_path / 'job', tmp_path / 'images'],
-        env=env,
-        capture_output=True,
-        text=True,
-        timeout=LIMIT,
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
-    return torch.load(tmp_path / 'images')
+def with_guidance(latents, *scales):
+    """One step, of 16 x 16 pixels, for each ``guidance_scale``."""
+    options = dict(num_inference_steps=1, height=16, width=16, output_type='pt')
+    return [
+        dict(prompt=PROMPTS, guidance_scale=scale, latents=latents, **options) for scale in scales
+    ]
 
 
 def ours(config, weights=None):
@@ -348,7 +314,8 @@ def test_export_is_exact(folders, tmp_path):
     out = tmp_path / 'out'
     assert export_generator(read_config(problem.config), problem.weights, str(out)) == 'pipeline'
     images = ours(problem.config, problem.weights)
-    for theirs in images_without_mmfgm(tmp_path, str(out), pack(noise(4, 8, 8)), (1.0, 3.5)):
+    calls = with_guidance(pack(noise(4, 8, 8)), 1.0, 3.5)
+    for theirs in images_without_mmfgm(tmp_path, str(out), calls):
         torch.testing.assert_close(theirs, images, rtol=0, atol=1e-5)
     assert images.std() > 0.1
     torch.testing.assert_close(ours(str(out)), images, rtol=0, atol=1e-5)
@@ -362,8 +329,8 @@ def test_adapters_alone(folders, tmp_path):
     out = str(tmp_path / 'out')
     assert export_generator(read_config(problem.config), problem.weights, out, lora=True) == 'lora'
     images = ours(problem.config, problem.weights)
-    latents = pack(noise(4, 8, 8))
-    right, wrong = images_without_mmfgm(tmp_path, folders['dev'], latents, (3.5, 9.0), out)
+    calls = with_guidance(pack(noise(4, 8, 8)), 3.5, 9.0)
+    right, wrong = images_without_mmfgm(tmp_path, folders['dev'], calls, out)
     torch.testing.assert_close(right, images, rtol=0, atol=1e-5)
     assert (wrong - images).abs().max() > 1e-4
     assert 'guidance_scale=3.5' in Path(out, 'README.md').read_text()

@@ -17,8 +17,9 @@ from mmfgm.models import FGM, FlowMatching, OneStepGenerator, Sampling
 from mmfgm.models.families import FAMILIES, Flux2, Flux2Decoder, PipelineStep, family_of, find
 from tests.conftest import ROOT
 from tests.test_apis.conftest import make_problem
-from tests.test_models.test_family_flux import images_without_mmfgm, noise, ours, trained_by
+from tests.test_models.test_family_flux import noise, ours, trained_by, with_guidance
 from tests.tiny_flux2 import CONFIG, make_tiny_flux2
+from tests.without_mmfgm import images_without_mmfgm
 
 PROMPTS = ['a red cat', 'the blue house on a green tree']
 FAMILY = FAMILIES['flux2']
@@ -235,7 +236,8 @@ def test_export_is_exact(folders, tmp_path, lora):
     out = tmp_path / 'out'
     export_generator(read_config(problem.config), problem.weights, str(out), lora=lora)
     base, adapter = (folders['dev'], str(out)) if lora else (str(out), None)
-    right, wrong = images_without_mmfgm(tmp_path, base, noise(16, 4, 4), (4.0, 9.0), adapter)
+    calls = with_guidance(noise(16, 4, 4), 4.0, 9.0)
+    right, wrong = images_without_mmfgm(tmp_path, base, calls, adapter)
     images = ours(problem.config, problem.weights)
     torch.testing.assert_close(right, images, rtol=0, atol=1e-5)
     assert (wrong - images).abs().max() > 1e-4 and images.std() > 0.1
