@@ -12,12 +12,24 @@ import argparse
 
 import torch
 from mmengine.registry import init_default_scope
+from torch import Tensor, nn
 
 from mmfgm.apis import read_config
 from mmfgm.datasets import collate
 from mmfgm.flow import LinearPath
 from mmfgm.models import FGM
 from mmfgm.registry import DATASETS
+
+
+def passed(
+    network: nn.Module, x_t: Tensor, t: Tensor, cond: dict[str, Tensor], g: Tensor, bf16: bool
+) -> tuple[Tensor, Tensor]:
+    """``u``, and what of ``g`` comes back through it."""
+    x_t = x_t.clone().requires_grad_(True)
+    with torch.autocast(x_t.device.type, torch.bfloat16, enabled=bf16):
+        u = network(x_t, t, **cond)
+    u.float().backward(g)
+    return u.detach().float(), x_t.grad
 
 
 def main() -> None:
@@ -49,16 +61,10 @@ def main() -> None:
         x_t = LinearPath.interpolate(x_0, torch.randn_like(x_0), t)
         g = torch.randn_like(x_0)
 
-        def passed(network: torch.nn.Module, bf16: bool) -> tuple[torch.Tensor, torch.Tensor]:
-            x = x_t.clone().requires_grad_(True)
-            with torch.autocast(device, torch.bfloat16, enabled=bf16):
-                u = network(x, t, **cond)
-            u.float().backward(g)
-            return u.detach().float(), x.grad
-
-        expected = passed(exact, False)
+        expected = passed(exact, x_t, t, cond, g, bf16=False)
         cells = []
-        for found in (passed(exact, True), passed(rounded, True)):
+        for network in (exact, rounded):
+            found = passed(network, x_t, t, cond, g, bf16=True)
             cells += [f'{(a - b).norm() / b.norm():.4f}' for a, b in zip(found, expected)]
         print(f'| {time:g} | {" | ".join(cells)} |')
 

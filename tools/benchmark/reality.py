@@ -11,11 +11,13 @@ does not fit says so in its row. ``--largest`` doubles the batch until it does n
         --variants default strategy.compile=True model.network.checkpointing=False
     python tools/benchmark/reality.py configs/fgm/sd3_512_lora_1xb4.py --gpu H200-141GB
 
-On a machine without a GPU it times the same, without a prediction.
+A rehearsal of a large model takes minutes of a CPU. ``--predictions FILE`` keeps them, and
+``--only-predict`` makes them beforehand, on any machine; tools/benchmark/gpu.sh has both calls.
 """
 
 import argparse
 import json
+import os.path as osp
 import subprocess
 import sys
 import tempfile
@@ -28,9 +30,11 @@ from mmengine.registry import init_default_scope
 from mmfgm.apis import read_config
 from mmfgm.apis.rehearsal import bare_runner, build_on_meta, feed, gpu_named, rehearse
 from mmfgm.errors import UsageError
+from mmfgm.files import whole_file
 from mmfgm.tools.cli import config_options
 
 OUT_OF_MEMORY = 3
+MOST_DOUBLINGS = 4
 HEAD = (
     'change',
     'batch',
@@ -113,21 +117,42 @@ def apart(args: argparse.Namespace, change: str, batch_size: int | None) -> dict
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def predict(args: argparse.Namespace, change: str, batch_size: int | None) -> dict:
+    """Peak of memory, seconds of an iteration and arithmetic by phase, of a rehearsal now or of one
+    that is kept."""
+    kept = {}
+    if args.predictions and osp.exists(args.predictions):
+        with open(args.predictions) as f:
+            kept = json.load(f)
+    key = f'{args.config} {change} {batch_size} {args.gpu}'
+    if key not in kept:
+        found = rehearse(configured(args, change, batch_size), 1, args.gpu)
+        kept[key] = dict(
+            gib=found.peak.peak / 2**30,
+            seconds=found.seconds if args.gpu else None,
+            tflop={name: cost.tflop for name, cost in found.phases.items()},
+        )
+        if args.predictions:
+            with whole_file(args.predictions) as path, open(path, 'w') as f:
+                json.dump(kept, f, indent=1)
+    return kept[key]
+
+
 def row(args: argparse.Namespace, change: str, batch_size: int | None = None) -> tuple[str, ...]:
     """A line of the table."""
-    cfg = configured(args, change, batch_size)
-    size = str(cfg.train_dataloader.batch_size)
-    predicted = rehearse(cfg, 1, args.gpu)
+    size = str(configured(args, change, batch_size).train_dataloader.batch_size)
+    predicted = predict(args, change, batch_size)
+    gib, seconds = predicted['gib'], predicted['seconds']
+    if args.only_predict:
+        return (change, size, f'{gib:.2f}', 'not run', '', f'{seconds or 0:.3f}', 'not run', '', '')
     found = apart(args, change, batch_size)
-    gib = predicted.peak.peak / 2**30
     if found is None:
         return (change, size, f'{gib:.2f}', 'does not fit', *[''] * 5)
-    seconds = predicted.seconds if args.gpu else None
     peak = found['peak_bytes'] and found['peak_bytes'] / 2**30
     sheet = args.gpu and gpu_named(args.gpu)
     mfu = [
-        f'{name} {cost.tflop / found["phases"][name] / sheet.bf16_tflops:.2f}'
-        for name, cost in predicted.phases.items()
+        f'{name} {tflop / found["phases"][name] / sheet.bf16_tflops:.2f}'
+        for name, tflop in predicted['tflop'].items()
         if sheet
     ]
     return (
@@ -157,6 +182,8 @@ def main() -> None:
     parser.add_argument('--largest', action='store_true')
     parser.add_argument('--iterations', type=int, default=5)
     parser.add_argument('--batch-size', type=int)
+    parser.add_argument('--predictions', metavar='FILE.json')
+    parser.add_argument('--only-predict', action='store_true')
     parser.add_argument('--take', metavar='KEY=VALUE,...', help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.take:
@@ -174,7 +201,7 @@ def main() -> None:
         for change in args.variants:
             show(row(args, change, args.batch_size))
         size = configured(args, args.variants[0], args.batch_size).train_dataloader.batch_size
-        while args.largest:
+        for _ in range(MOST_DOUBLINGS if args.largest else 0):
             size *= 2
             cells = row(args, args.variants[0], size)
             show(cells)
