@@ -44,9 +44,7 @@ def to_fp8(network: nn.Module) -> nn.Module:
         changed.extend([name] if right else [])
         return right
 
-    config = dataclasses.replace(
-        Float8LinearConfig.from_recipe_name('rowwise'), emulate=not native
-    )
+    config = dataclasses.replace(Float8LinearConfig.from_recipe_name('rowwise'), emulate=not native)
     network = convert_to_float8_training(network, module_filter_fn=fits, config=config)
     if not changed:
         raise UsageError(

@@ -8,14 +8,25 @@ import pytest
 import torch
 from mmengine.dist import get_rank, get_world_size
 from mmengine.hooks import Hook
-from mmengine.registry import HOOKS
+from mmengine.registry import HOOKS, DefaultScope
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 from torch.distributed.tensor import DTensor
 from torch.profiler import profile
 
 from mmfgm.apis import read_config
-from mmfgm.apis.rehearsal import GPUS, Memory, Message, Traffic, Work, gpu_named, rehearse
+from mmfgm.apis.rehearsal import (
+    GPUS,
+    Memory,
+    Message,
+    Traffic,
+    Work,
+    bare_runner,
+    build_without_weights,
+    feed,
+    gpu_named,
+    rehearse,
+)
 from mmfgm.engine import FlowRunner
 from mmfgm.engine.adam import MomentumFreeAdam
 from mmfgm.errors import UsageError
@@ -23,6 +34,7 @@ from mmfgm.models.networks import AdaLNMLP
 from mmfgm.registry import MODELS
 from mmfgm.tools.rehearse import rehearse_tool, share_batch
 from tests.conftest import ROOT, train
+from tests.family_checks import TINY
 
 DIGITS = ROOT / 'configs/fgm/digits.py'
 SD3_1024 = ROOT / 'configs/fgm/sd3_1024.py'
@@ -104,6 +116,46 @@ def test_each_forward_of_a_cycle_is_counted(shared):
     # a step of pre-training is a forward and a backward pass; the first layer's input needs none
     unit = sum(cost.tflop for cost in rehearse(teacher, gpus=1).phases.values()) / 3
     assert found / unit == pytest.approx(10 if shared else 11, rel=0.05)
+
+
+RECIPES = dict(
+    sd3='sd3_1024',
+    sd35='sd3_1024',
+    sana='sana_1024',
+    lumina2='lumina2_1024',
+    flux='flux_1024',
+    flux2='flux2_klein_1024',
+    qwen_image='qwen_image_1024_lora',
+    z_image='z_image_1024',
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('family', TINY)
+def test_a_real_iteration_of_each_family_computes_as_much(family, tmp_path):
+    """Of prompts without padding; parts that read values, as masks are counted, included."""
+    cfg = read_config(
+        str(ROOT / f'configs/fgm/{RECIPES[family]}.py'),
+        {
+            'pretrained': TINY[family](tmp_path / 'base'),
+            'latent_size': 8,
+            'train_cfg.accumulation': 1,
+            'train_dataloader.batch_size': 2,
+            'model.gan': None,
+            'optim_wrapper.discriminator': None,
+        },
+    )
+    cfg.strategy = dict(precision='fp32')
+    cfg.train_dataloader.dataset.real.latent_shape = None
+    found = rehearse(cfg, gpus=1)
+    with DefaultScope.overwrite_default_scope('mmfgm'):
+        model = build_without_weights(cfg, 'cpu')
+    runner = bare_runner(cfg, model, str(tmp_path / 'run'), 'none')
+    runner.prepare()
+    feed(runner, cfg)
+    with Work() as work:
+        runner.train_loop.run_iter()
+    assert sum(cost.tflop for cost in found.phases.values()) * 1e12 == pytest.approx(work.flops)
 
 
 def test_a_collectives_time_is_that_of_its_ring():

@@ -28,7 +28,7 @@ from mmengine.config import Config
 from mmengine.registry import init_default_scope
 
 from mmfgm.apis import read_config
-from mmfgm.apis.rehearsal import bare_runner, build_on_meta, feed, gpu_named, rehearse
+from mmfgm.apis.rehearsal import bare_runner, build_without_weights, feed, gpu_named, rehearse
 from mmfgm.errors import UsageError
 from mmfgm.files import whole_file
 from mmfgm.tools.cli import config_options
@@ -68,14 +68,8 @@ def take(cfg: Config, iterations: int) -> dict:
     cuda = torch.cuda.is_available()
     device = 'cuda' if cuda else 'cpu'
     with tempfile.TemporaryDirectory() as work_dir:
-        model = build_on_meta(cfg).to_empty(device=device)
         torch.manual_seed(0)
-        with torch.no_grad():
-            for tensor in (*model.parameters(), *model.buffers()):
-                if tensor.is_floating_point():
-                    tensor.normal_(std=0.02)
-                else:
-                    tensor.zero_()
+        model = build_without_weights(cfg, device)
         runner = bare_runner(cfg, model, work_dir, 'none')
         runner.prepare()
         feed(runner, cfg)

@@ -5,7 +5,7 @@ from .counting import Kind, Memory, Message, Traffic, Work
 from .gpus import GPUS, gpu_named
 from .pretending import bare_runner, feed
 from .rehearse import COLUMNS, PhaseCost, Rehearsal, markdown_row, rehearse, report
-from .shapes import build_on_meta, dummy_batch, known_architectures, without_weights
+from .shapes import build_without_weights, dummy_batch, known_architectures, without_weights
 
 __all__ = [
     'COLUMNS',
@@ -18,7 +18,7 @@ __all__ = [
     'Traffic',
     'Work',
     'bare_runner',
-    'build_on_meta',
+    'build_without_weights',
     'dummy_batch',
     'feed',
     'gpu_named',

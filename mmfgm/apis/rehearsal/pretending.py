@@ -20,13 +20,16 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor._sharding_prop import ShardingPropagator
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from mmfgm.apis.config import building
 from mmfgm.engine import FlowRunner
 from mmfgm.errors import UsageError
 from mmfgm.models import FlowModel
 
-from .shapes import build_on_meta, training_batch
+from .shapes import build_without_weights, training_batch
+
+aten = torch.ops.aten
 
 
 class _Endless:
@@ -43,15 +46,26 @@ class _Endless:
 
 class _SoundValues(TorchDispatchMode):
     """Answers code that asks a tensor without values for one: True, as checks of a sound run are
-    answered, or 1."""
+    answered; how many places there are, where a mask's are counted (no padding); or 1."""
+
+    SAME = (aten.unbind.int, aten.select.int, aten.max.default)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func is torch.ops.aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
-            kind = args[0].dtype
-            if kind is torch.bool:
+        source = args[0] if args and isinstance(args[0], FakeTensor) else None
+        places = getattr(source, 'places', None)
+        if func is aten._local_scalar_dense.default and source is not None:
+            if source.dtype is torch.bool:
                 return True
-            return 1.0 if kind.is_floating_point else 1
-        return func(*args, **(kwargs or {}))
+            if places is not None:
+                return places
+            return 1.0 if source.dtype.is_floating_point else 1
+        out = func(*args, **(kwargs or {}))
+        if func is aten.sum.dim_IntList and not source.dtype.is_floating_point:
+            out.places = source.numel() // max(out.numel(), 1)
+        elif places is not None and func in self.SAME:
+            for counted in tree_leaves(out):
+                counted.places = places
+        return out
 
 
 @contextmanager
@@ -162,10 +176,11 @@ def _to_fake(model: FlowModel) -> None:
                         new = nn.Parameter(new, old.requires_grad)
                     replaced[id(old)] = old, new
                 tensors[name] = replaced[id(old)][1]
-        # tables that are neither, such as those of rotary embeddings
+        # tables that are neither, such as those of rotary embeddings, one or a list
         for name, old in list(vars(module).items()):
-            if isinstance(old, Tensor):
-                setattr(module, name, torch.empty(old.shape, dtype=old.dtype))
+            if isinstance(old, Tensor) or (isinstance(old, list) and tree_leaves(old)):
+                new = tree_map_only(Tensor, lambda x: torch.empty(x.shape, dtype=x.dtype), old)
+                setattr(module, name, new)
 
 
 def bare_runner(cfg: Config, model: FlowModel, work_dir: str, launcher: str) -> FlowRunner:
@@ -225,7 +240,7 @@ def pretended_run(cfg: Config, gpus: int) -> Iterator[FlowRunner]:
         pretended_processes(gpus),
         without_values(),
     ):
-        model = build_on_meta(cfg)
+        model = build_without_weights(cfg)
         runner = bare_runner(cfg, model, work_dir, 'none' if gpus == 1 else 'pytorch')
         with FakeTensorMode(), _SoundValues():
             _to_fake(model)

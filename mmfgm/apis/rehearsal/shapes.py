@@ -69,8 +69,9 @@ class _SameCondition:
         return cond
 
 
-def build_on_meta(cfg: Config) -> FlowModel:
-    """The config's model without values, on the meta device; no weights are read.
+def build_without_weights(cfg: Config, device: str = 'meta') -> FlowModel:
+    """The config's model, of which no weights are read: without values, on the meta device, or as
+    it is initialised on another one.
 
     Raises:
         UsageError: If one of its parts needs values.
@@ -94,7 +95,7 @@ def build_on_meta(cfg: Config) -> FlowModel:
                 f'the model cannot be built on the meta device, without values: {str(e)[:300]}'
             ) from e
 
-    with torch.device('meta'):
+    with torch.device(device):
         return building(build)
 
 
