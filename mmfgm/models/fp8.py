@@ -40,7 +40,7 @@ def to_fp8(network: nn.Module) -> nn.Module:
     changed = []
 
     def fits(layer: nn.Module, name: str) -> bool:
-        right = layer.in_features % MULTIPLE == 0 and layer.out_features % MULTIPLE == 0
+        right = all(side % MULTIPLE == 0 for side in layer.weight.shape)
         changed.extend([name] if right else [])
         return right
 
