@@ -105,17 +105,29 @@ def test_flops_are_those_counted_by_hand():
     assert found.phases['online'].tflop * 1e12 == pytest.approx(expected, rel=1e-12)
 
 
-@pytest.mark.parametrize('shared', [False, True])
-def test_each_forward_of_a_cycle_is_counted(shared):
+@pytest.mark.parametrize(
+    'sharing, passes, phases',
+    [
+        ({}, 11, ['online', 'generator']),
+        ({'train_cfg.share_samples': True}, 10, ['generator', 'online']),
+        (
+            {'train_cfg.share_velocity': True, 'model.fgm_time_sampler.mean': 0.5},
+            9,
+            ['generator and online'],
+        ),
+    ],
+)
+def test_each_pass_of_a_cycle_is_counted(sharing, passes, phases):
     """In forwards, of which a backward pass is two, one of them the gradient of weights: 3 to learn
     the flow, 3 for teacher and online network beside the path, 2 back through them, 2 through the
-    generator, and one for each time that it makes samples."""
-    cfg = digits(**{'train_cfg.share_samples': shared})
-    found = sum(cost.tflop for cost in rehearse(cfg, gpus=1).phases.values())
+    generator, and one for each time that it makes samples; one less where one forward of the online
+    network serves both."""
+    found = rehearse(digits(**sharing), gpus=1).phases
+    assert list(found) == phases
     teacher = read_config(str(ROOT / 'configs/reflow/digits.py'))
     # a step of pre-training is a forward and a backward pass; the first layer's input needs none
     unit = sum(cost.tflop for cost in rehearse(teacher, gpus=1).phases.values()) / 3
-    assert found / unit == pytest.approx(10 if shared else 11, rel=0.05)
+    assert sum(cost.tflop for cost in found.values()) / unit == pytest.approx(passes, rel=0.05)
 
 
 RECIPES = dict(

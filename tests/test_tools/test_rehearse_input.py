@@ -116,7 +116,7 @@ class LooksAtValues(AdaLNMLP):
             'matches no layer of network',
         ),
         (['--cfg-options', 'strategy.precision=fp8'], 'precision must be one of'),
-        (['--cfg-options', 'train_cfg.share_velocity=True'], 'share_velocity=False, found True'),
+        (['--cfg-options', 'train_cfg.share_velocity=True'], 'one density of t'),
         (['--cfg-options', 'model.network.type=LooksAtValues'], 'cannot be built on the meta'),
         (
             ['--cfg-options', 'model.network.pretrained=somewhere'],

@@ -135,12 +135,6 @@ def rehearse(cfg: Config, gpus: int, gpu: str | None = None, per_machine: int = 
         if number < 1:
             raise UsageError(f'expected {option} to be at least 1, found {number}')
     accumulation = cfg.train_cfg.get('accumulation', 1)
-    if cfg.train_cfg.get('share_velocity'):
-        raise UsageError(
-            'a rehearsal counts the phases one after the other, and expects'
-            ' train_cfg.share_velocity=False, found True; rehearse without it, which costs one'
-            ' forward of the online network more'
-        )
     with explained(None, 'building the run'), pretended_run(cfg, gpus) as runner:
         model, strategy = runner.model, runner.strategy
         found = Rehearsal(
@@ -172,12 +166,13 @@ def _run(
     _first_step(runner)
     memory = Memory()
     memory.know(model.networks, averages, optimizers)
-    phases = {name: PhaseCost() for name in model.phases}
-    moments: dict[str, list[tuple[int, int]]] = {name: [] for name in model.phases}
-    update, prepare = loop._update, loop._prepare
+    phases: dict[str, PhaseCost] = {}
+    moments: dict[str, list[tuple[int, int]]] = {}
+    update, update_jointly, prepare = loop._update, loop._update_jointly, loop._prepare
 
     @contextmanager
     def counting(phase: str) -> Iterator[None]:
+        cost = phases.setdefault(phase, PhaseCost())
         start = memory.mark()
         with (
             explained(model, f'phase {phase!r}'),
@@ -185,8 +180,7 @@ def _run(
             Work(gpu, strategy.precision == 'tf32') as work,
         ):
             yield
-        moments[phase].append((start, memory.mark()))
-        cost = phases[phase]
+        moments.setdefault(phase, []).append((start, memory.mark()))
         cost.tflop += work.flops * accumulation / 1e12
         cost.compute_seconds += work.seconds * accumulation
         # gathered and scattered in each micro-batch; summed over copies of the weights in the last
@@ -218,12 +212,25 @@ def _run(
                 loop._prepare = shared_by_phases
         phases[phase].updates += 1
 
+    def counted_jointly() -> int:
+        """What phases do together is one of its own."""
+        if accumulation > 1:
+            for phase in model.phases:
+                _earlier_gradients(model, phase)
+        together = ' and '.join(dict.fromkeys(loop.schedule))
+        with counting(together):
+            loop._prepare = prepare
+            updates = update_jointly()
+            loop._prepare = shared_by_phases
+        phases[together].updates += 1
+        return updates
+
     def shared_by_phases(differentiable: bool) -> dict:
         """Samples made before the phases that share them count as the first one's."""
         with counting(loop.schedule[0]):
             return prepare(differentiable)
 
-    loop._prepare = shared_by_phases
+    loop._prepare, loop._update_jointly = shared_by_phases, counted_jointly
     loop._update = counted
 
     def before_step(name: str, optimizer: torch.optim.Optimizer, *args: Any) -> None:
