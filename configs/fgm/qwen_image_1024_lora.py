@@ -32,8 +32,9 @@ model = dict(
     decoder=dict(type='QwenImageDecoder'),
 )
 strategy = dict(_delete_=True, precision='auto')
+# 1 x 24 accumulation x 8 processes are the paper's batch of 192
 train_dataloader = dict(batch_size=1)
-train_cfg = dict(accumulation=192)
+train_cfg = dict(accumulation=24)
 optim_wrapper = dict(
     online=dict(optimizer=dict(lr=5e-5)),
     discriminator=dict(optimizer=dict(lr=5e-5)),

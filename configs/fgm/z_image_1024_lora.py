@@ -26,7 +26,6 @@ model = dict(
     ),
 )
 strategy = dict(_delete_=True, precision='auto')
-train_cfg = dict(accumulation=48)
 optim_wrapper = dict(
     online=dict(optimizer=dict(lr=5e-5)),
     discriminator=dict(optimizer=dict(lr=5e-5)),
