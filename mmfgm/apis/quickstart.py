@@ -153,7 +153,7 @@ class Problem:
 
 PROBLEMS = dict(
     digits=Problem(
-        'fgm/digits.py', 'fd', 'fd/fd', digits_picture, 'reflow/digits.py', (1, 10, 50, 100)
+        'fgm/digits_shared.py', 'fd', 'fd/fd', digits_picture, 'reflow/digits.py', (1, 10, 50, 100)
     ),
     shapes=Problem('fgm/shapes_small.py', 'shapes', 'shapes/score_overall', shapes_picture),
 )
