@@ -9,7 +9,8 @@ import torch
 
 from tests.conftest import LIMIT, tool_env
 
-SCRIPT = """
+# begins a script of such a process
+BLOCKED = """
 import importlib.abc, sys
 
 class Blocker(importlib.abc.MetaPathFinder):
@@ -18,6 +19,8 @@ class Blocker(importlib.abc.MetaPathFinder):
             raise ImportError(f'{name} is blocked')
 
 sys.meta_path.insert(0, Blocker())
+"""
+SCRIPT = f"""{BLOCKED}
 import torch
 from diffusers import DiffusionPipeline
 

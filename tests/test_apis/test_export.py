@@ -23,21 +23,15 @@ from mmfgm.models import Sampling
 from tests.conftest import LIMIT, ROOT, tool_env
 from tests.test_apis.conftest import make_problem, sd3_config
 from tests.tiny_sd3 import SD35, make_tiny_sd3
+from tests.without_mmfgm import BLOCKED
 
 PROMPTS = ['a red cat', 'the blue house on a green tree']
 SEEDS = [3, 4]
 DTYPES = dict(fp32=torch.float32, bf16=torch.bfloat16)
 CASES = list(product([0.5, 0.97, 1.0], [0.8, 1.0]))
 
-STOCK = """
-import importlib.abc, json, sys
-
-class Blocker(importlib.abc.MetaPathFinder):
-    def find_spec(self, name, path=None, target=None):
-        if name.split('.')[0] in ('mmfgm', 'mmengine'):
-            raise ImportError(f'{name} is blocked')
-
-sys.meta_path.insert(0, Blocker())
+STOCK = f"""{BLOCKED}
+import json
 import torch
 from diffusers import StableDiffusion3Pipeline
 
